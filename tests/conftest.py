@@ -1,0 +1,47 @@
+"""One strict session for all tests: eight CPU devices, no silent promotion, shapes checked.
+
+Warnings are errors (pyproject.toml), ranks and dtypes are never promoted in silence, and every
+jaxtyping signature of the packages listed here is checked by beartype at run time. Optax's Adam
+computes `decay ** count` with an integer count, which strict dtype promotion forbids: a test that
+runs it carries the mark `standard_promotion`.
+"""
+
+import pathlib
+import sys
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # experiments/ is not installed
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+install_import_hook(
+    ["occ.objectives", "occ.models", "occ.generation", "occ.training", "occ.evaluation"],
+    "beartype.beartype",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _several_devices():
+    """A sharding test on one device would pass empty."""
+    assert len(jax.devices()) == 8
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtype_promotion(request):
+    if request.node.get_closest_marker("standard_promotion"):
+        yield
+    else:
+        with jax.numpy_dtype_promotion("strict"):
+            yield
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in float64, for comparisons with slow references."""
+    with jax.enable_x64(True):
+        yield

@@ -1,3 +1,27 @@
-"""Optimal Coefficient Calibration (OCC) of auxiliary gradients, as an optax transformation."""
+"""Optimal Coefficient Calibration (OCC) of auxiliary gradients, as an optax transformation.
+
+The transformation needs jax and optax alone. Models, objectives, tasks and the training loop are
+subpackages that are imported on their own.
+"""
+
+from occ import measures, rules
+from occ.accumulation import AccumulationState, accumulate
+from occ.calibration import Calibration, CalibrationState, calibrate
+from occ.diagnostics import calibration_state, coefficient, correlation, cosine, perturbation
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AccumulationState",
+    "Calibration",
+    "CalibrationState",
+    "accumulate",
+    "calibrate",
+    "calibration_state",
+    "coefficient",
+    "correlation",
+    "cosine",
+    "measures",
+    "perturbation",
+    "rules",
+]

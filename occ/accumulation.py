@@ -1,0 +1,175 @@
+"""Gradient accumulation that keeps the coefficient that of the whole minibatch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from occ import measures as measures_lib
+from occ.calibration import tree_structure
+
+
+class AccumulationState(NamedTuple):
+    """Sums over the micro-batches of the current minibatch.
+
+    Attributes:
+      inner: state of the wrapped transformation.
+      micro_step: int32 [], micro-batches summed so far.
+      updates: sum of the main gradients, in at least float32.
+      auxiliary: tuple of K sums of auxiliary gradients.
+      statistics: sum of the measure's statistics; () without a measure that needs any.
+      count: float [], sum of `count`.
+      auxiliary_count: float [K], sum of `auxiliary_count`.
+    """
+
+    inner: Any
+    micro_step: jax.Array
+    updates: Any
+    auxiliary: tuple[Any, ...]
+    statistics: Any
+    count: jax.Array  # type: ignore[assignment]
+    auxiliary_count: jax.Array
+
+
+def accumulate(
+    tx: optax.GradientTransformation,
+    every: int,
+    *,
+    num_auxiliary: int = 1,
+    measure: measures_lib.Measure | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Applies `tx` once to the sums over `every` micro-batches; in between, updates are zero.
+
+    `optax.MultiSteps` averages `updates` but hands on the last micro-batch's `auxiliary`, so that
+    a coefficient would be measured between a whole gradient and a part of another. Here gradients,
+    auxiliary gradients, the measure's statistics and the token counts are all summed, and divided
+    once at the end:
+
+        g = sum_i g_i / sum_i count_i,      m_k = sum_i m_k,i / sum_i auxiliary_count_k,i
+
+    Args:
+      tx: the transformation to wrap, with one `calibrate` inside.
+      every: micro-batches a minibatch, >= 1.
+      num_auxiliary: K of that `calibrate`.
+      measure: its measure, where that reads evidence other than gradients (`log_ratios`): only the
+        measure knows what adds up.
+
+    Returns:
+      A transformation whose `update` takes, besides `auxiliary` and the evidence:
+        count: scalar, what this micro-batch's gradients were summed over (response tokens). Left
+          out, each micro-batch counts 1, and the result is the mean of their gradients.
+        auxiliary_count: scalar or [K], the same of the auxiliary gradients; default `count`.
+      Other keywords reach `tx` as the last micro-batch passed them.
+
+    Raises:
+      ValueError: `every` < 1; on update, evidence that no measure was given for.
+    """
+    if every < 1:
+        raise ValueError(f"accumulate: `every` must be >= 1 micro-batches, got {every}.")
+    tx = optax.with_extra_args_support(tx)
+    summed_measure = measure if measure is not None and measure.zero is not None else None
+    names = () if summed_measure is None else summed_measure.evidence
+
+    def zero_statistics(dtype):
+        return summed_measure.zero(num_auxiliary, dtype) if summed_measure else ()
+
+    def reduce(evidence):
+        return summed_measure.reduce(evidence, num_auxiliary) if summed_measure else ()
+
+    def init(params):
+        zeros = jax.tree.map(_accumulator, params)
+        dtype = measures_lib.accumulation_dtype(*jax.tree.leaves(zeros))
+        return AccumulationState(
+            inner=tx.init(params),
+            micro_step=jnp.zeros((), jnp.int32),
+            updates=zeros,
+            auxiliary=(zeros,) * num_auxiliary,
+            statistics=zero_statistics(dtype),
+            count=jnp.zeros((), dtype),
+            auxiliary_count=jnp.zeros((num_auxiliary,), dtype),
+        )
+
+    def update(
+        updates, state, params=None, *, auxiliary=None, count=1.0, auxiliary_count=None, **extra
+    ):
+        trees = _auxiliary_trees(updates, auxiliary, num_auxiliary)
+        evidence = _take_evidence(extra, names)
+        auxiliary_count = count if auxiliary_count is None else auxiliary_count
+        summed = state._replace(
+            micro_step=state.micro_step + 1,
+            updates=_add(state.updates, updates),
+            auxiliary=tuple(_add(s, m) for s, m in zip(state.auxiliary, trees, strict=True)),
+            statistics=_add(state.statistics, reduce(evidence)),
+            count=state.count + jnp.asarray(count, state.count.dtype),
+            auxiliary_count=state.auxiliary_count
+            + jnp.asarray(auxiliary_count, state.count.dtype)
+            * jnp.ones_like(state.auxiliary_count),
+        )
+
+        def emit(summed):
+            mean = _divide(summed.updates, summed.count, updates)
+            means = tuple(
+                _divide(tree, summed.auxiliary_count[k], updates)
+                for k, tree in enumerate(summed.auxiliary)
+            )
+            statistics = {"statistics": summed.statistics} if summed_measure else {}
+            result, inner = tx.update(
+                mean, summed.inner, params, auxiliary=means, **statistics, **extra
+            )
+            fresh = jax.tree.map(jnp.zeros_like, summed._replace(inner=()))
+            return result, fresh._replace(inner=inner)
+
+        def wait(summed):
+            return jax.tree.map(jnp.zeros_like, updates), summed
+
+        return jax.lax.cond(summed.micro_step >= every, emit, wait, summed)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _accumulator(leaf: jax.Array) -> jax.Array:
+    """Zeros like the leaf, with its sharding, in at least float32."""
+    return jnp.zeros_like(leaf, dtype=measures_lib.accumulation_dtype(leaf.dtype))
+
+
+def _add(total: Any, term: Any) -> Any:
+    return jax.tree.map(lambda s, x: s + jnp.asarray(x).astype(s.dtype), total, term)
+
+
+def _divide(total: Any, count: jax.Array, like: Any) -> Any:
+    """Sum over count, in the dtypes of `like`; 0 for a minibatch without a token."""
+    divisor = jnp.where(count == 0, 1, count)
+    return jax.tree.map(lambda s, g: (s / divisor.astype(s.dtype)).astype(g.dtype), total, like)
+
+
+def _auxiliary_trees(updates: Any, auxiliary: Any, num_auxiliary: int) -> tuple[Any, ...]:
+    same = tree_structure(auxiliary) == tree_structure(updates)
+    if num_auxiliary == 1 and same:
+        return (auxiliary,)
+    if not isinstance(auxiliary, tuple) or len(auxiliary) != num_auxiliary:
+        raise ValueError(
+            f"accumulate: expected `auxiliary` to be a tree like `updates`, or a tuple of "
+            f"num_auxiliary={num_auxiliary} of them, got structure "
+            f"{tree_structure(auxiliary)}."
+        )
+    return auxiliary
+
+
+def _take_evidence(extra: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Moves the named evidence out of the keyword arguments."""
+    unknown = sorted((measures_lib.KNOWN_EVIDENCE - set(names)) & set(extra))
+    if unknown:
+        raise ValueError(
+            f"accumulate: got the evidence {unknown}, but no measure that could sum it. Pass the "
+            "measure of the wrapped calibrate: accumulate(tx, every, measure=...)."
+        )
+    missing = [name for name in names if extra.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"accumulate: the measure needs the evidence {missing} in every micro-batch; pass it "
+            "by keyword."
+        )
+    return {name: extra.pop(name) for name in names}

@@ -181,8 +181,7 @@ class Calibration:
     ) -> tuple[Any, CalibrationState]:
         """All three stages; see `calibrate`."""
         auxiliary = self._auxiliary_tuple(updates, auxiliary)
-        finite = jnp.stack([self._all_finite(m) for m in auxiliary])
-        auxiliary = tuple(_zero_unless(finite[k], m) for k, m in enumerate(auxiliary))
+        auxiliary, finite = self.remove_nonfinite(auxiliary)
         if "gradients" in self.measure.evidence:
             mask = self._shared_mask(updates)
             evidence["gradients"] = tuple(
@@ -191,6 +190,15 @@ class Calibration:
         state = self.weigh(state, evidence, statistics=statistics, finite=finite)
         # Evidence may be non-finite where the gradient is finite: then the weight is 0 already.
         return self.combine(state.weights, updates, auxiliary), state
+
+    def remove_nonfinite(self, auxiliary: tuple[Any, ...]) -> tuple[tuple[Any, ...], jax.Array]:
+        """Replaces auxiliary gradients that have a non-finite entry by zeros.
+
+        Returns:
+          The K trees, and bool [K], whether each was finite: for `weigh`, which counts.
+        """
+        finite = jnp.stack([self._all_finite(m) for m in auxiliary])
+        return tuple(_zero_unless(finite[k], m) for k, m in enumerate(auxiliary)), finite
 
     def _require(self, evidence: dict[str, Any]) -> None:
         missing = [name for name in self.measure.evidence if evidence.get(name) is None]

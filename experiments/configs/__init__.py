@@ -1,0 +1,1 @@
+"""Named configurations, each a function without arguments."""

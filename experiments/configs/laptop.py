@@ -1,0 +1,41 @@
+"""Two-digit sums on a two-layer decoder with one MTP module: minutes on two CPU cores.
+
+Claim: RL lifts sampled accuracy from about 45 % to above 90 %, from a model that knows the answers
+(greedy accuracy near 100 %) and was taught by noisy demonstrations not to say them.
+Command: python -m experiments.compare_regimes
+"""
+
+from __future__ import annotations
+
+from occ.models.config import ModelConfig, MTPConfig
+from occ.training.config import (
+    EvaluationConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    TrainConfig,
+    WarmStartConfig,
+)
+
+
+def laptop() -> TrainConfig:
+    """The main job's configuration."""
+    return TrainConfig(
+        name="laptop",
+        model=ModelConfig(
+            vocab_size=15,
+            num_layers=2,
+            width=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            mlp_width=256,
+            max_length=16,
+            mtp=MTPConfig(num_modules=1),
+        ),
+        task="arithmetic",
+        rollouts=100,
+        rollout=RolloutConfig(prompts=64, samples=8, minibatches=4),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=80),
+        warm_start=WarmStartConfig(steps=1200, batch_size=256),
+        evaluation=EvaluationConfig(every=25, prompts=256, samples=4),
+    )

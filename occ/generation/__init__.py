@@ -1,0 +1,1 @@
+"""Sampling with a key-value cache."""

@@ -1,0 +1,1 @@
+"""Decoders with multi-token prediction modules."""

@@ -1,0 +1,193 @@
+"""Architecture of the decoder and its MTP modules: frozen dataclasses, validated at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig:
+    """The multi-token prediction modules beside the next-token head.
+
+    Attributes:
+      num_modules: K; 0 is a plain decoder.
+      kind: "sequential" modules see the embedding of the token k ahead (DeepSeek-V3, MiMo);
+        "parallel" heads see the trunk's hidden state alone (Gloeckle et al. 2024) and so must plan.
+      hidden_after_final_norm: module 1 takes the trunk's hidden state after its final norm.
+      concatenation: order before the projection, "hidden_embedding" (MiMo) or "embedding_hidden"
+        (ports of GLM, DeepSeek).
+      own_final_norm: a final norm of the module's own before the shared output head; otherwise the
+        trunk's is shared.
+      zero_first_embedding: the embedding is zeroed where the position is 0, as some serving code
+        for MiMo does.
+    """
+
+    num_modules: int = 1
+    kind: Literal["sequential", "parallel"] = "sequential"
+    hidden_after_final_norm: bool = False
+    concatenation: Literal["hidden_embedding", "embedding_hidden"] = "hidden_embedding"
+    own_final_norm: bool = True
+    zero_first_embedding: bool = False
+
+    def __post_init__(self):
+        _require(
+            self.num_modules >= 0, f"MTPConfig.num_modules must be >= 0, got {self.num_modules}."
+        )
+        _require(
+            self.kind in ("sequential", "parallel"),
+            f"MTPConfig.kind must be 'sequential' or 'parallel', got {self.kind!r}.",
+        )
+        _require(
+            self.concatenation in ("hidden_embedding", "embedding_hidden"),
+            "MTPConfig.concatenation must be 'hidden_embedding' or 'embedding_hidden', got "
+            f"{self.concatenation!r}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture-of-experts MLP in the form of GLM-4.5 and DeepSeek-V3.
+
+    Attributes:
+      num_experts: E routed experts.
+      experts_per_token: top-k.
+      expert_width: hidden width of one expert.
+      num_shared_experts: experts that every token visits, as one MLP of that many widths.
+      first_dense_layers: leading layers of the trunk with a dense MLP instead.
+      routed_scaling: factor on the routed experts' sum.
+      normalise_top_k: gates of the chosen experts are divided by their sum.
+      num_groups, top_groups: experts are chosen from the best `top_groups` of `num_groups` groups,
+        a group's score being the sum of its best two.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_width: int
+    num_shared_experts: int = 1
+    first_dense_layers: int = 1
+    routed_scaling: float = 1.0
+    normalise_top_k: bool = True
+    num_groups: int = 1
+    top_groups: int = 1
+
+    def __post_init__(self):
+        _require(
+            1 <= self.experts_per_token <= self.num_experts,
+            "MoEConfig.experts_per_token must be between 1 and num_experts="
+            f"{self.num_experts}, got {self.experts_per_token}.",
+        )
+        _require(
+            self.num_experts % self.num_groups == 0 and 1 <= self.top_groups <= self.num_groups,
+            f"MoEConfig: {self.num_experts} experts do not fall into {self.num_groups} equal "
+            f"groups of which {self.top_groups} are chosen.",
+        )
+        reachable = self.num_experts // self.num_groups * self.top_groups
+        _require(
+            self.experts_per_token <= reachable,
+            f"MoEConfig.experts_per_token={self.experts_per_token} exceeds the {reachable} experts "
+            "in the chosen groups.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama / Qwen / MiMo / GLM family.
+
+    Attributes:
+      vocab_size: V, tokens.
+      num_layers: of the trunk.
+      width: D.
+      num_heads, num_kv_heads, head_dim: of grouped-query attention.
+      mlp_width: hidden width of the dense SwiGLU MLP.
+      max_length: longest sequence, tokens; also the context that generation may fill.
+      rope_base: of the rotary frequencies.
+      rotary_fraction: share of head_dim that is rotated (GLM: 0.5).
+      norm_epsilon: of RMSNorm.
+      qkv_bias: biases on query, key and value (Qwen2, MiMo).
+      qk_norm: RMSNorm on every query and key head (Qwen3, GLM option).
+      tied_embeddings: the output head is the embedding.
+      param_dtype: of stored parameters.
+      compute_dtype: of activations and matrix products; norms, softmax and logits are at least
+        float32.
+      scan_layers: run the layers in a loop (compiles once) instead of unrolled. Parameters have a
+        leading layer axis either way.
+      remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but
+        matrix products).
+      moe: mixture of experts; None is dense.
+      mtp: the MTP modules.
+    """
+
+    vocab_size: int
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_length: int
+    rope_base: float = 10_000.0
+    rotary_fraction: float = 1.0
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = True
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: Literal["none", "full", "dots"] = "none"
+    moe: MoEConfig | None = None
+    mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim"):
+            _require(getattr(self, name) >= 1, f"ModelConfig.{name} must be >= 1.")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+            f"({self.num_kv_heads}).",
+        )
+        _require(
+            self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.head_dim,
+            f"ModelConfig: head_dim * rotary_fraction = {self.head_dim * self.rotary_fraction} "
+            "must be an even number of at most head_dim, since rotary positions turn pairs.",
+        )
+        for name in ("param_dtype", "compute_dtype"):
+            _require(
+                getattr(self, name) in DTYPES,
+                f"ModelConfig.{name} must be one of {DTYPES}, got {getattr(self, name)!r}.",
+            )
+        _require(
+            self.remat in ("none", "full", "dots"),
+            f"ModelConfig.remat must be 'none', 'full' or 'dots', got {self.remat!r}.",
+        )
+        if self.moe is not None:
+            _require(
+                0 <= self.moe.first_dense_layers < self.num_layers,
+                f"MoEConfig.first_dense_layers must be below num_layers={self.num_layers}, got "
+                f"{self.moe.first_dense_layers}.",
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def compute(self) -> jnp.dtype:
+        """`compute_dtype` as a dtype."""
+        return jnp.dtype(self.compute_dtype)
+
+    @property
+    def params(self) -> jnp.dtype:
+        """`param_dtype` as a dtype."""
+        return jnp.dtype(self.param_dtype)

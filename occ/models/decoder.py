@@ -1,0 +1,315 @@
+"""The decoder: trunk, shared output head, MTP modules; and its split into pure pytrees."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from occ.models.block import Block, BlockOutput
+from occ.models.config import ModelConfig
+from occ.models.layers import (
+    Context,
+    LayerCache,
+    Linear,
+    RMSNorm,
+    at_least_float32,
+    causal_mask,
+)
+from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
+
+
+class TrunkOutput(NamedTuple):
+    """Output of the trunk.
+
+    Attributes:
+      hidden: float [B, T, D], before the final norm.
+      router_load: float [L, E], tokens each expert of each sparse layer received; None if dense.
+    """
+
+    hidden: jax.Array
+    router_load: jax.Array | None
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, for generation.
+
+    Attributes:
+      stacks: of each stack of layers, keys and values [L, B, S, kv_heads, head_dim].
+      segment_ids: int32 [B, S], 0 where a column is empty or padding.
+      index: int32 [], the next column to write, the same for all rows.
+    """
+
+    stacks: tuple[LayerCache, ...]
+    segment_ids: jax.Array
+    index: jax.Array
+
+
+class Embedding(nnx.Module):
+    """Token embedding [V, D]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        normal = jax.random.normal(rngs.params(), (config.vocab_size, config.width), config.params)
+        self.embedding = nnx.Param(config.width**-0.5 * normal)
+        self.dtype = config.compute
+
+    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
+        return self.embedding[...].astype(self.dtype)[tokens]
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model with K MTP modules.
+
+    Top-level parameter names: `embedding`, `layers` (and `dense_layers` before them in a mixture
+    of experts), each with a leading layer axis; `final_norm`; `output_head` unless tied; `mtp`.
+
+    Args:
+      config: the architecture.
+      rngs: random numbers for the initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config, rngs)
+        dense = config.num_layers if config.moe is None else config.moe.first_dense_layers
+        if config.moe is None:
+            self.layers = _stack(config, rngs, dense, sparse=False)
+        else:
+            if dense:
+                self.dense_layers = _stack(config, rngs, dense, sparse=False)
+            self.layers = _stack(config, rngs, config.num_layers - dense, sparse=True)
+        self.final_norm = RMSNorm(config.width, config)
+        if not config.tied_embeddings:
+            self.output_head = Linear(config.width, config.vocab_size, config, rngs)
+        if config.mtp.num_modules:
+            module = SequentialModule if config.mtp.kind == "sequential" else ParallelHead
+            self.mtp = nnx.List([module(config, rngs) for _ in range(config.mtp.num_modules)])
+
+    def trunk(
+        self,
+        tokens: Int[Array, "batch time"],
+        positions: Int[Array, "batch time"],
+        segment_ids: Int[Array, "batch time"],
+    ) -> TrunkOutput:
+        """Hidden states of whole sequences.
+
+        Args:
+          tokens: int32 [B, T].
+          positions: int32 [B, T], within each sequence.
+          segment_ids: int32 [B, T], 0 on padding; no token sees another sequence's.
+
+        Raises:
+          ValueError: T exceeds `max_length`.
+        """
+        context = self._context(tokens, positions, segment_ids)
+        hidden, loads = self.embedding(tokens), []
+        for stack in self._stacks():
+            output = _scan(stack, hidden, context, None, self.config)
+            hidden = output.hidden
+            loads += [] if output.load is None else [output.load]
+        return TrunkOutput(hidden, jnp.concatenate(loads) if loads else None)
+
+    def mtp_hidden(
+        self,
+        hidden: Float[Array, "batch time width"],
+        tokens: Int[Array, "batch time"],
+        positions: Int[Array, "batch time"],
+        segment_ids: Int[Array, "batch time"],
+    ) -> Float[Array, "heads batch time width"]:
+        """Hidden states of the K modules, before the norm that precedes the output head.
+
+        Args:
+          hidden: the trunk's, before its final norm.
+          tokens, positions, segment_ids: as for `trunk`.
+        """
+        context = self._context(tokens, positions, segment_ids)
+        if self.config.mtp.hidden_after_final_norm:
+            hidden = self.final_norm(hidden)
+        states = []
+        for k, module in enumerate(self.mtp, start=1):
+            if isinstance(module, SequentialModule):
+                ahead = self.embedding(tokens_ahead(tokens, segment_ids, k))
+                hidden = _remat(module, self.config)(hidden, ahead, context).hidden
+                states.append(hidden)
+            else:
+                states.append(_remat(module, self.config)(hidden, context).hidden)
+        return jnp.stack(states)
+
+    def logits(self, hidden: Float[Array, "batch time width"]) -> Float[Array, "batch time vocab"]:
+        """Next-token logits, at least float32, from the trunk's hidden state."""
+        return self._readout(self.final_norm(hidden))
+
+    def mtp_logits(
+        self, state: Float[Array, "batch time width"], head: int
+    ) -> Float[Array, "batch time vocab"]:
+        """Logits of MTP module `head` (0-based) for token i + head + 2 at position i."""
+        norm = self.mtp[head].final_norm
+        return self._readout((self.final_norm if norm is None else norm)(state))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        positions: Int[Array, "batch time"],
+        segment_ids: Int[Array, "batch time"],
+    ) -> tuple[Float[Array, "batch time vocab"], Float[Array, "heads batch time vocab"]]:
+        """Logits of the main head and of all MTP modules, at their source positions."""
+        hidden = self.trunk(tokens, positions, segment_ids).hidden
+        main = self.logits(hidden)
+        if not self.config.mtp.num_modules:
+            return main, jnp.zeros((0, *main.shape), main.dtype)
+        states = self.mtp_hidden(hidden, tokens, positions, segment_ids)
+        return main, jnp.stack([self.mtp_logits(state, k) for k, state in enumerate(states)])
+
+    # -- generation ---------------------------------------------------------------------------
+
+    def empty_cache(self, batch: int, columns: int) -> Cache:
+        """A cache for `columns` tokens a row.
+
+        Raises:
+          ValueError: more columns than `max_length`.
+        """
+        config = self.config
+        _check_length(columns, config)
+        shape = (batch, columns, config.num_kv_heads, config.head_dim)
+
+        def zeros(layers):
+            return jnp.zeros((layers, *shape), config.compute)
+
+        sizes = [jax.tree.leaves(nnx.state(stack))[0].shape[0] for stack in self._stacks()]
+        return Cache(
+            stacks=tuple(LayerCache(zeros(size), zeros(size)) for size in sizes),
+            segment_ids=jnp.zeros((batch, columns), jnp.int32),
+            index=jnp.zeros((), jnp.int32),
+        )
+
+    def extend(
+        self,
+        tokens: Int[Array, "batch time"],
+        positions: Int[Array, "batch time"],
+        segment_ids: Int[Array, "batch time"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "batch time width"], Cache]:
+        """Hidden states of further tokens, after those in the cache; and the cache with them."""
+        columns = cache.segment_ids.shape[1]
+        filled = jax.lax.dynamic_update_slice_in_dim(
+            cache.segment_ids, segment_ids, cache.index, axis=1
+        )
+        query_column = cache.index + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        causal = jnp.arange(columns)[None, :] <= query_column[:, None]
+        same = segment_ids[:, :, None] == filled[:, None, :]
+        mask = (causal[None] & same)[:, None]
+        context = Context(positions, mask, segment_ids > 0, cache.index)
+        hidden, stacks = self.embedding(tokens), []
+        for stack, stack_cache in zip(self._stacks(), cache.stacks, strict=True):
+            output = _scan(stack, hidden, context, stack_cache, self.config)
+            hidden = output.hidden
+            stacks.append(output.cache)
+        return hidden, Cache(tuple(stacks), filled, cache.index + tokens.shape[1])
+
+    # -- pieces -------------------------------------------------------------------------------
+
+    def _stacks(self) -> list[Block]:
+        return [self.dense_layers, self.layers] if hasattr(self, "dense_layers") else [self.layers]
+
+    def _context(self, tokens, positions, segment_ids) -> Context:
+        _check_length(tokens.shape[1], self.config)
+        return Context(positions, causal_mask(segment_ids), segment_ids > 0)
+
+    def _readout(self, normal: Float[Array, "batch time width"]) -> Array:
+        wide = at_least_float32(self.config.compute)
+        if self.config.tied_embeddings:
+            kernel = self.embedding.embedding[...].T
+        else:
+            kernel = self.output_head.kernel[...]
+        return jax.lax.dot_general(
+            normal,
+            kernel.astype(self.config.compute),
+            (((2,), (0,)), ((), ())),
+            preferred_element_type=wide,
+        )
+
+
+def _check_length(length: int, config: ModelConfig) -> None:
+    if length > config.max_length:
+        raise ValueError(
+            f"Decoder: {length} tokens exceed the context of max_length={config.max_length}. "
+            "Shorten prompt or response, or raise ModelConfig.max_length."
+        )
+
+
+def _stack(config: ModelConfig, rngs: nnx.Rngs, size: int, *, sparse: bool) -> Block:
+    """`size` blocks as one module whose variables have a leading layer axis."""
+
+    @nnx.split_rngs(splits=size)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def create(rngs):
+        return Block(config, rngs, sparse=sparse)
+
+    return create(rngs)
+
+
+def _scan(
+    stack: Block, hidden: jax.Array, context: Context, cache: LayerCache | None, config: ModelConfig
+) -> BlockOutput:
+    """Applies the layers in order; cache and load come back with a leading layer axis."""
+    graphdef, variables = nnx.split(stack)
+    size = jax.tree.leaves(variables)[0].shape[0]
+
+    def layer(hidden, inputs):
+        layer_variables, layer_cache = inputs
+        block = nnx.merge(graphdef, layer_variables)
+        output = block(hidden, context, layer_cache)
+        return output.hidden, (output.cache, output.load)
+
+    unroll = 1 if config.scan_layers else size
+    hidden, (cache, load) = jax.lax.scan(
+        _remat(layer, config), hidden, (variables, cache), unroll=unroll
+    )
+    return BlockOutput(hidden, cache, load)
+
+
+def _remat(function: Any, config: ModelConfig) -> Any:
+    """The function, recomputed in the backward pass as the configuration says."""
+    if config.remat == "none":
+        return function
+    policy = None
+    if config.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(function, policy=policy)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pure pytrees
+# ---------------------------------------------------------------------------------------------
+
+
+def split_model(model: Decoder) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """Splits a model into its structure and plain nested dicts of arrays.
+
+    Returns:
+      The graph definition (static, hashable), the trained parameters, and all other variables
+      (a router's correction bias).
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    return graphdef, _plain(nnx.to_pure_dict(params)), _plain(nnx.to_pure_dict(rest))
+
+
+def merge_model(graphdef: nnx.GraphDef, params: dict[str, Any], rest: dict[str, Any]) -> Decoder:
+    """The inverse of `split_model`; works under jit, grad and vmap."""
+    return nnx.merge(graphdef, nnx.State(_numbered(params)), nnx.State(_numbered(rest)))
+
+
+def _plain(tree: Any) -> Any:
+    """Integer keys (of lists) as strings, so that keys sort and paths read alike everywhere."""
+    if isinstance(tree, dict):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    return tree
+
+
+def _numbered(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {int(key) if key.isdigit() else key: _numbered(value) for key, value in tree.items()}
+    return tree

@@ -1,0 +1,180 @@
+"""The decoder's layers: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Kernels are stored as [inputs, outputs]. Every layer computes in `config.compute_dtype`; statistics
+of norms, rotary angles and the attention softmax are at least float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from occ.models.config import ModelConfig
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or the dtype itself where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b); kernel [inputs, outputs]."""
+
+    def __init__(
+        self, inputs: int, outputs: int, config: ModelConfig, rngs: nnx.Rngs, *, bias: bool = False
+    ):
+        scale = inputs**-0.5
+        kernel = scale * jax.random.normal(rngs.params(), (inputs, outputs), config.params)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros((outputs,), config.params)) if bias else None
+        self.dtype = config.compute
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + jax.lax.broadcast_in_dim(
+                self.bias[...].astype(self.dtype), y.shape, (y.ndim - 1,)
+            )
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis.
+
+    Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
+    """
+
+    def __init__(self, width: int, config: ModelConfig):
+        self.scale = nnx.Param(jnp.ones((width,), config.params))
+        self.epsilon = config.norm_epsilon
+        self.dtype = config.compute
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        wide = x.astype(at_least_float32(x.dtype))
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normal = wide * jax.lax.rsqrt(variance + self.epsilon)
+        scale = self.scale[...].astype(wide.dtype)
+        scale = jax.lax.broadcast_in_dim(scale, normal.shape, (normal.ndim - 1,))
+        return (normal * scale).astype(self.dtype)
+
+
+def rotary(
+    x: Float[Array, "batch time heads head_dim"],
+    positions: Int[Array, "batch time"],
+    *,
+    base: float,
+    rotary_dim: int,
+) -> Float[Array, "batch time heads head_dim"]:
+    """Rotates the first `rotary_dim` dimensions of each head by its position.
+
+    Dimension i turns with dimension i + rotary_dim / 2 (the half-split convention of the published
+    Llama, Qwen and MiMo weights), at frequency base^(-2 i / rotary_dim).
+
+    Reference: Su et al., RoFormer, arXiv 2104.09864.
+    """
+    dtype = at_least_float32(x.dtype)
+    half = rotary_dim // 2
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angle = positions[:, :, None, None].astype(dtype) * frequency[None, None, None, :]
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    turned, rest = x[..., :rotary_dim].astype(dtype), x[..., rotary_dim:]
+    first, second = turned[..., :half], turned[..., half:]
+    rotated = jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    )
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
+
+
+def causal_mask(segment_ids: Int[Array, "batch time"]) -> Bool[Array, "batch 1 time time"]:
+    """True where a query may see a key: not later, and of the same sequence (padding is its own)."""
+    time = segment_ids.shape[1]
+    causal = jnp.tril(jnp.ones((time, time), bool))
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return (causal[None] & same)[:, None]
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer: [B, S, kv_heads, head_dim] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Context(NamedTuple):
+    """What all layers share about the tokens that pass through.
+
+    Attributes:
+      positions: int32 [B, T].
+      mask: bool [B, 1, T, S], which of S keys each of T queries sees.
+      valid: bool [B, T], tokens that are not padding.
+      index: int32 [], the cache column of the first token; None without a cache.
+    """
+
+    positions: jax.Array
+    mask: jax.Array
+    valid: jax.Array
+    index: jax.Array | None = None
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions.
+
+    Reference: Ainslie et al., GQA, arXiv 2305.13245.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        queries = config.num_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+        self.query = Linear(config.width, queries, config, rngs, bias=config.qkv_bias)
+        self.key = Linear(config.width, keys, config, rngs, bias=config.qkv_bias)
+        self.value = Linear(config.width, keys, config, rngs, bias=config.qkv_bias)
+        self.output = Linear(queries, config.width, config, rngs)
+        self.query_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "batch time width"], context: Context, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "batch time width"], LayerCache | None]:
+        batch, time, _ = x.shape
+        config = self.config
+
+        def heads(linear, norm):
+            y = linear(x).reshape(batch, time, -1, config.head_dim)
+            return y if norm is None else norm(y)
+
+        def turn(y):
+            return rotary(y, context.positions, base=config.rope_base, rotary_dim=config.rotary_dim)
+
+        query = turn(heads(self.query, self.query_norm))
+        key = turn(heads(self.key, self.key_norm))
+        value = heads(self.value, None)
+        if cache is not None:
+            cache = LayerCache(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, new, context.index, axis=1)
+                    for old, new in zip(cache, (key, value), strict=True)
+                )
+            )
+            key, value = cache
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=context.mask)
+        return self.output(mixed.reshape(batch, time, -1)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down.
+
+    Reference: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, hidden: int):
+        self.gate = Linear(config.width, hidden, config, rngs)
+        self.up = Linear(config.width, hidden, config, rngs)
+        self.down = Linear(hidden, config.width, config, rngs)
+
+    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

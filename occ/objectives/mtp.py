@@ -1,0 +1,96 @@
+"""Alignment of multi-token predictions with the tokens that they are about.
+
+The head at depth k (0 is the main head) predicts token i + k + 1 from source position i. Here every
+per-token array has its value at the index of the *token*, so that a head's log-prob of token t
+stands beside the main head's log-prob of the same token t.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+
+def predictable(segment_ids: Int[Array, "batch time"], depth: int) -> Bool[Array, "batch time"]:
+    """Tokens that the head at this depth can predict: their source is in the same sequence.
+
+    >>> predictable(jnp.array([[0, 1, 1, 1, 2, 2]]), 1).tolist()
+    [[False, False, False, True, False, False]]
+    """
+    _check_depth(depth)
+    source = _shift(segment_ids, depth + 1)
+    return (segment_ids == source) & (segment_ids > 0)
+
+
+def aligned_mask(
+    response_mask: Bool[Array, "batch time"], segment_ids: Int[Array, "batch time"], depth: int
+) -> Bool[Array, "batch time"]:
+    """Response tokens that the head at this depth can predict.
+
+    The first k response tokens are predicted from prompt positions, which is legal; what has no
+    source in its own sequence drops out.
+    """
+    return response_mask & predictable(segment_ids, depth)
+
+
+def labels_at_source(tokens: Int[Array, "batch time"], depth: int) -> Int[Array, "batch time"]:
+    """The token that each source position predicts; 0 where that is beyond the end.
+
+    >>> labels_at_source(jnp.array([[5, 6, 7, 8]]), 1).tolist()
+    [[7, 8, 0, 0]]
+    """
+    _check_depth(depth)
+    time = tokens.shape[1]
+    ahead = min(depth + 1, time)
+    return jnp.pad(tokens[:, ahead:], [(0, 0), (0, ahead)])
+
+
+def align(values_at_source: Shaped[Array, "batch time"], depth: int) -> Shaped[Array, "batch time"]:
+    """Moves each value from its source position to the token that it is about; 0 before the first.
+
+    >>> align(jnp.array([[1.0, 2.0, 3.0, 4.0]]), 1).tolist()
+    [[0.0, 0.0, 1.0, 2.0]]
+    """
+    _check_depth(depth)
+    return _shift(values_at_source, depth + 1)
+
+
+def token_log_prob(
+    logits_at_source: Float[Array, "batch time vocab"],
+    tokens: Int[Array, "batch time"],
+    depth: int,
+) -> Float[Array, "batch time"]:
+    """Log-probability of each token by the head at this depth, in token alignment.
+
+    Args:
+      logits_at_source: [B, T, V] as the head gives them.
+      tokens: int32 [B, T].
+      depth: 0 for the main head, k for MTP module k.
+
+    Returns:
+      At least float32 [B, T]; meaningless where `predictable` is False.
+    """
+    dtype = jnp.promote_types(logits_at_source.dtype, jnp.float32)
+    logits = logits_at_source.astype(dtype)
+    labels = labels_at_source(tokens, depth)
+    chosen = jnp.take_along_axis(logits, labels[:, :, None], axis=-1)[:, :, 0]
+    return align(chosen - jax.nn.logsumexp(logits, axis=-1), depth)
+
+
+def cross_entropy(
+    log_prob: Float[Array, "batch time"], mask: Bool[Array, "batch time"]
+) -> Float[Array, "batch time"]:
+    """Cross-entropy of every token: -log pi, and 0 outside the mask."""
+    return -jnp.where(mask, log_prob, 0)
+
+
+def _shift(values: jax.Array, by: int) -> jax.Array:
+    """Moves columns to the right; zeros enter on the left, and nothing wraps around."""
+    by = min(by, values.shape[1])
+    return jnp.pad(values[:, : values.shape[1] - by], [(0, 0), (by, 0)])
+
+
+def _check_depth(depth: int) -> None:
+    if depth < 0:
+        raise ValueError(f"depth must be >= 0 (0 is the main head), got {depth}.")

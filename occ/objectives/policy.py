@@ -1,0 +1,150 @@
+"""Policy losses, token by token: PPO clip with dual clip, GSPO, CISPO, REINFORCE."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from occ.objectives import masked
+
+KINDS = ("ppo", "gspo", "cispo", "reinforce")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """Which policy loss.
+
+    Attributes:
+      kind: "ppo", "gspo", "cispo" or "reinforce".
+      clip_low: the ratio is clipped below at 1 - clip_low; 0 is legal.
+      clip_high: and above at 1 + clip_high; larger than clip_low is DAPO's clip-higher.
+      dual_clip: bound on the loss of tokens with negative advantage, as a multiple of |A|; > 1, or
+        None for no bound.
+      log_ratio_clamp: bound on |log pi - log pi_old| before the exponential (verl: 20), or None
+        (TRL).
+    """
+
+    kind: Literal["ppo", "gspo", "cispo", "reinforce"] = "ppo"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = 10.0
+    log_ratio_clamp: float | None = 20.0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"PolicyConfig.kind must be one of {KINDS}, got {self.kind!r}.")
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(
+                "PolicyConfig: expected 0 <= clip_low <= 1 and clip_high >= 0, got "
+                f"{self.clip_low} and {self.clip_high}. They are distances from the ratio 1."
+            )
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(
+                f"PolicyConfig.dual_clip must be > 1, got {self.dual_clip}; None turns it off."
+            )
+        if self.log_ratio_clamp is not None and not self.log_ratio_clamp > 0:
+            raise ValueError(
+                f"PolicyConfig.log_ratio_clamp must be > 0, got {self.log_ratio_clamp}; None turns "
+                "it off."
+            )
+
+
+def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> PolicyConfig:
+    """GSPO with the tiny clip range of its paper, which applies to sequence ratios."""
+    return PolicyConfig(kind="gspo", clip_low=clip_low, clip_high=clip_high, dual_clip=None)
+
+
+class PolicyTerms(NamedTuple):
+    """A policy loss before aggregation; every array [B, T].
+
+    Attributes:
+      loss: per token, 0 outside the mask.
+      ratio: pi / pi_old that the loss used, 1 outside the mask.
+      clipped_high: tokens whose ratio passed the upper bound, so that they have no gradient (in
+        CISPO: a bounded weight).
+      clipped_low: the same at the lower bound.
+      clipped_dual: tokens at the dual clip.
+    """
+
+    loss: jax.Array
+    ratio: jax.Array
+    clipped_high: jax.Array
+    clipped_low: jax.Array
+    clipped_dual: jax.Array
+
+
+def policy_loss(
+    log_prob: Float[Array, "batch time"],
+    old_log_prob: Float[Array, "batch time"],
+    advantages: Float[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    segment_ids: Int[Array, "batch time"],
+    *,
+    config: PolicyConfig,
+    sequences_per_row: int = 1,
+) -> PolicyTerms:
+    r"""The policy loss of every token; to be aggregated by `masked.aggregate`.
+
+    With r = exp(log pi - log pi_old) and advantage A:
+
+        ppo        max(-r A, -clip(r, 1 - low, 1 + high) A), and for A < 0 at most -dual_clip A
+        gspo       the same with the sequence's ratio s = exp(mean_t log r_t), whose gradient is
+                   spread evenly over the sequence's tokens
+        cispo      -sg(clip(r, 1 - low, 1 + high)) A log pi: clipping bounds the *weight* of a
+                   token's gradient, and removes none. (Other projects call `clip_high` the upper
+                   bound itself; here it is always the distance from 1.)
+        reinforce  -A log pi
+
+    At r = 1 the gradient of each is -A grad log pi.
+
+    Args:
+      log_prob: [B, T], in token alignment.
+      old_log_prob: [B, T], of the policy that the ratio divides by.
+      advantages: [B, T].
+      mask: bool [B, T], tokens that count; anything may stand in the others.
+      segment_ids: int32 [B, T], for the sequences of GSPO.
+      config: which loss.
+      sequences_per_row: S.
+
+    References: Schulman et al., PPO, arXiv 1707.06347; Ye et al., Mastering Complex Control in MOBA
+    Games (dual clip), arXiv 1912.09729; Yu et al., DAPO, arXiv 2503.14476; Zheng et al., GSPO,
+    arXiv 2507.18071; MiniMax, MiniMax-M1 (CISPO), arXiv 2506.13585; Williams, REINFORCE, 1992.
+    """
+    log_prob = jnp.where(mask, log_prob, 0)
+    old_log_prob = jax.lax.stop_gradient(jnp.where(mask, old_log_prob, 0))
+    advantages = jax.lax.stop_gradient(jnp.where(mask, advantages, 0))
+    log_ratio = log_prob - old_log_prob
+    if config.kind == "gspo":
+        log_ratio = _sequence_log_ratio(log_ratio, log_prob, mask, segment_ids, sequences_per_row)
+    if config.log_ratio_clamp is not None:
+        log_ratio = jnp.clip(log_ratio, -config.log_ratio_clamp, config.log_ratio_clamp)
+    ratio = jnp.exp(log_ratio)
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    above, below = mask & (ratio > high), mask & (ratio < low)
+    never = jnp.zeros_like(mask)
+    if config.kind == "reinforce":
+        return PolicyTerms(-advantages * log_prob, ratio, never, never, never)
+    clipped = jnp.clip(ratio, low, high)
+    if config.kind == "cispo":
+        loss = -jax.lax.stop_gradient(clipped) * advantages * log_prob
+        return PolicyTerms(loss, ratio, above, below, never)
+    loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
+    dual = never
+    if config.dual_clip is not None:
+        bound = -config.dual_clip * advantages
+        dual = mask & (advantages < 0) & (loss > bound)
+        loss = jnp.where(advantages < 0, jnp.minimum(loss, bound), loss)
+    return PolicyTerms(loss, ratio, above & (advantages > 0), below & (advantages < 0), dual)
+
+
+def _sequence_log_ratio(log_ratio, log_prob, mask, segment_ids, sequences_per_row):
+    """Each token's copy of its sequence's mean log-ratio, with gradient 1 on its own log-prob."""
+    counts = masked.sequence_sum(mask.astype(log_ratio.dtype), segment_ids, sequences_per_row)
+    sums = masked.sequence_sum(jnp.where(mask, log_ratio, 0), segment_ids, sequences_per_row)
+    mean = masked.to_tokens(sums / jnp.maximum(counts, 1), segment_ids)
+    value = jax.lax.stop_gradient(mean)
+    return jnp.where(mask, value + log_prob - jax.lax.stop_gradient(log_prob), 0)

@@ -1,0 +1,92 @@
+"""Sums of a few numbers in compact form, `12+34=` -> `46`: the laptop's task.
+
+Problems and verifier are reasoning-gym's `chain_sum`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import reasoning_gym
+
+from occ.tasks import splits
+from occ.tasks.task import Problem, Task
+from occ.tasks.tokenizer import CharacterTokenizer
+
+DIGITS = "0123456789"
+
+
+def load(
+    *, terms: int = 2, digits: int = 2, train_size: int = 8192, test_size: int = 1024, seed: int = 0
+) -> Task:
+    """Chains of additions and subtractions.
+
+    The reward is 1 for the exact answer and 0 otherwise: the package's verifier also accepts
+    leading zeros, signs and decimals, which a policy could learn instead of the task.
+
+    Args:
+      terms: numbers in a sum.
+      digits: decimal digits of each number.
+      train_size, test_size: distinct prompts.
+      seed: of the problems.
+    """
+    count = 8 * (train_size + test_size)
+    dataset = reasoning_gym.create_dataset(
+        "chain_sum",
+        size=count,
+        seed=seed,
+        min_terms=terms,
+        max_terms=terms,
+        min_digits=digits,
+        max_digits=digits,
+    )
+
+    def problems() -> Iterator[Problem]:
+        for index in range(count):
+            entry = dataset[index]
+            prompt = entry["metadata"]["expression"].replace(" ", "") + "="
+            yield Problem(prompt, entry["answer"], entry)
+
+    def verify(problem: Problem, completion: str) -> float:
+        if completion != problem.answer:
+            return 0.0
+        return float(dataset.score_answer(completion, problem.entry) == 1.0)
+
+    train, test = splits.split(problems(), train_size, test_size)
+    return Task(
+        name=f"arithmetic({terms} terms, {digits} digits)",
+        tokenizer=CharacterTokenizer(DIGITS + "+-="),
+        train=train,
+        test=test,
+        verifier=verify,
+        max_prompt_tokens=terms * (digits + 1),
+        # A sign, a further digit for carries, and the end token.
+        max_response_tokens=digits + len(str(terms)) + 2,
+    )
+
+
+def corrupt(answer: str, rng: np.random.Generator) -> str:
+    """The answer with exactly one digit replaced by another; sign and length stay.
+
+    The first digit may become 0, so that every digit is equally likely to be wrong.
+    """
+    places = [i for i, character in enumerate(answer) if character in DIGITS]
+    place = places[rng.integers(len(places))]
+    others = DIGITS.replace(answer[place], "")
+    return answer[:place] + others[rng.integers(len(others))] + answer[place + 1 :]
+
+
+def demonstrations(
+    problems: list[Problem], wrong_fraction: float, rng: np.random.Generator
+) -> list[str]:
+    """Answers to the problems, of which a fraction in expectation carries one wrong digit.
+
+    A model that is trained on these knows the right answer, which is the most frequent one, but
+    samples it only about as often as it was shown.
+    """
+    wrong = rng.random(len(problems)) < wrong_fraction
+    return [
+        corrupt(problem.answer, rng) if is_wrong else problem.answer
+        for problem, is_wrong in zip(problems, wrong, strict=True)
+    ]

@@ -1,0 +1,132 @@
+"""Tasks of the reasoning-gym package, as far as their verifiers are safe.
+
+Some verifiers of that package evaluate the model's answer as Python code. A model's output must
+never be run in this process, so only verifiers that were read and found to compare text or parse
+numbers are allowed; the dangerous ones are refused with the reason, all others as not reviewed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from occ.tasks import splits
+from occ.tasks.task import Problem, Task
+from occ.tasks.tokenizer import CharacterTokenizer
+
+_EVAL = "its verifier calls Python's eval on the model's answer"
+_SYMPY = "its verifier calls sympy's parse_expr, which evaluates the model's answer"
+
+REFUSED = {
+    "binary_matrix": _EVAL,
+    "bitwise_arithmetic": "its module evaluates expressions with Python's eval",
+    "codeio": "its module calls Python's exec",
+    "composite": "it hands the answer on to the verifiers of other tasks",
+    "countdown": _SYMPY,
+    "intermediate_integration": _SYMPY,
+    "n_queens": _EVAL,
+    "number_sorting": _EVAL,
+    "polynomial_multiplication": _SYMPY,
+    "propositional_logic": "its module evaluates formulas with a parse_expr of its own",
+    "puzzle24": _SYMPY,
+    "rubiks_cube": "its verifier expands the answer with a library's evaluator",
+    "simple_integration": _SYMPY,
+    "spiral_matrix": _EVAL,
+    "string_insertion": _EVAL,
+}
+
+# Verifiers inherited from the package's base class: they compare strings.
+_COMPARES_STRINGS = frozenset(
+    """aiw base_conversion binary_alternation caesar_cipher count_bits count_primes gcd
+    isomorphic_strings largest_island lcm leg_counting letter_counting maze modulo_grid
+    number_filtering number_sequence ransom_note rotate_matrix rotten_oranges simple_equations
+    simple_geometry string_manipulation string_splitting string_synthesis syllogism
+    word_sequence_reversal""".split()
+)
+# Verifiers of their own, read: they compare strings or parse numbers.
+_READ = frozenset(
+    """calendar_arithmetic chain_sum coin_flip decimal_chain_sum family_relationships gsm_symbolic
+    mini_sudoku path_star products shortest_path spell_backward sudoku word_sorting""".split()
+)
+ALLOWED = _COMPARES_STRINGS | _READ
+
+
+def check_allowed(dataset: str) -> None:
+    """Raises for a dataset whose verifier must not see a model's output.
+
+    Raises:
+      ValueError: unknown, refused or not reviewed; with the reason.
+    """
+    if dataset in REFUSED:
+        raise ValueError(
+            f"reasoning_gym: {dataset!r} is refused: {REFUSED[dataset]}. Choose one of "
+            f"{sorted(ALLOWED)}."
+        )
+    if dataset not in DATASETS:
+        raise ValueError(f"reasoning_gym: the package has no dataset {dataset!r}.")
+    if dataset not in ALLOWED:
+        raise ValueError(
+            f"reasoning_gym: the verifier of {dataset!r} was not reviewed. Read its score_answer, "
+            "and add the name to ALLOWED if it never evaluates the answer."
+        )
+
+
+def load(
+    *,
+    dataset: str,
+    train_size: int = 1024,
+    test_size: int = 256,
+    seed: int = 0,
+    max_response_tokens: int | None = None,
+    **options: Any,
+) -> Task:
+    """Any allowed dataset, with the package's own question as the prompt.
+
+    The reward is 1 where the package's verifier gives full marks, and 0 otherwise.
+
+    Args:
+      dataset: name in reasoning-gym.
+      train_size, test_size: distinct prompts.
+      seed: of the problems.
+      max_response_tokens: characters and an end token; default twice the longest answer.
+      **options: of the dataset's own configuration.
+
+    Raises:
+      ValueError: a dataset that is refused, unknown or not reviewed, or an option it rejects.
+    """
+    check_allowed(dataset)
+    count = 8 * (train_size + test_size)
+    known = set(DATASETS[dataset][1].__dataclass_fields__) - {"size", "seed"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(
+            f"reasoning_gym: {dataset!r} has no option {unknown}; expected some of {sorted(known)}."
+        )
+    source = reasoning_gym.create_dataset(dataset, size=count, seed=seed, **options)
+
+    def problems() -> Iterator[Problem]:
+        for index in range(count):
+            entry = source[index]
+            yield Problem(entry["question"], entry["answer"], entry)
+
+    def verify(problem: Problem, completion: str) -> float:
+        return float(source.score_answer(completion, problem.entry) >= 1.0)
+
+    train, test = splits.split(problems(), train_size, test_size)
+    everything = [*train, *test]
+    alphabet = sorted({c for p in everything for c in p.prompt + p.answer})
+    longest = max(len(problem.answer) for problem in everything)
+    return Task(
+        name=dataset,
+        tokenizer=CharacterTokenizer("".join(alphabet)),
+        train=train,
+        test=test,
+        verifier=verify,
+        max_prompt_tokens=max(len(problem.prompt) for problem in everything),
+        max_response_tokens=2 * longest + 1
+        if max_response_tokens is None
+        else max_response_tokens,
+    )

@@ -1,0 +1,101 @@
+"""The interface of a task: prompts with verifiable answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from occ.tasks.tokenizer import CharacterTokenizer
+
+
+class VerifierError(Exception):
+    """The verifier could not judge an answer; says nothing about the answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One prompt.
+
+    Attributes:
+      prompt: text as the model sees it.
+      answer: a correct answer, for demonstrations and logs.
+      entry: what the verifier needs besides.
+    """
+
+    prompt: str
+    answer: str
+    entry: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Prompts and a verifier.
+
+    Attributes:
+      name: of the task.
+      tokenizer: of prompts and answers.
+      train, test: problems; no prompt is in both.
+      verifier: `(problem, completion) -> reward in [0, 1]`; raises `VerifierError` if it fails.
+      max_prompt_tokens, max_response_tokens: tokens, enough for every problem here.
+    """
+
+    name: str
+    tokenizer: CharacterTokenizer
+    train: Sequence[Problem]
+    test: Sequence[Problem]
+    verifier: Callable[[Problem, str], float]
+    max_prompt_tokens: int
+    max_response_tokens: int
+
+    def verify_batch(
+        self, problems: Sequence[Problem], completions: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards of completions.
+
+        Args:
+          problems: N problems.
+          completions: N texts.
+
+        Returns:
+          float32 [N] rewards, and bool [N], False for samples that could not be judged: their
+          reward is 0 here and must not be used.
+        """
+        rewards = np.zeros(len(problems), np.float32)
+        valid = np.ones(len(problems), bool)
+        for i, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
+            try:
+                rewards[i] = self.verifier(problem, completion)
+            except VerifierError:
+                valid[i] = False
+        return rewards, valid
+
+
+def load(name: str, **options: Any) -> Task:
+    """Loads a task by name.
+
+    Args:
+      name: "arithmetic", or "reasoning_gym" with `dataset=...`.
+      **options: of that task's own loader.
+
+    Raises:
+      ValueError: unknown task or option.
+    """
+    # Each loader imports its package when it is asked for, so that one task can be used without
+    # the packages of all.
+    from occ.tasks import arithmetic, reasoning_gym
+
+    loaders: dict[str, Callable[..., Task]] = {
+        "arithmetic": arithmetic.load,
+        "reasoning_gym": reasoning_gym.load,
+    }
+    if name not in loaders:
+        raise ValueError(f"load: unknown task {name!r}; expected one of {sorted(loaders)}.")
+    try:
+        return loaders[name](**options)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise ValueError(f"load: task {name!r} does not take these options: {error}.") from None
+        raise

@@ -1,0 +1,78 @@
+"""A character tokenizer for models that are small enough for a laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+PAD_ID = 0
+END_ID = 1
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_RESERVED = 2
+
+
+class CharacterTokenizer:
+    """One token a character; token 0 is padding, token 1 ends a response.
+
+    Args:
+      alphabet: the characters, each once; their order gives the ids from 2 on.
+
+    Raises:
+      ValueError: a character occurs twice.
+
+    >>> tokenizer = CharacterTokenizer("0123456789+-=")
+    >>> tokenizer.encode("1+2=")
+    [3, 12, 4, 14]
+    >>> tokenizer.decode([3, 12, 4, 14, 1, 7])
+    '1+2='
+    """
+
+    pad_id = PAD_ID
+    end_id = END_ID
+
+    def __init__(self, alphabet: str):
+        if len(set(alphabet)) != len(alphabet):
+            raise ValueError(f"CharacterTokenizer: a character occurs twice in {alphabet!r}.")
+        self.alphabet = alphabet
+        self._ids = {character: i + _RESERVED for i, character in enumerate(alphabet)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, padding and end included."""
+        return len(self.alphabet) + _RESERVED
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without an end token.
+
+        Raises:
+          ValueError: a character that is not in the alphabet.
+        """
+        try:
+            return [self._ids[character] for character in text]
+        except KeyError as error:
+            raise ValueError(
+                f"CharacterTokenizer: character {error.args[0]!r} of {text!r} is not in the "
+                f"alphabet {self.alphabet!r}. Add it to the alphabet, or change the text."
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text before the first end token, padding left out."""
+        characters = []
+        for token in ids:
+            if token == END_ID:
+                break
+            if token >= self.vocab_size:
+                characters.append(UNKNOWN)  # a model may have more tokens than the tokenizer
+            elif token >= _RESERVED:
+                characters.append(self.alphabet[token - _RESERVED])
+        return "".join(characters)
+
+    def decode_batch(self, ids: np.ndarray, mask: np.ndarray) -> list[str]:
+        """Texts of the masked-in tokens of each row.
+
+        Args:
+          ids: int [B, T].
+          mask: bool [B, T].
+        """
+        return [self.decode(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]

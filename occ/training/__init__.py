@@ -1,0 +1,1 @@
+"""State, train step, rollout, loop."""

@@ -1,0 +1,83 @@
+"""The minibatch: what one gradient step reads."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Minibatch:
+    """Sampled sequences with what the losses need, in token alignment.
+
+    Every per-token array has its value at the index of the token that it is about. B rows, T
+    tokens a row, K MTP modules. A row holds one sequence or, packed, several.
+
+    Attributes:
+      tokens: int32 [B, T], prompt and response.
+      segment_ids: int32 [B, T], 0 on padding, 1..S for the sequences in a row.
+      positions: int32 [B, T], position within the sequence; 0 on padding.
+      response_mask: bool [B, T], sampled tokens that count in the losses: not prompt, not padding,
+        not of a group that dynamic sampling dropped, not of an invalid sample.
+      advantages: float32 [B, T], each token's advantage.
+      old_log_prob: float32 [B, T], main head, before the first minibatch of this rollout.
+      old_mtp_log_prob: float32 [K, B, T], the MTP modules' own, at the same moment.
+      rollout_log_prob: float32 [B, T], of the distribution that was sampled from.
+      reference_log_prob: float32 [B, T], of the frozen reference policy of the KL term; zeros
+        where that term is off.
+    """
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    response_mask: jax.Array
+    advantages: jax.Array
+    old_log_prob: jax.Array
+    old_mtp_log_prob: jax.Array
+    rollout_log_prob: jax.Array
+    reference_log_prob: jax.Array
+
+
+def split(batch: Minibatch, parts: int) -> list[Minibatch]:
+    """Cuts a rollout into minibatches of equal size, in order.
+
+    Raises:
+      ValueError: the rows cannot be divided evenly.
+    """
+    rows = batch.tokens.shape[0]
+    if parts < 1 or rows % parts:
+        raise ValueError(
+            f"split: {rows} sequences cannot be cut into {parts} equal minibatches. Choose "
+            "prompts_per_rollout as a multiple of minibatches_per_rollout."
+        )
+    size = rows // parts
+
+    def cut(index):
+        rows_of_part = slice(index * size, (index + 1) * size)
+        fields = dict(batch.items()) if hasattr(batch, "items") else vars(batch)
+        return batch.replace(
+            **{
+                name: value[:, rows_of_part] if name == "old_mtp_log_prob" else value[rows_of_part]
+                for name, value in fields.items()
+            }
+        )
+
+    return [cut(index) for index in range(parts)]
+
+
+def positions_from_segments(segment_ids: jax.Array) -> jax.Array:
+    """Position of every token within its sequence; 0 on padding.
+
+    Args:
+      segment_ids: int32 [B, T], each sequence contiguous, 0 on padding.
+
+    >>> positions_from_segments(jnp.array([[0, 1, 1, 2, 2, 2, 0]])).tolist()
+    [[0, 0, 1, 0, 1, 2, 0]]
+    """
+    index = jnp.broadcast_to(
+        jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape
+    )
+    previous = jnp.pad(segment_ids, [(0, 0), (1, 0)], constant_values=-1)[:, :-1]
+    start = jax.lax.cummax(jnp.where(segment_ids != previous, index, 0), axis=1)
+    return jnp.where(segment_ids > 0, index - start, 0)

@@ -1,0 +1,304 @@
+"""Configuration of a training run: frozen dataclasses, each field with its unit or reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from occ.models.config import ModelConfig
+from occ.objectives.policy import PolicyConfig
+
+REGIMES = ("rl_only", "detach", "ce", "policy", "occ", "occ_paper", "occ_released")
+
+
+def _one_of(owner: str, field: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{owner}.{field} must be one of {allowed}, got {value!r}.")
+
+
+def _positive(owner: str, **fields: float) -> None:
+    for field, value in fields.items():
+        if not value > 0:
+            raise ValueError(f"{owner}.{field} must be > 0, got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """The RL objective of the main head.
+
+    Attributes:
+      policy: the clipped token loss.
+      advantage: estimator over the samples of a prompt.
+      aggregation: how token losses become one number; named, since it changes the gradient by an
+        order of magnitude between projects.
+      constant_length: tokens, the divisor of aggregation "constant-length" (Dr.GRPO).
+      kl_coefficient: weight of the KL term to the reference policy; 0 is off.
+      kl_estimator: per-token estimator of it.
+      entropy_coefficient: weight of the entropy bonus; 0 is off.
+      importance_cap: truncation of the importance weight old / rollout policy; None is off.
+    """
+
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "grpo"
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant-length"
+    ] = "token-mean"
+    constant_length: int | None = None
+    kl_coefficient: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
+    entropy_coefficient: float = 0.0
+    importance_cap: float | None = None
+
+    def __post_init__(self):
+        if (self.aggregation == "constant-length") != (self.constant_length is not None):
+            raise ValueError(
+                "ObjectiveConfig: constant_length goes with aggregation='constant-length' and with "
+                f"no other, got {self.constant_length} with {self.aggregation!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPTrainingConfig:
+    """How the MTP modules are trained, and what their gradient does to the shared parameters.
+
+    The default measure is `gradients`, the exact c and v^2, although it costs a second backward
+    pass through the trunk (about half a step): it is the quantity that the coefficient is derived
+    from. The paper's `log_ratios` costs nothing, and is what the paper's own configurations use,
+    but its value does not track c / v^2 on the small models that we could measure, and it is 0
+    in the first minibatch of every rollout.
+
+    Attributes:
+      loss: "ce" (cross-entropy on the sampled responses), "policy" (the main head's policy loss
+        on MTP log-probs) or "none" (RL alone).
+      reference: old log-prob in the ratio of the policy loss, and in d_MTP of the log-ratio
+        measures: the main head's for the same token, or the module's own.
+      rule: coefficient on shared parameters: 0, fixed, or OCC.
+      coefficient: of rule "fixed".
+      measure: evidence for rule "optimal".
+      placement: "fused" weighs the losses before one backward pass through the trunk; "exact"
+        takes a backward pass for each, and knows the true c and v^2 (under every rule).
+      scale: lambda_+ of rule "optimal".
+      eps: added to v^2 for one module.
+      relative_ridge: for several modules.
+      bounds: clip range of the coefficients; None is none.
+      scale_own: scale the modules' own gradient too, as the paper's released code does.
+    """
+
+    loss: Literal["none", "ce", "policy"] = "policy"
+    reference: Literal["main", "own"] = "main"
+    rule: Literal["detach", "fixed", "optimal"] = "optimal"
+    coefficient: float = 0.2
+    measure: Literal["gradients", "log_ratios", "released_masked", "released_unmasked"] = (
+        "gradients"
+    )
+    placement: Literal["fused", "exact"] = "exact"
+    scale: float = 1.0
+    eps: float = 1e-8
+    relative_ridge: float = 1e-4
+    bounds: tuple[float, float] | None = None
+    scale_own: bool = False
+
+    def __post_init__(self):
+        _one_of("MTPTrainingConfig", "loss", self.loss, ("none", "ce", "policy"))
+        _one_of("MTPTrainingConfig", "reference", self.reference, ("main", "own"))
+        _one_of("MTPTrainingConfig", "rule", self.rule, ("detach", "fixed", "optimal"))
+        _one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
+        measures = ("gradients", "log_ratios", "released_masked", "released_unmasked")
+        _one_of("MTPTrainingConfig", "measure", self.measure, measures)
+        if self.placement == "fused" and self.rule == "optimal" and self.measure == "gradients":
+            raise ValueError(
+                "MTPTrainingConfig: placement='fused' must know the coefficient before the "
+                "backward pass through the trunk, when the gradients that measure='gradients' "
+                "needs do not exist yet. Use placement='exact', or measure='log_ratios'."
+            )
+
+
+def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:
+    """The named training regimes.
+
+        rl_only       the MTP modules are not trained
+        detach        cross-entropy on the modules alone (the industry's default)
+        ce            cross-entropy, fixed coefficient 0.2 on shared parameters
+        policy        policy loss, fixed coefficient 0.2
+        occ           policy loss, OCC with the exact c and v^2
+        occ_paper     policy loss, OCC with the paper's log-ratio proxy
+        occ_released  the paper's released code: unmasked mean of ratios, times 0.1 / K (scale is
+                      set for K = 1), modules' own gradient scaled too
+
+    Args:
+      name: one of `REGIMES`.
+      exact: measure the true c and v^2 in every regime, at the price of the second backward pass.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    placement: Literal["fused", "exact"] = "exact" if exact else "fused"
+    configs = {
+        "rl_only": MTPTrainingConfig(loss="none", rule="detach", placement="fused"),
+        "detach": MTPTrainingConfig(loss="ce", rule="detach", placement=placement),
+        "ce": MTPTrainingConfig(loss="ce", rule="fixed", placement=placement),
+        "policy": MTPTrainingConfig(loss="policy", rule="fixed", placement=placement),
+        "occ": MTPTrainingConfig(),
+        "occ_paper": MTPTrainingConfig(measure="log_ratios", placement=placement),
+        "occ_released": MTPTrainingConfig(
+            measure="released_unmasked", placement=placement, scale=0.1, scale_own=True
+        ),
+    }
+    if name not in configs:
+        raise ValueError(f"regime: expected one of {REGIMES}, got {name!r}.")
+    return configs[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW after clipping.
+
+    Attributes:
+      learning_rate: peak, constant after the warm-up.
+      warmup_steps: gradient steps of linear warm-up.
+      weight_decay: decoupled; per step it removes learning_rate * weight_decay of a weight.
+      decay: which parameters decay: "matrices" (kernels and embeddings) or "all" (the paper's).
+      b1, b2, adam_epsilon: Adam's.
+      clip_norm: global gradient norm above which gradients are scaled down.
+      clip_groups: "separate" clips shared parameters and the MTP modules' own as two groups, so
+        that an MTP loss with a large gradient does not shrink the policy's step; "together" uses
+        one norm, as the paper's release does.
+    """
+
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    decay: Literal["matrices", "all"] = "matrices"
+    b1: float = 0.9
+    b2: float = 0.999
+    adam_epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    clip_groups: Literal["separate", "together"] = "separate"
+
+    def __post_init__(self):
+        _positive("OptimizerConfig", clip_norm=self.clip_norm, adam_epsilon=self.adam_epsilon)
+        _one_of("OptimizerConfig", "decay", self.decay, ("matrices", "all"))
+        _one_of("OptimizerConfig", "clip_groups", self.clip_groups, ("separate", "together"))
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a rollout is sampled, judged and cut into minibatches.
+
+    Attributes:
+      prompts: prompts a rollout.
+      samples: responses a prompt (the group).
+      minibatches: gradient steps a rollout.
+      temperature, top_p, top_k: of sampling; top_k = 0 is off.
+      dynamic_sampling: drop groups whose rewards do not vary from the losses (DAPO); they are
+        counted either way.
+      overlong_buffer: tokens before the length limit over which a penalty grows; 0 is off.
+      overlong_penalty: its size at the limit.
+      overlong_filter: leave responses that were cut off out of the losses.
+    """
+
+    prompts: int = 64
+    samples: int = 8
+    minibatches: int = 4
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    dynamic_sampling: bool = False
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    overlong_filter: bool = False
+
+    def __post_init__(self):
+        _positive(
+            "RolloutConfig",
+            prompts=self.prompts,
+            samples=self.samples,
+            minibatches=self.minibatches,
+            temperature=self.temperature,
+        )
+        if self.samples < 2:
+            raise ValueError(
+                "RolloutConfig.samples must be at least 2, got 1: advantages compare the samples "
+                "of one prompt with each other, and a group of one has nothing to compare."
+            )
+        if self.prompts % self.minibatches:
+            raise ValueError(
+                f"RolloutConfig.prompts ({self.prompts}) must be a multiple of minibatches "
+                f"({self.minibatches}), so that no group is cut."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised learning before RL, so that a tiny model has something to elicit.
+
+    Attributes:
+      steps: gradient steps; 0 starts from random weights.
+      batch_size: demonstrations a step.
+      learning_rate: peak of a linear warm-up and cosine decay.
+      wrong_fraction: share of demonstrations that carry one wrong digit; the model then knows
+        the answer (its mode) without often sampling it.
+      mtp_weight: weight of the MTP cross-entropy beside the next-token one, trained jointly as in
+        DeepSeek-V3's pre-training (0.3).
+    """
+
+    steps: int = 0
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    wrong_fraction: float = 0.6
+    mtp_weight: float = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation during and after training.
+
+    Attributes:
+      every: rollouts between evaluations.
+      prompts: held-out prompts, the first ones of the test set.
+      samples: sampled responses a prompt (avg@k) at temperature 1.
+    """
+
+    every: int = 20
+    prompts: int = 256
+    samples: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run.
+
+    Attributes:
+      name: for the run folder.
+      model: architecture, with `model.mtp` for the modules.
+      task: name of a task in `occ.tasks`.
+      task_options: keyword options of that task.
+      objective, mtp, optimizer, rollout, warm_start, evaluation: see their classes.
+      rollouts: how many rollouts are trained on.
+      max_prompt_tokens, max_response_tokens: tokens; None takes the task's.
+      checkpoint_every: rollouts between checkpoints.
+      seed: of initialisation, data order and sampling.
+    """
+
+    name: str
+    model: ModelConfig
+    task: str
+    task_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    mtp: MTPTrainingConfig = dataclasses.field(default_factory=MTPTrainingConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    rollouts: int = 100
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None
+    checkpoint_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.mtp.loss != "none" and self.model.mtp.num_modules < 1:
+            raise ValueError(
+                f"TrainConfig: MTP loss {self.mtp.loss!r} with K = 0 modules. Give the model "
+                "modules (model.mtp.num_modules >= 1), or train with regime('rl_only')."
+            )

@@ -1,0 +1,242 @@
+"""From prompts to a minibatch: sample, verify, compare within groups, score."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from occ.generation.sampling import Generation, SamplingConfig, check_fits, generate
+from occ.objectives import advantages
+from occ.tasks import Problem, Task
+from occ.tasks.prompts import encode_prompts, prompt_indices
+from occ.training.batch import Minibatch, positions_from_segments
+from occ.training.config import TrainConfig
+from occ.training.stages import Stages
+
+
+class Scores(NamedTuple):
+    """Forward pass over sampled sequences, in token alignment.
+
+    Attributes:
+      log_prob: float [B, T], main head.
+      mtp_log_prob: float [K, B, T], MTP modules.
+      mtp_agrees: bool [K, B, T], the module's most likely token is the token that stands there.
+    """
+
+    log_prob: jax.Array
+    mtp_log_prob: jax.Array
+    mtp_agrees: jax.Array
+
+
+Generate = Callable[..., Generation]
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutPrograms:
+    """The compiled programs of a rollout; they are the same in every regime and for every seed.
+
+    Attributes:
+      sample: `(params, rest, prompts, prompt_mask, key) -> Generation` as in training.
+      greedy: the same with the most likely tokens.
+      plain: the same at temperature 1 without restriction, for evaluation.
+      score: `(params, rest, tokens, segment_ids) -> Scores`.
+    """
+
+    sample: Generate
+    greedy: Generate
+    plain: Generate
+    score: Callable[..., Scores]
+
+
+def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> RolloutPrograms:
+    """Jits what a rollout and an evaluation need.
+
+    Raises:
+      ValueError: prompts and responses do not fit the model's context, or the task's tokens its
+        vocabulary.
+    """
+    columns, response = lengths(config, task)
+    if task.tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"build_programs: task {task.name!r} has {task.tokenizer.vocab_size} tokens, the model "
+            f"only {config.model.vocab_size}. Raise ModelConfig.vocab_size."
+        )
+    rollout = config.rollout
+    plain = SamplingConfig(
+        max_new_tokens=response,
+        stop_tokens=(task.tokenizer.end_id,),
+        pad_token=task.tokenizer.pad_id,
+    )
+    check_fits(np.ones((1, columns), bool), config.model.max_length, plain)
+    sample = dataclasses.replace(
+        plain, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
+    )
+    greedy = dataclasses.replace(plain, temperature=0.0)
+
+    def program(sampling):
+        return jax.jit(lambda *arguments: generate(graphdef, *arguments, config=sampling))
+
+    def score(params, rest, tokens, segment_ids):
+        positions = positions_from_segments(segment_ids)
+        stages = Stages(graphdef, rest, tokens, positions, segment_ids, rollout.temperature)
+        main, *heads = stages.score(params)
+        if not heads:
+            nothing = jnp.zeros((0, *tokens.shape), main.log_prob.dtype)
+            return Scores(main.log_prob, nothing, nothing > 0)
+        agrees = [
+            (head.greedy == tokens) & stages.predictable(depth)
+            for depth, head in enumerate(heads, start=1)
+        ]
+        return Scores(
+            main.log_prob, jnp.stack([head.log_prob for head in heads]), jnp.stack(agrees)
+        )
+
+    return RolloutPrograms(program(sample), program(greedy), program(plain), jax.jit(score))
+
+
+def lengths(config: TrainConfig, task: Task) -> tuple[int, int]:
+    """Prompt columns and response tokens of a run: the configuration's, or else the task's."""
+    prompt, response = config.max_prompt_tokens, config.max_response_tokens
+    return (
+        task.max_prompt_tokens if prompt is None else prompt,
+        task.max_response_tokens if response is None else response,
+    )
+
+
+class Rollout(NamedTuple):
+    """A rollout, ready to train on.
+
+    Attributes:
+      batch: all its sequences, [prompts x samples] rows, the samples of a prompt together.
+      metrics: what was measured, as Python numbers.
+      examples: (prompt, completion, reward) of the first sample of a few prompts, for the log.
+    """
+
+    batch: Minibatch
+    metrics: dict[str, float]
+    examples: list[tuple[str, str, float]]
+
+
+def collect(
+    programs: RolloutPrograms,
+    params: Any,
+    rest: Any,
+    config: TrainConfig,
+    task: Task,
+    step: int,
+    reference_params: Any = None,
+) -> Rollout:
+    """Samples, verifies and scores the rollout number `step`.
+
+    Which prompts it takes, and its random numbers, depend on the seed and the step alone: not on
+    the regime, and not on what was sampled before.
+
+    Args:
+      programs: from `build_programs`.
+      params, rest: the policy.
+      config: of the run.
+      task: prompts and verifier.
+      step: number of the rollout, from 0.
+      reference_params: frozen policy of the KL term; None where that term is off.
+    """
+    rollout = config.rollout
+    columns, response = lengths(config, task)
+    indices = prompt_indices(config.seed, step, rollout.prompts, len(task.train))
+    problems = [task.train[i] for i in indices for _ in range(rollout.samples)]
+    prompts, prompt_mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    sampled = programs.sample(params, rest, prompts, prompt_mask, key)
+    completions, rewards, valid = judge(task, problems, sampled, columns)
+
+    grouped = (rollout.prompts, rollout.samples)
+    shaped = rewards + _length_penalty(sampled, config, response)
+    advantage = advantages.group_advantages(
+        jnp.asarray(shaped).reshape(grouped),
+        jnp.asarray(valid).reshape(grouped),
+        method=config.objective.advantage,
+    )
+    kept = advantages.informative_groups(
+        jnp.asarray(shaped).reshape(grouped), jnp.asarray(valid).reshape(grouped)
+    )
+    counted = valid.copy()
+    if rollout.dynamic_sampling:
+        counted &= np.repeat(np.asarray(kept), rollout.samples)
+    if rollout.overlong_filter:
+        counted &= np.asarray(sampled.finished)
+
+    batch = _batch(programs, params, rest, sampled, prompt_mask, counted, advantage)
+    if reference_params is not None:
+        reference = programs.score(reference_params, rest, batch.tokens, batch.segment_ids)
+        batch = batch.replace(reference_log_prob=reference.log_prob)
+    metrics = _metrics(batch, sampled, rewards, valid, kept)
+    examples = [
+        (problems[i].prompt, completions[i], float(rewards[i]))
+        for i in range(0, len(problems), rollout.samples)
+    ][:4]
+    return Rollout(batch, metrics, examples)
+
+
+def judge(
+    task: Task, problems: list[Problem], sampled: Generation, columns: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Texts of the responses, their rewards, and which of them could be judged."""
+    tokens = np.asarray(sampled.tokens)[:, columns:]
+    mask = np.asarray(sampled.response_mask)[:, columns:]
+    completions = task.tokenizer.decode_batch(tokens, mask)
+    rewards, valid = task.verify_batch(problems, completions)
+    return completions, rewards, valid
+
+
+def _length_penalty(sampled: Generation, config: TrainConfig, response: int) -> np.ndarray:
+    rollout = config.rollout
+    if not rollout.overlong_buffer:
+        return np.zeros(sampled.lengths.shape, np.float32)
+    return np.asarray(
+        advantages.overlong_penalty(
+            sampled.lengths,
+            max_length=response,
+            buffer=rollout.overlong_buffer,
+            penalty=rollout.overlong_penalty,
+        )
+    )
+
+
+def _batch(programs, params, rest, sampled, prompt_mask, counted, advantage) -> Minibatch:
+    """The sequences with the old policies' log-probs."""
+    rows, time = sampled.tokens.shape
+    in_prompt = np.zeros((rows, time), bool)
+    in_prompt[:, : prompt_mask.shape[1]] = prompt_mask
+    segment_ids = (jnp.asarray(in_prompt) | sampled.response_mask).astype(jnp.int32)
+    response_mask = sampled.response_mask & jnp.asarray(counted)[:, None]
+    old = programs.score(params, rest, sampled.tokens, segment_ids)
+    return Minibatch(
+        tokens=sampled.tokens,
+        segment_ids=segment_ids,
+        positions=positions_from_segments(segment_ids),
+        response_mask=response_mask,
+        advantages=jnp.where(response_mask, advantage.reshape(rows, 1), 0),
+        old_log_prob=old.log_prob,
+        old_mtp_log_prob=old.mtp_log_prob,
+        rollout_log_prob=sampled.log_prob,
+        reference_log_prob=jnp.zeros_like(old.log_prob),
+    )
+
+
+def _metrics(batch, sampled, rewards, valid, kept) -> dict[str, float]:
+    mask = np.asarray(sampled.response_mask)
+    mismatch = np.abs(np.asarray(batch.old_log_prob) - np.asarray(batch.rollout_log_prob))
+    judged = max(int(valid.sum()), 1)
+    return {
+        "reward": float(rewards[valid].sum() / judged),
+        "rollout/invalid": float(1 - valid.mean()),
+        "rollout/zero_variance_groups": float(1 - np.asarray(kept).mean()),
+        "rollout/response_length": float(np.asarray(sampled.lengths).mean()),
+        "rollout/finished": float(np.asarray(sampled.finished).mean()),
+        "rollout/log_prob_mismatch": float(mismatch[mask].mean()),
+    }

@@ -1,0 +1,50 @@
+"""Everything that decides the future of a run, as one pytree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from occ.calibration import Calibration
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class TrainState:
+    """State of training.
+
+    Attributes:
+      step: int32 [], minibatches seen, skipped ones included.
+      params: nested dict of arrays, the trained parameters.
+      rest: the model's other variables (a router's correction bias); {} without any.
+      opt_state: the optimizer's.
+      calibration: `CalibrationState`, the same tree in both placements; () without MTP loss.
+      skipped: int32 [], updates left out because a loss or gradient was not finite.
+    """
+
+    step: jax.Array
+    params: Any
+    rest: Any
+    opt_state: Any
+    calibration: Any
+    skipped: jax.Array
+
+
+def init_state(
+    params: Any,
+    rest: Any,
+    optimizer: optax.GradientTransformation,
+    calibration: Calibration | None,
+) -> TrainState:
+    """A fresh state around given parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        rest=rest,
+        opt_state=optimizer.init(params),
+        calibration=() if calibration is None else calibration.init(params),
+        skipped=jnp.zeros((), jnp.int32),
+    )

@@ -22,13 +22,13 @@ def laptop() -> TrainConfig:
     return TrainConfig(
         name="laptop",
         model=ModelConfig(
-            vocab_size=15,
+            vocab_size=14,
             num_layers=2,
             width=64,
             num_heads=4,
             num_kv_heads=2,
             head_dim=16,
-            mlp_width=256,
+            mlp_width=128,
             max_length=16,
             mtp=MTPConfig(num_modules=1),
         ),
@@ -36,6 +36,6 @@ def laptop() -> TrainConfig:
         rollouts=100,
         rollout=RolloutConfig(prompts=64, samples=8, minibatches=4),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=80),
-        warm_start=WarmStartConfig(steps=1200, batch_size=256),
+        warm_start=WarmStartConfig(steps=2000, batch_size=128, learning_rate=8e-3),
         evaluation=EvaluationConfig(every=25, prompts=256, samples=4),
     )

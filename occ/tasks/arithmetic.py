@@ -18,9 +18,15 @@ DIGITS = "0123456789"
 
 
 def load(
-    *, terms: int = 2, digits: int = 2, train_size: int = 8192, test_size: int = 1024, seed: int = 0
+    *,
+    terms: int = 2,
+    digits: int = 2,
+    operators: str = "+",
+    train_size: int = 6000,
+    test_size: int = 1024,
+    seed: int = 0,
 ) -> Task:
-    """Chains of additions and subtractions.
+    """Chains of additions, or of additions and subtractions.
 
     The reward is 1 for the exact answer and 0 otherwise: the package's verifier also accepts
     leading zeros, signs and decimals, which a policy could learn instead of the task.
@@ -28,10 +34,16 @@ def load(
     Args:
       terms: numbers in a sum.
       digits: decimal digits of each number.
+      operators: "+" or "+-"; the harder second also has negative answers.
       train_size, test_size: distinct prompts.
       seed: of the problems.
+
+    Raises:
+      ValueError: other operators, or more prompts asked for than there are.
     """
-    count = 8 * (train_size + test_size)
+    if operators not in ("+", "+-"):
+        raise ValueError(f"arithmetic: operators must be '+' or '+-', got {operators!r}.")
+    count = 16 * (train_size + test_size)
     dataset = reasoning_gym.create_dataset(
         "chain_sum",
         size=count,
@@ -45,8 +57,9 @@ def load(
     def problems() -> Iterator[Problem]:
         for index in range(count):
             entry = dataset[index]
-            prompt = entry["metadata"]["expression"].replace(" ", "") + "="
-            yield Problem(prompt, entry["answer"], entry)
+            expression = entry["metadata"]["expression"].replace(" ", "")
+            if operators == "+-" or "-" not in expression:
+                yield Problem(expression + "=", entry["answer"], entry)
 
     def verify(problem: Problem, completion: str) -> float:
         if completion != problem.answer:
@@ -55,14 +68,14 @@ def load(
 
     train, test = splits.split(problems(), train_size, test_size)
     return Task(
-        name=f"arithmetic({terms} terms, {digits} digits)",
-        tokenizer=CharacterTokenizer(DIGITS + "+-="),
+        name=f"arithmetic({terms} terms, {digits} digits, {operators})",
+        tokenizer=CharacterTokenizer(DIGITS + operators + "="),
         train=train,
         test=test,
         verifier=verify,
         max_prompt_tokens=terms * (digits + 1),
-        # A sign, a further digit for carries, and the end token.
-        max_response_tokens=digits + len(str(terms)) + 2,
+        # A further digit for carries, a sign, and the end token.
+        max_response_tokens=digits + len(str(terms)) + ("-" in operators) + 1,
     )
 
 

@@ -126,7 +126,5 @@ def load(
         test=test,
         verifier=verify,
         max_prompt_tokens=max(len(problem.prompt) for problem in everything),
-        max_response_tokens=2 * longest + 1
-        if max_response_tokens is None
-        else max_response_tokens,
+        max_response_tokens=2 * longest + 1 if max_response_tokens is None else max_response_tokens,
     )

@@ -236,8 +236,9 @@ class WarmStartConfig:
       steps: gradient steps; 0 starts from random weights.
       batch_size: demonstrations a step.
       learning_rate: peak of a linear warm-up and cosine decay.
-      wrong_fraction: share of demonstrations that carry one wrong digit; the model then knows
-        the answer (its mode) without often sampling it.
+      clean_steps: leading steps on right answers alone, from which the task is learnt faster.
+      wrong_fraction: share of the later demonstrations that carry one wrong digit; the model then
+        knows the answer (its mode) without often sampling it.
       mtp_weight: weight of the MTP cross-entropy beside the next-token one, trained jointly as in
         DeepSeek-V3's pre-training (0.3).
     """
@@ -245,6 +246,7 @@ class WarmStartConfig:
     steps: int = 0
     batch_size: int = 256
     learning_rate: float = 2e-3
+    clean_steps: int = 0
     wrong_fraction: float = 0.6
     mtp_weight: float = 0.3
 

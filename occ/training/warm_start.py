@@ -111,7 +111,8 @@ def demonstration_batch(
     rng = np.random.default_rng((config.seed, step))
     chosen = rng.integers(len(task.train), size=settings.batch_size)
     problems = [task.train[i] for i in chosen]
-    answers = demonstrations(problems, settings.wrong_fraction, rng)
+    wrong_fraction = 0.0 if step < settings.clean_steps else settings.wrong_fraction
+    answers = demonstrations(problems, wrong_fraction, rng)
     columns, response = lengths(config, task)
     prompts, prompt_mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
     tokens = np.full((len(problems), response), task.tokenizer.pad_id, np.int32)

@@ -1,0 +1,89 @@
+"""What a person sees while a run goes on: a progress bar, TensorBoard events, a clean Ctrl-C."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import tqdm
+from tensorboardX import SummaryWriter
+
+
+class Interrupt:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish to stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.wished = False
+
+    def __call__(self) -> bool:
+        return self.wished
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.wished:
+            raise KeyboardInterrupt
+        self.wished = True
+        tqdm.tqdm.write("stopping after this rollout; once more to stop at once")
+
+
+@contextmanager
+def interrupt() -> Iterator[Interrupt]:
+    """Catches Ctrl-C and SIGTERM while the block runs."""
+    wish = Interrupt()
+    before = {
+        number: signal.signal(number, wish._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield wish
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class RunReporter:
+    """Progress bar and TensorBoard events of one run.
+
+    Args:
+      title: before the bar.
+      folder: of the run; events go to its `tensorboard/`.
+      total: rollouts.
+    """
+
+    def __init__(self, title: str, folder: pathlib.Path, total: int):
+        self._bar = tqdm.tqdm(total=total, desc=title, unit="rollout", mininterval=1.0)
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Shows a row of metrics."""
+        number = row["rollout"]
+        self._bar.update(number + 1 - self._bar.n)
+        self._bar.set_postfix_str(summary(row))
+        for name, value in row.items():
+            for suffix, scalar in _scalars(value):
+                self._writer.add_scalar(name + suffix, scalar, number)
+
+    def close(self) -> None:
+        """Ends the bar and flushes the events."""
+        self._bar.close()
+        self._writer.close()
+
+
+def summary(row: dict[str, Any]) -> str:
+    """Reward, coefficient and cosine of a row, in a few characters."""
+    cosine = row.get("true/cosine", row.get("occ/cosine"))
+    parts = [f"reward {row['reward']:.3f}"]
+    if "occ/coefficient" in row:
+        parts.append("coefficient " + ",".join(f"{x:+.3f}" for x in row["occ/coefficient"]))
+    if cosine is not None:
+        parts.append("cosine " + ",".join(f"{x:+.2f}" for x in cosine))
+    return "  ".join(parts)
+
+
+def _scalars(value: Any) -> list[tuple[str, float]]:
+    array = np.asarray(value, np.float64)
+    if array.ndim == 0:
+        return [("", float(array))]
+    return [(f"/{i + 1}", float(x)) for i, x in enumerate(array.ravel())]

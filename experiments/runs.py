@@ -1,0 +1,82 @@
+"""Shared steps of the experiments: tasks, starting points, one run in one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import tqdm
+
+from experiments.progress import RunReporter
+from occ import tasks
+from occ.training import loop
+from occ.training.config import TrainConfig
+from occ.training.start import load_start, save_start
+from occ.training.warm_start import warm_start
+
+
+def load_task(config: TrainConfig) -> tasks.Task:
+    """The task of a configuration."""
+    return tasks.load(config.task, **config.task_options)
+
+
+def starting_point(
+    config: TrainConfig, task: tasks.Task, programs: loop.Programs, folder: pathlib.Path
+) -> tuple[Any, Any]:
+    """Parameters after the warm start, from the folder if it was done there before.
+
+    The cache is keyed on everything that decides it, so a changed setting never finds a stale one.
+    """
+    model, settings = config.model, config.warm_start
+    decides = {
+        "model": dataclasses.asdict(model),
+        "warm_start": dataclasses.asdict(settings),
+        "task": [config.task, config.task_options],
+        "seed": config.seed,
+    }
+    fresh = loop.init_model(config)
+    cached = load_start(folder, decides, fresh)
+    if cached is not None:
+        return cached
+    started = time.perf_counter()
+    with tqdm.tqdm(total=settings.steps, desc="warm start", unit="step") as bar:
+
+        def show(step: int, losses: list[float]) -> None:
+            bar.update(step + 1 - bar.n)
+            bar.set_postfix_str("cross-entropy " + ", ".join(f"{loss:.3f}" for loss in losses))
+
+        params = warm_start(programs.graphdef, *fresh, config, task, show)
+    params = jax.block_until_ready(params)
+    save_start(folder, decides, (params, fresh[1]))
+    tqdm.tqdm.write(f"warm start: {time.perf_counter() - started:.0f} s")
+    return params, fresh[1]
+
+
+def run(
+    title: str,
+    config: TrainConfig,
+    task: tasks.Task,
+    programs: loop.Programs,
+    start: tuple[Any, Any],
+    folder: pathlib.Path,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """One training run with a progress bar; a finished one is not repeated."""
+    result_file = folder / "result.json"
+    if result_file.exists():
+        return loop.run(config, task, programs, start, folder)
+    reporter = RunReporter(title, folder, config.rollouts)
+    try:
+        return loop.run(config, task, programs, start, folder, reporter, should_stop)
+    finally:
+        reporter.close()
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file for people to read."""
+    file.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,65 @@
+"""Held-out accuracy of a policy, and how well its MTP modules would draft for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from occ.tasks import Task
+from occ.tasks.prompts import encode_prompts
+from occ.training.config import TrainConfig
+from occ.training.rollout import RolloutPrograms, judge, lengths
+
+SAMPLING_KEY = 2**31 - 1  # apart from the keys of rollouts, which count from 0
+
+
+def evaluate(
+    programs: RolloutPrograms, params: Any, rest: Any, config: TrainConfig, task: Task
+) -> dict[str, Any]:
+    """Accuracies on the first held-out prompts.
+
+    Returns:
+      "greedy": share of prompts whose most likely response is correct.
+      "sampled": avg@k at temperature 1.
+      "mtp_acceptance": a list [K], share of the greedy response's tokens that each module
+        predicts; for the first module, what speculative decoding would accept.
+    """
+    count, k = config.evaluation.prompts, config.evaluation.samples
+    problems = list(task.test[:count])
+    if len(problems) < count:
+        raise ValueError(
+            f"evaluate: {count} test prompts are asked for, task {task.name!r} has "
+            f"{len(problems)}. Lower EvaluationConfig.prompts, or raise the task's test_size."
+        )
+    columns, _ = lengths(config, task)
+    prompts, mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
+    key = jax.random.fold_in(jax.random.key(config.seed), SAMPLING_KEY)
+
+    greedy = programs.greedy(params, rest, prompts, mask, key)
+    _, greedy_rewards, greedy_valid = judge(task, problems, greedy, columns)
+    repeated = [problem for problem in problems for _ in range(k)]
+    sampled = programs.plain(
+        params, rest, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
+    )
+    _, rewards, valid = judge(task, repeated, sampled, columns)
+    return {
+        "greedy": _share(greedy_rewards, greedy_valid),
+        "sampled": _share(rewards, valid),
+        "mtp_acceptance": _acceptance(programs, params, rest, greedy, mask),
+    }
+
+
+def _share(rewards: np.ndarray, valid: np.ndarray) -> float:
+    return float(rewards[valid].mean()) if valid.any() else float("nan")
+
+
+def _acceptance(programs, params, rest, greedy, prompt_mask) -> list[float]:
+    in_prompt = np.zeros(greedy.tokens.shape, bool)
+    in_prompt[:, : prompt_mask.shape[1]] = prompt_mask
+    segment_ids = (jnp.asarray(in_prompt) | greedy.response_mask).astype(jnp.int32)
+    scores = programs.score(params, rest, greedy.tokens, segment_ids)
+    mask = np.asarray(greedy.response_mask)
+    return [float(np.asarray(agrees)[mask].mean()) for agrees in scores.mtp_agrees]

@@ -1,0 +1,143 @@
+"""The files of a run: configuration, versions, metrics, samples, result."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+import jax
+import numpy as np
+
+from occ.training.config import TrainConfig
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
+
+
+class RunFolder:
+    """One run's folder.
+
+        config.json        the resolved configuration; a run is only ever resumed with the same
+        environment.json   package versions, commit, devices
+        metrics.jsonl      a row a rollout
+        samples.jsonl      sample completions
+        result.json        written once, at the end
+        checkpoints/       Orbax
+
+    Args:
+      path: the folder; made if missing.
+      config: the run's configuration.
+
+    Raises:
+      ValueError: the folder holds a run with another configuration; the fields are named.
+    """
+
+    def __init__(self, path: pathlib.Path, config: TrainConfig):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        resolved = json.loads(json.dumps(dataclasses.asdict(config)))
+        self._check_same(resolved)
+        _write_json(path / "config.json", resolved)
+        if not (path / "environment.json").exists():
+            _write_json(path / "environment.json", environment())
+
+    def _check_same(self, resolved: dict[str, Any]) -> None:
+        file = self.path / "config.json"
+        if not file.exists():
+            return
+        before, now = _flatten(json.loads(file.read_text())), _flatten(resolved)
+        different = sorted(
+            name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
+        )
+        if different:
+            changes = ", ".join(
+                f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in different
+            )
+            raise ValueError(
+                f"run folder {self.path} holds a run with another configuration ({changes}). "
+                "Resume it with the same one, or choose another folder."
+            )
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run; None while there is none."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Writes the result."""
+        _write_json(self.path / "result.json", result)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl."""
+        return read_rows(self.path / "metrics.jsonl")
+
+    def keep_rows_before(self, rollout: int) -> None:
+        """Drops rows from `rollout` on, which a resumed run writes again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            file = self.path / name
+            if file.exists():
+                kept = [row for row in read_rows(file) if row["rollout"] < rollout]
+                _replace(file, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, row: dict[str, Any], name: str = "metrics.jsonl") -> None:
+        """Adds one row."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; a last line that was cut off by a crash is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics as Python numbers, and lists of numbers for what is measured of each module."""
+    return {name: np.asarray(value).tolist() for name, value in metrics.items()}
+
+
+def environment() -> dict[str, Any]:
+    """Package versions, commit and devices."""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "devices": [str(device) for device in jax.devices()],
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this file is in; None outside one."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def _write_json(file: pathlib.Path, value: Any) -> None:
+    _replace(file, json.dumps(value, indent=2) + "\n")
+
+
+def _replace(file: pathlib.Path, text: str) -> None:
+    """Writes beside the file, then renames: a reader sees the old text or the new."""
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(text)
+    beside.replace(file)

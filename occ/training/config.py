@@ -259,11 +259,13 @@ class EvaluationConfig:
       every: rollouts between evaluations.
       prompts: held-out prompts, the first ones of the test set.
       samples: sampled responses a prompt (avg@k) at temperature 1.
+      top_p: nucleus of those samples; 1 is off.
     """
 
     every: int = 20
     prompts: int = 256
     samples: int = 4
+    top_p: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

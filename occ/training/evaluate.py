@@ -41,7 +41,7 @@ def evaluate(
     greedy = programs.greedy(params, rest, prompts, mask, key)
     _, greedy_rewards, greedy_valid = judge(task, problems, greedy, columns)
     repeated = [problem for problem in problems for _ in range(k)]
-    sampled = programs.plain(
+    sampled = programs.evaluation(
         params, rest, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
     )
     _, rewards, valid = judge(task, repeated, sampled, columns)

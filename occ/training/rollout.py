@@ -44,13 +44,13 @@ class RolloutPrograms:
     Attributes:
       sample: `(params, rest, prompts, prompt_mask, key) -> Generation` as in training.
       greedy: the same with the most likely tokens.
-      plain: the same at temperature 1 without restriction, for evaluation.
+      evaluation: the same as `EvaluationConfig` says, at temperature 1.
       score: `(params, rest, tokens, segment_ids) -> Scores`.
     """
 
     sample: Generate
     greedy: Generate
-    plain: Generate
+    evaluation: Generate
     score: Callable[..., Scores]
 
 
@@ -78,6 +78,7 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
         plain, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
     )
     greedy = dataclasses.replace(plain, temperature=0.0)
+    evaluation = dataclasses.replace(plain, top_p=config.evaluation.top_p)
 
     def program(sampling):
         return jax.jit(lambda *arguments: generate(graphdef, *arguments, config=sampling))
@@ -97,7 +98,7 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
             main.log_prob, jnp.stack([head.log_prob for head in heads]), jnp.stack(agrees)
         )
 
-    return RolloutPrograms(program(sample), program(greedy), program(plain), jax.jit(score))
+    return RolloutPrograms(program(sample), program(greedy), program(evaluation), jax.jit(score))
 
 
 def lengths(config: TrainConfig, task: Task) -> tuple[int, int]:

@@ -1,0 +1,74 @@
+"""One training run: `python -m experiments.train CONFIG [--regime NAME] [--config.FIELD VALUE]`.
+
+For example
+
+    python -m experiments.train laptop --regime occ_paper --config.seed 1 --config.rollouts 40
+
+Ctrl-C ends after the rollout in hand; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from typing import Literal
+
+import tyro
+
+from experiments import runs
+from experiments.configs import CONFIGS
+from experiments.progress import interrupt
+from occ.training import loop
+from occ.training.config import TrainConfig, regime
+
+RegimeName = Literal["rl_only", "detach", "ce", "policy", "occ", "occ_paper", "occ_released"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of one run.
+
+    Attributes:
+      config: the configuration; every field can be given.
+      regime: a named training regime in place of `config.mtp`.
+      folder: for the run; default runs/CONFIG/REGIME-seedN.
+    """
+
+    config: TrainConfig
+    regime: RegimeName | None = None
+    folder: pathlib.Path | None = None
+
+
+def train(arguments: Arguments) -> int:
+    """Runs it; returns the exit status, 130 if it was interrupted."""
+    config = arguments.config
+    if arguments.regime is not None:
+        config = dataclasses.replace(config, mtp=regime(arguments.regime))
+    label = "custom" if arguments.regime is None else arguments.regime
+    root = pathlib.Path("runs") / config.name
+    folder = arguments.folder or root / f"{label}-seed{config.seed}"
+    task = runs.load_task(config)
+    programs = loop.build(config, task)
+    start = runs.starting_point(config, task, programs, root / "starts")
+    with interrupt() as should_stop:
+        result = runs.run(label, config, task, programs, start, folder, should_stop)
+    if result is None:
+        print(f"stopped; the same command goes on from the checkpoint in {folder}")
+        return 130
+    final = result["final"]
+    print(
+        f"{folder}: greedy {final['greedy']:.3f}, sampled {final['sampled']:.3f}, MTP acceptance "
+        + ", ".join(f"{share:.3f}" for share in final["mtp_acceptance"])
+    )
+    return 0
+
+
+def main() -> int:
+    """Reads the command line."""
+    commands = {name: (build.__doc__ or "", Arguments(build())) for name, build in CONFIGS.items()}
+    return train(tyro.extras.overridable_config_cli(commands))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

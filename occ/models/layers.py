@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from occ.measures import accumulation_dtype
 from occ.models.config import ModelConfig
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     """float32, or the dtype itself where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return accumulation_dtype(dtype)
 
 
 class Linear(nnx.Module):
@@ -120,6 +121,30 @@ class Context(NamedTuple):
     index: jax.Array | None = None
 
 
+def attend(
+    query: Float[Array, "batch time heads head_dim"],
+    key: Float[Array, "batch columns kv_heads head_dim"],
+    value: Float[Array, "batch columns kv_heads head_dim"],
+    mask: Bool[Array, "batch 1 time columns"],
+) -> Float[Array, "batch time heads head_dim"]:
+    """softmax(q k^T / sqrt(head_dim)) v, softmax at least in float32.
+
+    Heads h * heads / kv_heads and those after it share key head h.
+
+    Reference: Ainslie et al., GQA, arXiv 2305.13245.
+    """
+    if query.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    # JAX's function takes the softmax in float32 whatever it is given, which would leave float64
+    # with eight digits.
+    batch, time, heads, head_dim = query.shape
+    grouped = query.reshape(batch, time, key.shape[2], -1, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key) * head_dim**-0.5
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores, axis=-1), value)
+    return mixed.reshape(batch, time, heads, head_dim)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
@@ -161,7 +186,7 @@ class Attention(nnx.Module):
                 )
             )
             key, value = cache
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=context.mask)
+        mixed = attend(query, key, value, context.mask)
         return self.output(mixed.reshape(batch, time, -1)), cache
 
 

@@ -198,7 +198,7 @@ class Decoder(nnx.Module):
             cache.segment_ids, segment_ids, cache.index, axis=1
         )
         query_column = cache.index + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        causal = jnp.arange(columns)[None, :] <= query_column[:, None]
+        causal = jnp.arange(columns, dtype=jnp.int32)[None, :] <= query_column[:, None]
         same = segment_ids[:, :, None] == filled[:, None, :]
         mask = (causal[None] & same)[:, None]
         context = Context(positions, mask, segment_ids > 0, cache.index)

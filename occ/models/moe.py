@@ -81,7 +81,8 @@ class MixtureOfExperts(nnx.Module):
         grouped = choice.reshape(-1, moe.num_groups, size)
         group_score = jnp.sum(jax.lax.top_k(grouped, min(2, size))[0], axis=-1)
         _, best = jax.lax.top_k(group_score, moe.top_groups)
-        kept = jnp.any(best[:, :, None] == jnp.arange(moe.num_groups)[None, None], axis=1)
+        groups = jnp.arange(moe.num_groups, dtype=best.dtype)
+        kept = jnp.any(best[:, :, None] == groups[None, None], axis=1)
         return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
 
     def _dispatch(self, tokens_NxD, valid_N, experts_Nxk, gates_Nxk):

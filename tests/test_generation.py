@@ -1,0 +1,323 @@
+"""Cached decoding against full forward passes, and sampling against its distribution."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from occ.generation.sampling import SamplingConfig, check_fits, generate, restrict, sample_token
+from occ.models.decoder import merge_model
+from tests.reference_models import MOE, random_model, rows, small_config
+
+SIZES = pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+LENGTHS = (2, 5, 3)
+PROMPT, NEW = 5, 6
+KEY = jax.random.key(7)
+
+sample = jax.jit(generate, static_argnums=0, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_logits(graphdef, params, rest, tokens, positions, segment_ids):
+    model = merge_model(graphdef, params, rest)
+    return model.logits(model.trunk(tokens, positions, segment_ids).hidden)
+
+
+def prompts(config, lengths=LENGTHS, columns=PROMPT, seed=0):
+    tokens, _, segment_ids = rows(config, lengths, columns, "left", seed)
+    return jnp.asarray(tokens), jnp.asarray(segment_ids == 1)
+
+
+def whole(generation, prompt_mask):
+    """Tokens, positions and segment ids of prompts with their responses."""
+    segment_ids = np.asarray(generation.response_mask).astype(np.int32)
+    segment_ids[:, : prompt_mask.shape[1]] = np.asarray(prompt_mask)
+    positions = np.maximum(np.cumsum(segment_ids, axis=1) - 1, 0) * segment_ids
+    return np.asarray(generation.tokens), positions.astype(np.int32), segment_ids
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def restricted_by_loop(logits, config):
+    """Log-probs of one row: sort, cut, renormalise."""
+    logits = np.asarray(logits, np.float64) / config.temperature
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    if config.top_k:
+        order = order[: config.top_k]
+    probability = np.exp(log_softmax(logits[order]))
+    kept, total = [], 0.0
+    for token, p in zip(order, probability, strict=True):
+        if total < config.top_p:
+            kept.append(token)
+        total += p
+    result = np.full(len(logits), -np.inf)
+    result[kept] = log_softmax(logits[kept])
+    return result
+
+
+# -- the cache --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extended(graphdef, params, rest, tokens, positions, segment_ids):
+    """A prefill of all but the last four columns, and four single steps."""
+    model = merge_model(graphdef, params, rest)
+    time = tokens.shape[1]
+    cache, states = model.empty_cache(tokens.shape[0], time + 2), []
+    for start, end in [(0, time - 4), *((t, t + 1) for t in range(time - 4, time))]:
+        part = slice(start, end)
+        hidden, cache = model.extend(
+            tokens[:, part], positions[:, part], segment_ids[:, part], cache
+        )
+        states.append(hidden)
+    return model.logits(jnp.concatenate(states, axis=1)), cache
+
+
+@SIZES
+def test_cached_steps_are_the_full_forward_pass(x64, moe):
+    config = small_config(moe=moe, num_layers=3, qk_norm=True, rotary_fraction=0.5)
+    model = random_model(config)
+    inputs = rows(config, [6, 9, 7], 9, "left")
+    got, cache = extended(*model, *inputs)
+    present = inputs[2] > 0
+    expected = np.asarray(full_logits(*model, *inputs))
+    np.testing.assert_allclose(np.asarray(got)[present], expected[present], atol=1e-10)
+    assert cache.index == 9
+    np.testing.assert_array_equal(cache.segment_ids[:, :9], inputs[2])
+    assert not cache.segment_ids[:, 9:].any()
+
+
+@pytest.mark.standard_promotion  # jax.nn.dot_product_attention mixes dtypes
+@SIZES
+def test_bfloat16_cache_is_near_the_full_forward_pass(moe):
+    config = small_config(dtype="float32", compute_dtype="bfloat16", moe=moe)
+    model = random_model(config)
+    inputs = rows(config, [6, 7], 7, "left")
+    got, cache = extended(*model, *inputs)
+    assert {stack.keys.dtype for stack in cache.stacks} == {jnp.dtype("bfloat16")}
+    present = inputs[2] > 0
+    expected = np.asarray(full_logits(*model, *inputs))[present]
+    error = np.linalg.norm(np.asarray(got)[present] - expected)
+    assert error < 0.02 * np.linalg.norm(expected)
+
+
+# -- responses --------------------------------------------------------------------------------
+
+
+@SIZES
+def test_greedy_is_the_argmax_step_by_step(moe):
+    config = small_config(1, dtype="float32", moe=moe)
+    model = random_model(config)
+    tokens, mask = prompts(config)
+    got = sample(*model, tokens, mask, KEY, config=SamplingConfig(NEW, temperature=0.0))
+    sequences, positions, segment_ids = whole(got, mask)
+    logits = np.asarray(full_logits(*model, sequences, positions, segment_ids))
+    np.testing.assert_array_equal(sequences[:, PROMPT:], logits[:, PROMPT - 1 : -1].argmax(-1))
+    np.testing.assert_array_equal(got.lengths, [NEW] * 3)
+    assert not got.finished.any()
+    assert got.response_mask[:, PROMPT:].all() and not got.response_mask[:, :PROMPT].any()
+    assert (np.asarray(got.log_prob) == 0).all()
+    np.testing.assert_array_equal(sequences[:, :PROMPT], np.where(mask, tokens, 0))
+
+
+@SIZES
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.7}, {"top_k": 3}, {"temperature": 1.5, "top_k": 6, "top_p": 0.6}],
+    ids=str,
+)
+def test_log_prob_is_that_of_the_distribution_drawn_from(moe, settings):
+    config = small_config(1, dtype="float32", moe=moe)
+    model = random_model(config)
+    tokens, mask = prompts(config)
+    sampling = SamplingConfig(NEW, **settings)
+    got = sample(*model, tokens, mask, KEY, config=sampling)
+    sequences, positions, segment_ids = whole(got, mask)
+    logits = np.asarray(full_logits(*model, sequences, positions, segment_ids))
+    assert got.log_prob.dtype == jnp.float32
+    assert (np.asarray(got.log_prob)[:, :PROMPT] == 0).all()
+    for row in range(3):
+        for t in range(PROMPT, PROMPT + NEW):
+            expected = log_softmax(logits[row, t - 1])
+            if settings:
+                expected = restricted_by_loop(logits[row, t - 1], sampling)
+            expected = expected[sequences[row, t]]
+            np.testing.assert_allclose(got.log_prob[row, t], expected, atol=1e-4)
+
+
+def test_a_stop_token_ends_its_row():
+    """What greedy decoding says third in the first row becomes a stop token."""
+    config = small_config(dtype="float32")
+    model = random_model(config)
+    tokens, mask = prompts(config)
+    free = sample(*model, tokens, mask, KEY, config=SamplingConfig(NEW))
+    responses = np.asarray(free.tokens)[:, PROMPT:]
+    stops = (int(responses[0, 2]), int(responses[1, 4]))
+    sampling = SamplingConfig(NEW, stop_tokens=stops, pad_token=12)
+    got = sample(*model, tokens, mask, KEY, config=sampling)
+    lengths = []
+    for row in range(3):
+        at = [t for t in range(NEW) if responses[row, t] in stops]
+        length = at[0] + 1 if at else NEW
+        lengths.append(length)
+        expected = np.full(NEW, 12)
+        expected[:length] = responses[row, :length]
+        np.testing.assert_array_equal(got.tokens[row, PROMPT:], expected)
+        np.testing.assert_array_equal(got.response_mask[row, PROMPT:], np.arange(NEW) < length)
+        assert got.finished[row] == bool(at)
+        kept = np.where(np.arange(NEW) < length, np.asarray(free.log_prob)[row, PROMPT:], 0)
+        np.testing.assert_allclose(got.log_prob[row, PROMPT:], kept, atol=1e-6)
+    np.testing.assert_array_equal(got.lengths, lengths)
+    assert min(lengths) < NEW
+    assert (np.asarray(got.tokens)[:, :PROMPT][~np.asarray(mask)] == 12).all()
+
+
+def test_a_stop_token_in_the_last_column_is_an_end():
+    config = small_config(dtype="float32")
+    model = random_model(config)
+    tokens, mask = prompts(config, (3,))
+    free = np.asarray(sample(*model, tokens, mask, KEY, config=SamplingConfig(NEW)).tokens)[0]
+    first = next(n for n in range(1, NEW + 1) if free[PROMPT + n - 1] not in free[PROMPT:][: n - 1])
+    last = int(free[PROMPT + first - 1])
+    sampling = SamplingConfig(first, stop_tokens=(last,))
+    got = sample(*model, tokens, mask, KEY, config=sampling)
+    assert got.finished[0] and got.lengths[0] == first
+
+
+def test_decoding_stops_when_all_rows_have_ended():
+    """Every token is a stop token, so that one step must do; it writes one column of the cache."""
+    config = small_config(dtype="float32")
+    graphdef, params, rest = random_model(config)
+    tokens, mask = prompts(config)
+    every = SamplingConfig(NEW, stop_tokens=tuple(range(config.vocab_size)))
+    steps = []
+
+    def counted(graphdef, params, rest, tokens, mask, key):
+        params = dict(params)
+        return generate(graphdef, params, rest, tokens, mask, key, config=every)
+
+    original = sample_token
+
+    def counting(logits, keys, config):
+        jax.debug.callback(lambda: steps.append(1))
+        return original(logits, keys, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("occ.generation.sampling.sample_token", counting)
+        got = jax.jit(counted, static_argnums=0)(graphdef, params, rest, tokens, mask, KEY)
+        jax.effects_barrier()
+    assert len(steps) == 1
+    np.testing.assert_array_equal(got.lengths, [1, 1, 1])
+    assert got.finished.all()
+
+
+@SIZES
+def test_a_row_does_not_depend_on_the_others_or_on_padding(moe):
+    config = small_config(dtype="float32", moe=moe)
+    model = random_model(config)
+    sampling = SamplingConfig(NEW, stop_tokens=(3,))
+    tokens, mask = prompts(config)
+    got = sample(*model, tokens, mask, KEY, config=sampling)
+
+    others, other_mask = prompts(config, (2, 1, 4), seed=5)
+    others, other_mask = others.at[0].set(tokens[0]), other_mask.at[0].set(mask[0])
+    again = sample(*model, others, other_mask, KEY, config=sampling)
+    np.testing.assert_array_equal(again.tokens[0], got.tokens[0])
+    np.testing.assert_allclose(again.log_prob[0], got.log_prob[0], atol=1e-5)
+
+    wider = jnp.pad(tokens, ((0, 0), (3, 0)), constant_values=9)
+    padded = sample(*model, wider, jnp.pad(mask, ((0, 0), (3, 0))), KEY, config=sampling)
+    np.testing.assert_array_equal(padded.tokens[:, 3:], got.tokens)
+    np.testing.assert_allclose(padded.log_prob[:, 3:], got.log_prob, atol=1e-5)
+
+
+def test_rows_with_one_prompt_and_other_keys_differ():
+    config = small_config(dtype="float32")
+    model = random_model(config)
+    tokens, _ = prompts(config)
+    same = jnp.broadcast_to(tokens[1:2], (3, PROMPT))
+    everywhere = jnp.ones((3, PROMPT), bool)
+    got = np.asarray(sample(*model, same, everywhere, KEY, config=SamplingConfig(NEW)).tokens)
+    assert len({tuple(row) for row in got}) == 3
+    other = sample(*model, same, everywhere, jax.random.key(8), config=SamplingConfig(NEW))
+    assert (np.asarray(other.tokens) != got).any()
+
+
+# -- one token --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.7}, {"top_k": 3, "top_p": 0.5}],
+    ids=str,
+)
+def test_frequencies_are_the_probabilities(settings):
+    """20,000 draws: a probability's standard error is at most 0.0036, and 0.015 is 4 of them."""
+    config = SamplingConfig(1, **settings)
+    row = np.array([0.3, 1.2, -0.5, 0.9, -3.0], np.float32)
+    count = 20_000
+    keys = jax.random.split(jax.random.key(1), count)
+    logits = jnp.broadcast_to(jnp.asarray(row), (count, 5))
+    token, log_prob = jax.jit(sample_token, static_argnums=2)(logits, keys, config)
+    expected = restricted_by_loop(row, config)
+    np.testing.assert_allclose(log_prob, expected[np.asarray(token)], atol=1e-5)
+    frequency = np.bincount(token, minlength=5) / count
+    np.testing.assert_allclose(frequency, np.exp(expected), atol=0.015)
+    assert (frequency[np.isneginf(expected)] == 0).all()
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 4, 99])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1.0])
+def test_restriction_by_loop(top_k, top_p):
+    config = SamplingConfig(1, top_k=top_k, top_p=top_p)
+    logits = np.random.default_rng(2).normal(size=(20, 7)).astype(np.float32) * 2
+    kept = np.isfinite(restrict(jnp.asarray(logits), config))
+    expected = np.isfinite([restricted_by_loop(row, config) for row in logits])
+    np.testing.assert_array_equal(kept, expected)
+    assert kept.any(axis=1).all()
+    changed = np.asarray(restrict(jnp.asarray(logits), config))
+    np.testing.assert_array_equal(changed[kept], logits[kept])
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+def test_check_fits():
+    config = SamplingConfig(4)
+    good = np.array([[False, False, True], [True, True, True]])
+    check_fits(good, 7, config)
+    check_fits(jnp.asarray(good), 7, config)
+    with pytest.raises(ValueError, match=r"3 columns and 4 new tokens make 7, which exceeds .* 6"):
+        check_fits(good, 6, config)
+    for bad in ([False, False, False], [True, True, False], [True, False, True]):
+        with pytest.raises(ValueError, match="left-padded"):
+            check_fits(np.array([bad, [True, True, True]]), 7, config)
+
+
+def test_generation_past_the_context_raises():
+    config = small_config(dtype="float32", max_length=PROMPT + NEW - 1)
+    tokens, mask = prompts(config)
+    with pytest.raises(ValueError, match="exceed the context of max_length=10"):
+        sample(*random_model(config), tokens, mask, KEY, config=SamplingConfig(NEW))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        ({"temperature": -0.1}, "temperature >= 0"),
+        ({"top_k": -1}, "top_k >= 0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
+    ],
+    ids=str,
+)
+def test_bad_settings_raise(settings, match):
+    with pytest.raises(ValueError, match=match):
+        SamplingConfig(**({"max_new_tokens": 3} | settings))

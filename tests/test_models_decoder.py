@@ -1,0 +1,352 @@
+"""The trunk and the main head: reference agreement, layout, precision, and the split."""
+
+import copy
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from occ.models.config import MoEConfig, MTPConfig
+from occ.models.decoder import merge_model, split_model
+from occ.models.layers import at_least_float32
+from tests import reference_models as reference
+from tests.reference_models import MOE, random_model, rows, small_config
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def main_logits(graphdef, params, rest, tokens, positions, segment_ids):
+    model = merge_model(graphdef, params, rest)
+    return model.logits(model.trunk(tokens, positions, segment_ids).hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def all_logits(graphdef, params, rest, tokens, positions, segment_ids):
+    return merge_model(graphdef, params, rest)(tokens, positions, segment_ids)
+
+
+def norm_error(actual, expected):
+    expected = np.asarray(expected, np.float64)
+    difference = np.linalg.norm(np.asarray(actual, np.float64) - expected)
+    return difference / max(np.linalg.norm(expected), 1e-30)
+
+
+VARIANTS = {
+    "plain": {},
+    "qwen2": {"qkv_bias": True, "tied_embeddings": False},
+    "qwen3": {"qk_norm": True, "norm_epsilon": 1e-2},
+    "partial rotary": {"rotary_fraction": 0.5},
+    "one key head": {"num_kv_heads": 1, "rope_base": 7.0},
+    "no sharing": {"num_kv_heads": 4},
+    "deeper": {"num_layers": 3, "scan_layers": False},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_are_the_references(x64, changes):
+    config = small_config(**changes)
+    model = random_model(config)
+    inputs = reference.packed([4, 3], 9, config)
+    got = main_logits(*model, *inputs)
+    expected = reference.forward(*model[1:], config, *inputs).logits
+    assert got.dtype == jnp.float64
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "rotary_fraction": 0.5}])
+def test_float32_logits_are_the_references_to_rounding(changes):
+    """float32 takes another attention kernel than float64."""
+    config = small_config(dtype="float32", **changes)
+    model = random_model(config)
+    inputs = reference.packed([4, 3], 9, config)
+    expected = reference.forward(*model[1:], config, *inputs).logits
+    assert norm_error(main_logits(*model, *inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": True},
+        {"qk_norm": True},
+        {"rotary_fraction": 0.5},
+        {"rope_base": 50.0},
+        {"norm_epsilon": 0.5},
+        {"tied_embeddings": False},
+    ],
+    ids=str,
+)
+def test_each_field_changes_the_logits(x64, changes):
+    config = small_config()
+    inputs = rows(config, [5], 5)
+    before = main_logits(*random_model(config), *inputs)
+    after = main_logits(*random_model(dataclasses.replace(config, **changes)), *inputs)
+    assert norm_error(after, before) > 1e-4
+
+
+# -- layout -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+def test_packed_sequences_have_the_logits_of_separate_rows(x64, moe):
+    config = small_config(moe=moe)
+    model = random_model(config)
+    lengths = [4, 2, 3]
+    tokens, positions, segment_ids = reference.packed(lengths, 11, config)
+    together = main_logits(*model, tokens, positions, segment_ids)[0]
+    start = 0
+    for length in lengths:
+        row, place, _ = rows(config, [length], 5)
+        row[0, :length] = tokens[0, start : start + length]
+        alone = main_logits(*model, row, place, (np.arange(5) < length).astype(np.int32)[None])[0]
+        np.testing.assert_allclose(together[start : start + length], alone[:length], atol=1e-12)
+        start += length
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+def test_padding_changes_nothing(x64, side, moe):
+    """Neither how much, nor what stands in it."""
+    config = small_config(moe=moe)
+    model = random_model(config)
+    tokens, positions, segment_ids = rows(config, [4, 6], 8, side)
+    padded = main_logits(*model, tokens, positions, segment_ids)
+    other = np.where(segment_ids > 0, tokens, (tokens + 1) % config.vocab_size)
+    present = segment_ids > 0
+    got = main_logits(*model, other, positions, segment_ids)
+    np.testing.assert_array_equal(got[present], padded[present])
+    for row, length in enumerate([4, 6]):
+        whole = tokens[row][present[row]][None]
+        place = np.arange(length, dtype=np.int32)[None]
+        alone = main_logits(*model, whole, place, np.ones_like(place))[0]
+        np.testing.assert_allclose(padded[row][present[row]], alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+def test_a_token_changes_nothing_before_it(x64, moe):
+    config = small_config(moe=moe)
+    model = random_model(config)
+    tokens, positions, segment_ids = rows(config, [7], 7)
+    before = np.asarray(main_logits(*model, tokens, positions, segment_ids))
+    for j in range(7):
+        changed = tokens.copy()
+        changed[0, j] = (changed[0, j] + 1) % config.vocab_size
+        after = np.asarray(main_logits(*model, changed, positions, segment_ids))
+        np.testing.assert_array_equal(after[:, :j], before[:, :j])
+        assert (np.abs(after[0, j:] - before[0, j:]).max(axis=-1) > 1e-6).all()
+
+
+def test_only_relative_positions_matter(x64):
+    config = small_config(rotary_fraction=0.5)
+    model = random_model(config)
+    tokens, positions, segment_ids = rows(config, [6], 6)
+    here = main_logits(*model, tokens, positions, segment_ids)
+    np.testing.assert_allclose(
+        main_logits(*model, tokens, positions + 5, segment_ids), here, atol=1e-11
+    )
+    assert norm_error(main_logits(*model, tokens, positions * 2, segment_ids), here) > 1e-4
+
+
+# -- memory and precision ---------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradient(graphdef, params, rest, inputs):
+    def loss(params):
+        main, ahead = merge_model(graphdef, params, rest)(*inputs)
+        return jnp.mean(main**2) + jnp.mean(jnp.sin(ahead))
+
+    return jax.value_and_grad(loss)(params)
+
+
+def test_loops_and_recomputation_leave_values_and_gradients():
+    """On a model with a dense layer, two sparse ones, and a module."""
+    config = small_config(1, dtype="float32", num_layers=3, moe=MOE)
+    graphdef, params, rest = random_model(config)
+    inputs = rows(config, [5, 6], 6)
+    value, gradient = value_and_gradient(graphdef, params, rest, inputs)
+    for changes in ({"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}):
+        other = random_model(dataclasses.replace(config, **changes))[0]
+        got, other_gradient = value_and_gradient(other, params, rest, inputs)
+        np.testing.assert_allclose(got, value, rtol=1e-5)
+        for (path, a), e in zip(
+            jax.tree_util.tree_leaves_with_path(other_gradient),
+            jax.tree.leaves(gradient),
+            strict=True,
+        ):
+            assert np.linalg.norm(e) > 0, path
+            assert norm_error(a, e) < 1e-5, (changes, path)
+
+
+def test_remat_and_scan_are_in_the_program_where_asked_for():
+    """Equal values would not show that a setting is ignored."""
+
+    def program(**changes):
+        config = small_config(1, dtype="float32", **changes)
+        graphdef, params, rest = random_model(config)
+        inputs = rows(config, [4], 4)
+        return str(jax.make_jaxpr(lambda p: value_and_gradient(graphdef, p, rest, inputs))(params))
+
+    plain, full, dots = program(), program(remat="full"), program(remat="dots")
+    assert "remat" not in plain and "remat" in full and "remat" in dots
+    products = [text.count("dot_general") for text in (plain, dots, full)]
+    assert products[0] < products[1] < products[2], products
+    assert "unroll=1" in plain and "unroll=2" not in plain
+    assert "unroll=2" in program(scan_layers=False)
+
+
+@pytest.mark.standard_promotion  # jax.nn.dot_product_attention mixes dtypes
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+def test_bfloat16_gives_float32_logits_near_the_references(moe):
+    config = small_config(1, dtype="float32", compute_dtype="bfloat16", moe=moe)
+    model = random_model(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model[1])} == {jnp.dtype("float32")}
+    inputs = rows(config, [5, 3], 5, "left")
+    main, ahead = all_logits(*model, *inputs)
+    assert main.dtype == ahead.dtype == jnp.float32
+    assert np.isfinite(main).all() and np.isfinite(ahead).all()
+    if moe is None:  # rounding may send a token to another expert
+        expected = reference.forward(*model[1:], config, *inputs)
+        assert norm_error(main, expected.logits) < 0.05
+        assert norm_error(ahead, expected.mtp_logits) < 0.05
+    _, gradient = value_and_gradient(*model, inputs)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_at_least_float32(x64):
+    assert at_least_float32(jnp.dtype("bfloat16")) == jnp.float32
+    assert at_least_float32(jnp.dtype("float64")) == jnp.float64
+
+
+def test_stored_parameters_have_the_dtype_asked_for():
+    config = small_config(1, dtype="bfloat16", tied_embeddings=False, qkv_bias=True)
+    _, params, _ = random_model(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+
+# -- pure pytrees -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+def test_split_and_merge_are_inverse(moe):
+    config = small_config(2, dtype="float32", moe=moe, tied_embeddings=False)
+    graphdef, params, rest = random_model(config)
+    again, params_again, rest_again = split_model(merge_model(graphdef, params, rest))
+    assert again == graphdef and hash(again) == hash(graphdef)
+    for a, b in [(params, params_again), (rest, rest_again)]:
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert set(params["mtp"]) == {"0", "1"}
+    assert bool(rest) == (moe is not None)
+
+
+def test_merge_under_jit_grad_and_vmap():
+    config = small_config(1, dtype="float32")
+    graphdef, params, rest = random_model(config)
+    inputs = [jnp.asarray(array) for array in rows(config, [4], 4)]
+
+    def loss(params, scale):
+        main, ahead = merge_model(graphdef, params, rest)(*inputs)
+        return scale * (jnp.mean(main**2) + jnp.mean(jnp.sin(ahead)))
+
+    eager = loss(params, jnp.float32(1))
+    value, gradient = value_and_gradient(graphdef, params, rest, inputs)
+    np.testing.assert_allclose(value, eager, rtol=1e-5)
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    both = jax.jit(jax.vmap(loss, in_axes=(None, 0)))(params, jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(both, [eager, 2 * eager], rtol=1e-5)
+
+
+def test_gradient_is_the_finite_difference(x64):
+    """Central differences at step 1e-6 leave about 1e-9 of error in float64."""
+    config = small_config(1)
+    graphdef, params, rest = random_model(config)
+    inputs = rows(config, [5], 5)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(np.asarray, params)
+    direction = jax.tree.map(lambda a: rng.normal(size=a.shape), params)
+
+    def moved(step):
+        stepped = jax.tree.map(lambda a, d: a + step * d, params, direction)
+        return value_and_gradient(graphdef, stepped, rest, inputs)[0]
+
+    _, gradient = value_and_gradient(graphdef, params, rest, inputs)
+    parts = jax.tree.map(lambda g, d: np.sum(np.asarray(g) * d), gradient, direction)
+    difference = (moved(1e-6) - moved(-1e-6)) / 2e-6
+    np.testing.assert_allclose(sum(jax.tree.leaves(parts)), difference, rtol=1e-6)
+
+
+def test_tied_head_has_no_matrix_of_its_own():
+    """Its gradient reaches embeddings of tokens that are not in the input; an untied one's not."""
+    inputs = (np.full((1, 3), 4, np.int32), np.arange(3, dtype=np.int32)[None])
+    inputs = (*inputs, np.ones((1, 3), np.int32))
+    for tied in (True, False):
+        config = small_config(dtype="float32", tied_embeddings=tied)
+        model = random_model(config)
+        assert ("output_head" in model[1]) is not tied
+        gradient = value_and_gradient_main(*model, inputs)["embedding"]["embedding"]
+        assert np.abs(gradient[4]).max() > 0
+        assert (np.abs(np.delete(gradient, 4, axis=0)).max() > 0) == tied
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradient_main(graphdef, params, rest, inputs):
+    def loss(params):
+        return jnp.sum(jnp.sin(merge_model(graphdef, params, rest)(*inputs)[0]))
+
+    return jax.grad(loss)(params)
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+def test_too_long_an_input_raises():
+    config = small_config(1, dtype="float32", max_length=5)
+    model = merge_model(*random_model(config))
+    inputs = [jnp.asarray(array) for array in rows(config, [6], 6)]
+    with pytest.raises(ValueError, match="6 tokens exceed the context of max_length=5"):
+        model.trunk(*inputs)
+    with pytest.raises(ValueError, match="6 tokens exceed"):
+        model.mtp_hidden(jnp.zeros((1, 6, config.width)), *inputs)
+    with pytest.raises(ValueError, match="6 tokens exceed"):
+        model.empty_cache(1, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_layers": 0}, "num_layers must be >= 1"),
+        ({"vocab_size": 0}, "vocab_size must be >= 1"),
+        ({"num_heads": 3}, r"num_heads \(3\) must be a multiple"),
+        ({"rotary_fraction": 0.25}, "even number"),
+        ({"rotary_fraction": 1.5}, "at most head_dim"),
+        ({"rotary_fraction": 0.0}, "even number"),
+        ({"param_dtype": "int8"}, "param_dtype must be one of"),
+        ({"compute_dtype": "float8"}, "compute_dtype must be one of"),
+        ({"moe": MoEConfig(4, 1, 8, first_dense_layers=2)}, "first_dense_layers must be below"),
+        ({"moe": MoEConfig(4, 1, 8, first_dense_layers=-1)}, "first_dense_layers"),
+        ({"heads": -1}, "num_modules must be >= 0"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_raise(changes, match):
+    with pytest.raises(ValueError, match=match):
+        small_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "match"),
+    [
+        (small_config(), "remat", "remat must be 'none', 'full' or 'dots', got 'other'"),
+        (MTPConfig(), "kind", "kind must be 'sequential' or 'parallel', got 'other'"),
+        (MTPConfig(), "concatenation", "concatenation must be .* got 'other'"),
+    ],
+)
+def test_unknown_choices_raise(config, field, match):
+    """Past the constructor, where this session's type checker refuses what users may pass."""
+    broken = copy.copy(config)
+    object.__setattr__(broken, field, "other")
+    with pytest.raises(ValueError, match=match):
+        broken.__post_init__()

@@ -20,6 +20,7 @@ class Interrupt:
         self.wished = False
 
     def __call__(self) -> bool:
+        """Whether Ctrl-C was pressed."""
         return self.wished
 
     def _on_signal(self, number: int, frame: Any) -> None:

@@ -23,7 +23,7 @@ LABELS = {
     "occ_paper": "OCC, paper's proxy",
     "occ_released": "OCC, released code",
 }
-COLOURS = dict(zip(LABELS, plt.get_cmap("tab10").colors, strict=False))
+COLOURS = dict(zip(LABELS, matplotlib.color_sequences["tab10"], strict=False))
 
 Runs = dict[str, list[dict[str, Any]]]  # results of each regime, a seed each, in order of seeds
 QUANTITIES = {
@@ -77,7 +77,9 @@ def reward_figure(folders: dict[str, list[pathlib.Path]], file: pathlib.Path) ->
     """Reward over rollouts: mean over seeds, with the 95 % interval as a band."""
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for regime, paths in folders.items():
-        _band(axis, _series(paths, ["reward"]), regime, smooth=3)
+        reward = _series(paths, ["reward"])
+        assert reward is not None
+        _band(axis, reward, regime, smooth=3)
     axis.set(xlabel="rollout", ylabel="reward (sampled accuracy, training prompts)")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")

@@ -13,9 +13,17 @@ import numpy as np
 from flax import nnx
 
 from occ.models.config import ModelConfig, MoEConfig, MTPConfig
-from occ.models.decoder import Decoder, split_model
+from occ.models.decoder import Decoder, merge_model, split_model
 
 MOE = MoEConfig(num_experts=6, experts_per_token=2, expert_width=5)
+
+
+class Output(NamedTuple):
+    hidden: np.ndarray  # [B, T, D], before the final norm
+    logits: np.ndarray  # [B, T, V]
+    load: np.ndarray  # [sparse layers, E]
+    mtp_hidden: np.ndarray  # [K, B, T, D]
+    mtp_logits: np.ndarray  # [K, B, T, V]
 
 
 def small_config(heads=0, dtype="float64", mtp=None, **changes):
@@ -63,6 +71,18 @@ def _random_model(config, seed, x64):
     return graphdef, *jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(graphdef, params, rest, tokens, positions, segment_ids):
+    """All outputs of the model under test; most tests share shapes, and so compilations."""
+    model = merge_model(graphdef, params, rest)
+    trunk = model.trunk(tokens, positions, segment_ids)
+    logits, mtp_logits = model(tokens, positions, segment_ids)
+    states = None
+    if model.config.mtp.num_modules:
+        states = model.mtp_hidden(trunk.hidden, tokens, positions, segment_ids)
+    return Output(trunk.hidden, logits, trunk.router_load, states, mtp_logits)
+
+
 def rows(config, lengths, time, side="right", seed=0):
     """Tokens, positions and segment ids of one sequence a row, padded with garbage."""
     rng = np.random.default_rng(seed)
@@ -76,14 +96,14 @@ def rows(config, lengths, time, side="right", seed=0):
 
 
 def packed(lengths, time, config, seed=0):
-    """One row that holds sequences of these lengths, and padding."""
+    """Two rows, each of which holds sequences of these lengths, and padding."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, config.vocab_size, (1, time)).astype(np.int32)
+    tokens = rng.integers(0, config.vocab_size, (2, time)).astype(np.int32)
     positions, segment_ids = np.zeros_like(tokens), np.zeros_like(tokens)
     start = 0
     for number, length in enumerate(lengths, start=1):
-        positions[0, start : start + length] = np.arange(length)
-        segment_ids[0, start : start + length] = number
+        positions[:, start : start + length] = np.arange(length)
+        segment_ids[:, start : start + length] = number
         start += length
     return tokens, positions, segment_ids
 
@@ -91,14 +111,6 @@ def packed(lengths, time, config, seed=0):
 # ---------------------------------------------------------------------------------------------
 # The reference
 # ---------------------------------------------------------------------------------------------
-
-
-class Output(NamedTuple):
-    hidden: np.ndarray  # [B, T, D], before the final norm
-    logits: np.ndarray  # [B, T, V]
-    load: np.ndarray  # [sparse layers, E]
-    mtp_hidden: np.ndarray  # [K, B, T, D]
-    mtp_logits: np.ndarray  # [K, B, T, V]
 
 
 def forward(params, rest, config, tokens, positions, segment_ids):

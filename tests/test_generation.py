@@ -88,15 +88,14 @@ def test_cached_steps_are_the_full_forward_pass(x64, moe):
     present = inputs[2] > 0
     expected = np.asarray(full_logits(*model, *inputs))
     np.testing.assert_allclose(np.asarray(got)[present], expected[present], atol=1e-10)
-    assert cache.index == 9
+    assert cache.column == 9
     np.testing.assert_array_equal(cache.segment_ids[:, :9], inputs[2])
     assert not cache.segment_ids[:, 9:].any()
 
 
 @pytest.mark.standard_promotion  # jax.nn.dot_product_attention mixes dtypes
-@SIZES
-def test_bfloat16_cache_is_near_the_full_forward_pass(moe):
-    config = small_config(dtype="float32", compute_dtype="bfloat16", moe=moe)
+def test_bfloat16_cache_is_near_the_full_forward_pass():
+    config = small_config(dtype="float32", compute_dtype="bfloat16")
     model = random_model(config)
     inputs = rows(config, [6, 7], 7, "left")
     got, cache = extended(*model, *inputs)
@@ -112,7 +111,7 @@ def test_bfloat16_cache_is_near_the_full_forward_pass(moe):
 
 @SIZES
 def test_greedy_is_the_argmax_step_by_step(moe):
-    config = small_config(1, dtype="float32", moe=moe)
+    config = small_config(dtype="float32", moe=moe)
     model = random_model(config)
     tokens, mask = prompts(config)
     got = sample(*model, tokens, mask, KEY, config=SamplingConfig(NEW, temperature=0.0))
@@ -126,14 +125,18 @@ def test_greedy_is_the_argmax_step_by_step(moe):
     np.testing.assert_array_equal(sequences[:, :PROMPT], np.where(mask, tokens, 0))
 
 
-@SIZES
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"temperature": 0.7}, {"top_k": 3}, {"temperature": 1.5, "top_k": 6, "top_p": 0.6}],
-    ids=str,
+    ("moe", "settings"),
+    [
+        (None, {}),
+        (None, {"temperature": 1.5, "top_k": 6, "top_p": 0.6}),
+        (MOE, {}),
+        (MOE, {"temperature": 0.7}),
+    ],
+    ids=["dense", "dense, restricted", "moe", "moe, cooler"],
 )
 def test_log_prob_is_that_of_the_distribution_drawn_from(moe, settings):
-    config = small_config(1, dtype="float32", moe=moe)
+    config = small_config(dtype="float32", moe=moe)
     model = random_model(config)
     tokens, mask = prompts(config)
     sampling = SamplingConfig(NEW, **settings)
@@ -181,7 +184,7 @@ def test_a_stop_token_ends_its_row():
 def test_a_stop_token_in_the_last_column_is_an_end():
     config = small_config(dtype="float32")
     model = random_model(config)
-    tokens, mask = prompts(config, (3,))
+    tokens, mask = prompts(config)
     free = np.asarray(sample(*model, tokens, mask, KEY, config=SamplingConfig(NEW)).tokens)[0]
     first = next(n for n in range(1, NEW + 1) if free[PROMPT + n - 1] not in free[PROMPT:][: n - 1])
     last = int(free[PROMPT + first - 1])
@@ -191,16 +194,12 @@ def test_a_stop_token_in_the_last_column_is_an_end():
 
 
 def test_decoding_stops_when_all_rows_have_ended():
-    """Every token is a stop token, so that one step must do; it writes one column of the cache."""
+    """Every token is a stop token, so that one step must do."""
     config = small_config(dtype="float32")
     graphdef, params, rest = random_model(config)
     tokens, mask = prompts(config)
     every = SamplingConfig(NEW, stop_tokens=tuple(range(config.vocab_size)))
     steps = []
-
-    def counted(graphdef, params, rest, tokens, mask, key):
-        params = dict(params)
-        return generate(graphdef, params, rest, tokens, mask, key, config=every)
 
     original = sample_token
 
@@ -210,16 +209,18 @@ def test_decoding_stops_when_all_rows_have_ended():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("occ.generation.sampling.sample_token", counting)
-        got = jax.jit(counted, static_argnums=0)(graphdef, params, rest, tokens, mask, KEY)
+        got = jax.jit(functools.partial(generate, graphdef, config=every))(
+            params, rest, tokens, mask, KEY
+        )
         jax.effects_barrier()
     assert len(steps) == 1
     np.testing.assert_array_equal(got.lengths, [1, 1, 1])
     assert got.finished.all()
 
 
-@SIZES
-def test_a_row_does_not_depend_on_the_others_or_on_padding(moe):
-    config = small_config(dtype="float32", moe=moe)
+def test_a_row_does_not_depend_on_the_others_or_on_padding():
+    """On a model with a dense and a sparse layer."""
+    config = small_config(dtype="float32", moe=MOE)
     model = random_model(config)
     sampling = SamplingConfig(NEW, stop_tokens=(3,))
     tokens, mask = prompts(config)

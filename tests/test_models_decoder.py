@@ -13,18 +13,16 @@ from occ.models.config import MoEConfig, MTPConfig
 from occ.models.decoder import merge_model, split_model
 from occ.models.layers import at_least_float32
 from tests import reference_models as reference
-from tests.reference_models import MOE, random_model, rows, small_config
+from tests.reference_models import MOE, random_model, rows, run, small_config
+
+SIZES = pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def main_logits(graphdef, params, rest, tokens, positions, segment_ids):
-    model = merge_model(graphdef, params, rest)
-    return model.logits(model.trunk(tokens, positions, segment_ids).hidden)
+TIME = 9  # of most inputs, so that they share compilations
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def all_logits(graphdef, params, rest, tokens, positions, segment_ids):
-    return merge_model(graphdef, params, rest)(tokens, positions, segment_ids)
+def main_logits(*arguments):
+    return np.asarray(run(*arguments).logits)
 
 
 def norm_error(actual, expected):
@@ -33,14 +31,26 @@ def norm_error(actual, expected):
     return difference / max(np.linalg.norm(expected), 1e-30)
 
 
-VARIANTS = {
-    "plain": {},
-    "qwen2": {"qkv_bias": True, "tied_embeddings": False},
-    "qwen3": {"qk_norm": True, "norm_epsilon": 1e-2},
+FIELDS = {
+    "biases": {"qkv_bias": True},
+    "head norms": {"qk_norm": True},
     "partial rotary": {"rotary_fraction": 0.5},
-    "one key head": {"num_kv_heads": 1, "rope_base": 7.0},
+    "rotary base": {"rope_base": 7.0},
+    "epsilon": {"norm_epsilon": 0.5},
+    "own head": {"tied_embeddings": False},
+}
+VARIANTS = FIELDS | {
+    "plain": {},
+    "one key head": {"num_kv_heads": 1},
     "no sharing": {"num_kv_heads": 4},
-    "deeper": {"num_layers": 3, "scan_layers": False},
+    "all, deeper, unrolled": {
+        "qkv_bias": True,
+        "qk_norm": True,
+        "rotary_fraction": 0.5,
+        "tied_embeddings": False,
+        "num_layers": 3,
+        "scan_layers": False,
+    },
 }
 
 
@@ -48,7 +58,7 @@ VARIANTS = {
 def test_logits_are_the_references(x64, changes):
     config = small_config(**changes)
     model = random_model(config)
-    inputs = reference.packed([4, 3], 9, config)
+    inputs = reference.packed([4, 3], TIME, config)
     got = main_logits(*model, *inputs)
     expected = reference.forward(*model[1:], config, *inputs).logits
     assert got.dtype == jnp.float64
@@ -60,26 +70,15 @@ def test_float32_logits_are_the_references_to_rounding(changes):
     """float32 takes another attention kernel than float64."""
     config = small_config(dtype="float32", **changes)
     model = random_model(config)
-    inputs = reference.packed([4, 3], 9, config)
+    inputs = reference.packed([4, 3], TIME, config)
     expected = reference.forward(*model[1:], config, *inputs).logits
     assert norm_error(main_logits(*model, *inputs), expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"qkv_bias": True},
-        {"qk_norm": True},
-        {"rotary_fraction": 0.5},
-        {"rope_base": 50.0},
-        {"norm_epsilon": 0.5},
-        {"tied_embeddings": False},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", FIELDS.values(), ids=FIELDS)
 def test_each_field_changes_the_logits(x64, changes):
     config = small_config()
-    inputs = rows(config, [5], 5)
+    inputs = rows(config, [5, 5], TIME)
     before = main_logits(*random_model(config), *inputs)
     after = main_logits(*random_model(dataclasses.replace(config, **changes)), *inputs)
     assert norm_error(after, before) > 1e-4
@@ -88,59 +87,59 @@ def test_each_field_changes_the_logits(x64, changes):
 # -- layout -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@SIZES
 def test_packed_sequences_have_the_logits_of_separate_rows(x64, moe):
     config = small_config(moe=moe)
     model = random_model(config)
     lengths = [4, 2, 3]
-    tokens, positions, segment_ids = reference.packed(lengths, 11, config)
-    together = main_logits(*model, tokens, positions, segment_ids)[0]
+    tokens, positions, segment_ids = reference.packed(lengths, TIME, config)
+    together = main_logits(*model, tokens, positions, segment_ids)
     start = 0
     for length in lengths:
-        row, place, _ = rows(config, [length], 5)
-        row[0, :length] = tokens[0, start : start + length]
-        alone = main_logits(*model, row, place, (np.arange(5) < length).astype(np.int32)[None])[0]
-        np.testing.assert_allclose(together[start : start + length], alone[:length], atol=1e-12)
+        part = slice(start, start + length)
+        alone, place, segments = rows(config, [length] * 2, TIME)
+        alone[:, :length] = tokens[:, part]
+        got = main_logits(*model, alone, place, segments)[:, :length]
+        np.testing.assert_allclose(together[:, part], got, atol=1e-12)
         start += length
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@SIZES
 def test_padding_changes_nothing(x64, side, moe):
     """Neither how much, nor what stands in it."""
     config = small_config(moe=moe)
     model = random_model(config)
-    tokens, positions, segment_ids = rows(config, [4, 6], 8, side)
-    padded = main_logits(*model, tokens, positions, segment_ids)
-    other = np.where(segment_ids > 0, tokens, (tokens + 1) % config.vocab_size)
+    length = 6
+    tokens, positions, segment_ids = rows(config, [length, length], TIME, side)
     present = segment_ids > 0
+    padded = main_logits(*model, tokens, positions, segment_ids)
+    other = np.where(present, tokens, (tokens + 1) % config.vocab_size)
     got = main_logits(*model, other, positions, segment_ids)
     np.testing.assert_array_equal(got[present], padded[present])
-    for row, length in enumerate([4, 6]):
-        whole = tokens[row][present[row]][None]
-        place = np.arange(length, dtype=np.int32)[None]
-        alone = main_logits(*model, whole, place, np.ones_like(place))[0]
-        np.testing.assert_allclose(padded[row][present[row]], alone, atol=1e-12)
+    _, positions, segment_ids = rows(config, [length, length], length)
+    short = main_logits(*model, tokens[present].reshape(2, length), positions, segment_ids)
+    np.testing.assert_allclose(padded[present], short.reshape(2 * length, -1), atol=1e-12)
 
 
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@SIZES
 def test_a_token_changes_nothing_before_it(x64, moe):
     config = small_config(moe=moe)
     model = random_model(config)
-    tokens, positions, segment_ids = rows(config, [7], 7)
-    before = np.asarray(main_logits(*model, tokens, positions, segment_ids))
-    for j in range(7):
+    tokens, positions, segment_ids = rows(config, [TIME, TIME], TIME)
+    before = main_logits(*model, tokens, positions, segment_ids)
+    for j in range(TIME):
         changed = tokens.copy()
-        changed[0, j] = (changed[0, j] + 1) % config.vocab_size
-        after = np.asarray(main_logits(*model, changed, positions, segment_ids))
+        changed[:, j] = (changed[:, j] + 1) % config.vocab_size
+        after = main_logits(*model, changed, positions, segment_ids)
         np.testing.assert_array_equal(after[:, :j], before[:, :j])
-        assert (np.abs(after[0, j:] - before[0, j:]).max(axis=-1) > 1e-6).all()
+        assert (np.abs(after[:, j:] - before[:, j:]).max(axis=-1) > 1e-6).all()
 
 
 def test_only_relative_positions_matter(x64):
     config = small_config(rotary_fraction=0.5)
     model = random_model(config)
-    tokens, positions, segment_ids = rows(config, [6], 6)
+    tokens, positions, segment_ids = rows(config, [6, 6], TIME)
     here = main_logits(*model, tokens, positions, segment_ids)
     np.testing.assert_allclose(
         main_logits(*model, tokens, positions + 5, segment_ids), here, atol=1e-11
@@ -153,11 +152,13 @@ def test_only_relative_positions_matter(x64):
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradient(graphdef, params, rest, inputs):
+    """Value and both logits, and the gradient."""
+
     def loss(params):
         main, ahead = merge_model(graphdef, params, rest)(*inputs)
-        return jnp.mean(main**2) + jnp.mean(jnp.sin(ahead))
+        return jnp.sum(main**2) / main.size + jnp.sum(jnp.sin(ahead)), (main, ahead)
 
-    return jax.value_and_grad(loss)(params)
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
 
 def test_loops_and_recomputation_leave_values_and_gradients():
@@ -165,10 +166,10 @@ def test_loops_and_recomputation_leave_values_and_gradients():
     config = small_config(1, dtype="float32", num_layers=3, moe=MOE)
     graphdef, params, rest = random_model(config)
     inputs = rows(config, [5, 6], 6)
-    value, gradient = value_and_gradient(graphdef, params, rest, inputs)
-    for changes in ({"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}):
+    (value, _), gradient = value_and_gradient(graphdef, params, rest, inputs)
+    for changes in ({"scan_layers": False, "remat": "full"}, {"remat": "dots"}):
         other = random_model(dataclasses.replace(config, **changes))[0]
-        got, other_gradient = value_and_gradient(other, params, rest, inputs)
+        (got, _), other_gradient = value_and_gradient(other, params, rest, inputs)
         np.testing.assert_allclose(got, value, rtol=1e-5)
         for (path, a), e in zip(
             jax.tree_util.tree_leaves_with_path(other_gradient),
@@ -197,20 +198,19 @@ def test_remat_and_scan_are_in_the_program_where_asked_for():
 
 
 @pytest.mark.standard_promotion  # jax.nn.dot_product_attention mixes dtypes
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@SIZES
 def test_bfloat16_gives_float32_logits_near_the_references(moe):
     config = small_config(1, dtype="float32", compute_dtype="bfloat16", moe=moe)
     model = random_model(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(model[1])} == {jnp.dtype("float32")}
     inputs = rows(config, [5, 3], 5, "left")
-    main, ahead = all_logits(*model, *inputs)
+    (_, (main, ahead)), gradient = value_and_gradient(*model, inputs)
     assert main.dtype == ahead.dtype == jnp.float32
     assert np.isfinite(main).all() and np.isfinite(ahead).all()
     if moe is None:  # rounding may send a token to another expert
         expected = reference.forward(*model[1:], config, *inputs)
         assert norm_error(main, expected.logits) < 0.05
         assert norm_error(ahead, expected.mtp_logits) < 0.05
-    _, gradient = value_and_gradient(*model, inputs)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -229,7 +229,7 @@ def test_stored_parameters_have_the_dtype_asked_for():
 # -- pure pytrees -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@SIZES
 def test_split_and_merge_are_inverse(moe):
     config = small_config(2, dtype="float32", moe=moe, tied_embeddings=False)
     graphdef, params, rest = random_model(config)
@@ -242,21 +242,23 @@ def test_split_and_merge_are_inverse(moe):
     assert bool(rest) == (moe is not None)
 
 
-def test_merge_under_jit_grad_and_vmap():
+def test_merge_under_vmap():
+    """Two models at once; jit and grad are everywhere in this file."""
     config = small_config(1, dtype="float32")
-    graphdef, params, rest = random_model(config)
-    inputs = [jnp.asarray(array) for array in rows(config, [4], 4)]
+    models = [random_model(config, seed) for seed in (0, 1)]
+    graphdef = models[0][0]
+    inputs = [jnp.asarray(a) for a in rows(config, [5, 6], TIME)]
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[params for _, params, _ in models])
 
-    def loss(params, scale):
-        main, ahead = merge_model(graphdef, params, rest)(*inputs)
-        return scale * (jnp.mean(main**2) + jnp.mean(jnp.sin(ahead)))
+    @jax.jit
+    @jax.vmap
+    def logits(params):
+        return merge_model(graphdef, params, {})(*inputs)
 
-    eager = loss(params, jnp.float32(1))
-    value, gradient = value_and_gradient(graphdef, params, rest, inputs)
-    np.testing.assert_allclose(value, eager, rtol=1e-5)
-    assert jax.tree.structure(gradient) == jax.tree.structure(params)
-    both = jax.jit(jax.vmap(loss, in_axes=(None, 0)))(params, jnp.array([1.0, 2.0]))
-    np.testing.assert_allclose(both, [eager, 2 * eager], rtol=1e-5)
+    for number, (main, ahead) in enumerate(zip(*logits(both), strict=True)):
+        expected = run(*models[number], *inputs)
+        np.testing.assert_allclose(main, expected.logits, atol=1e-5)
+        np.testing.assert_allclose(ahead, expected.mtp_logits, atol=1e-5)
 
 
 def test_gradient_is_the_finite_difference(x64):
@@ -270,7 +272,7 @@ def test_gradient_is_the_finite_difference(x64):
 
     def moved(step):
         stepped = jax.tree.map(lambda a, d: a + step * d, params, direction)
-        return value_and_gradient(graphdef, stepped, rest, inputs)[0]
+        return value_and_gradient(graphdef, stepped, rest, inputs)[0][0]
 
     _, gradient = value_and_gradient(graphdef, params, rest, inputs)
     parts = jax.tree.map(lambda g, d: np.sum(np.asarray(g) * d), gradient, direction)
@@ -286,17 +288,9 @@ def test_tied_head_has_no_matrix_of_its_own():
         config = small_config(dtype="float32", tied_embeddings=tied)
         model = random_model(config)
         assert ("output_head" in model[1]) is not tied
-        gradient = value_and_gradient_main(*model, inputs)["embedding"]["embedding"]
+        gradient = value_and_gradient(*model, inputs)[1]["embedding"]["embedding"]
         assert np.abs(gradient[4]).max() > 0
         assert (np.abs(np.delete(gradient, 4, axis=0)).max() > 0) == tied
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def value_and_gradient_main(graphdef, params, rest, inputs):
-    def loss(params):
-        return jnp.sum(jnp.sin(merge_model(graphdef, params, rest)(*inputs)[0]))
-
-    return jax.grad(loss)(params)
 
 
 # -- errors -----------------------------------------------------------------------------------

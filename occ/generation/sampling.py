@@ -36,7 +36,7 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
             raise ValueError(
-                "SamplingConfig: expected max_new_tokens >= 1, temperature >= 0 and top_k >= 0, got "
+                "SamplingConfig: expected max_new_tokens >= 1, temperature >= 0, top_k >= 0, got "
                 f"{self.max_new_tokens}, {self.temperature} and {self.top_k}."
             )
         if not 0 < self.top_p <= 1:

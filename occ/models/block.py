@@ -37,6 +37,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch time width"], context: Context, cache: LayerCache | None = None
     ) -> BlockOutput:
+        """Attention and MLP, each on the normalised sum of what came before it."""
         mixed, cache = self.attention(self.attention_norm(x), context, cache)
         x = x + mixed
         normal = self.mlp_norm(x)

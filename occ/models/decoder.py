@@ -40,12 +40,12 @@ class Cache(NamedTuple):
     Attributes:
       stacks: of each stack of layers, keys and values [L, B, S, kv_heads, head_dim].
       segment_ids: int32 [B, S], 0 where a column is empty or padding.
-      index: int32 [], the next column to write, the same for all rows.
+      column: int32 [], the next column to write, the same for all rows.
     """
 
-    stacks: tuple[LayerCache, ...]
+    stacks: tuple[LayerCache | None, ...]
     segment_ids: jax.Array
-    index: jax.Array
+    column: jax.Array
 
 
 class Embedding(nnx.Module):
@@ -57,6 +57,7 @@ class Embedding(nnx.Module):
         self.dtype = config.compute
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
+        """Rows of the table, in the compute dtype."""
         return self.embedding[...].astype(self.dtype)[tokens]
 
 
@@ -182,7 +183,7 @@ class Decoder(nnx.Module):
         return Cache(
             stacks=tuple(LayerCache(zeros(size), zeros(size)) for size in sizes),
             segment_ids=jnp.zeros((batch, columns), jnp.int32),
-            index=jnp.zeros((), jnp.int32),
+            column=jnp.zeros((), jnp.int32),
         )
 
     def extend(
@@ -195,19 +196,19 @@ class Decoder(nnx.Module):
         """Hidden states of further tokens, after those in the cache; and the cache with them."""
         columns = cache.segment_ids.shape[1]
         filled = jax.lax.dynamic_update_slice_in_dim(
-            cache.segment_ids, segment_ids, cache.index, axis=1
+            cache.segment_ids, segment_ids, cache.column, axis=1
         )
-        query_column = cache.index + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        query_column = cache.column + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         causal = jnp.arange(columns, dtype=jnp.int32)[None, :] <= query_column[:, None]
         same = segment_ids[:, :, None] == filled[:, None, :]
         mask = (causal[None] & same)[:, None]
-        context = Context(positions, mask, segment_ids > 0, cache.index)
+        context = Context(positions, mask, segment_ids > 0, cache.column)
         hidden, stacks = self.embedding(tokens), []
         for stack, stack_cache in zip(self._stacks(), cache.stacks, strict=True):
             output = _scan(stack, hidden, context, stack_cache, self.config)
             hidden = output.hidden
             stacks.append(output.cache)
-        return hidden, Cache(tuple(stacks), filled, cache.index + tokens.shape[1])
+        return hidden, Cache(tuple(stacks), filled, cache.column + tokens.shape[1])
 
     # -- pieces -------------------------------------------------------------------------------
 

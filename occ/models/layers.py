@@ -35,6 +35,7 @@ class Linear(nnx.Module):
         self.dtype = config.compute
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        """Multiplies the last axis."""
         y = x @ self.kernel[...].astype(self.dtype)
         if self.bias is not None:
             y = y + jax.lax.broadcast_in_dim(
@@ -55,6 +56,7 @@ class RMSNorm(nnx.Module):
         self.dtype = config.compute
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Normalises the last axis, in at least float32."""
         wide = x.astype(at_least_float32(x.dtype))
         variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normal = wide * jax.lax.rsqrt(variance + self.epsilon)
@@ -91,7 +93,7 @@ def rotary(
 
 
 def causal_mask(segment_ids: Int[Array, "batch time"]) -> Bool[Array, "batch 1 time time"]:
-    """True where a query may see a key: not later, and of the same sequence (padding is its own)."""
+    """True where a query may see a key: not later, of the same sequence (padding is its own)."""
     time = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((time, time), bool))
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -112,13 +114,13 @@ class Context(NamedTuple):
       positions: int32 [B, T].
       mask: bool [B, 1, T, S], which of S keys each of T queries sees.
       valid: bool [B, T], tokens that are not padding.
-      index: int32 [], the cache column of the first token; None without a cache.
+      column: int32 [], the cache column of the first token; None without a cache.
     """
 
     positions: jax.Array
     mask: jax.Array
     valid: jax.Array
-    index: jax.Array | None = None
+    column: jax.Array | None = None
 
 
 def attend(
@@ -165,6 +167,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch time width"], context: Context, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "batch time width"], LayerCache | None]:
+        """The output, and the cache with these tokens added to it if one was given."""
         batch, time, _ = x.shape
         config = self.config
 
@@ -179,9 +182,10 @@ class Attention(nnx.Module):
         key = turn(heads(self.key, self.key_norm))
         value = heads(self.value, None)
         if cache is not None:
+            assert context.column is not None
             cache = LayerCache(
                 *(
-                    jax.lax.dynamic_update_slice_in_dim(old, new, context.index, axis=1)
+                    jax.lax.dynamic_update_slice_in_dim(old, new, context.column, axis=1)
                     for old, new in zip(cache, (key, value), strict=True)
                 )
             )
@@ -202,4 +206,5 @@ class MLP(nnx.Module):
         self.down = Linear(hidden, config.width, config, rngs)
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+        """down(silu(gate(x)) * up(x))."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

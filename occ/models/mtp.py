@@ -6,7 +6,6 @@ of the one before it (module 1: of the trunk) at i and the embedding of token i 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -39,6 +38,7 @@ class SequentialModule(nnx.Module):
         embedding_ahead: Float[Array, "batch time width"],
         context: Context,
     ) -> BlockOutput:
+        """Hidden state of the head, from the one before it and the tokens ahead."""
         if self.config.mtp.zero_first_embedding:
             first = (context.positions == 0)[:, :, None]
             embedding_ahead = jnp.where(first, 0, embedding_ahead)
@@ -60,6 +60,7 @@ class ParallelHead(nnx.Module):
         self.final_norm = RMSNorm(config.width, config) if config.mtp.own_final_norm else None
 
     def __call__(self, hidden: Float[Array, "batch time width"], context: Context) -> BlockOutput:
+        """Hidden state of the head, from the trunk's."""
         return self.block(hidden, context)
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from occ.measures import accumulation_dtype
+
 
 def predictable(segment_ids: Int[Array, "batch time"], depth: int) -> Bool[Array, "batch time"]:
     """Tokens that the head at this depth can predict: their source is in the same sequence.
@@ -71,7 +73,7 @@ def token_log_prob(
     Returns:
       At least float32 [B, T]; meaningless where `predictable` is False.
     """
-    dtype = jnp.promote_types(logits_at_source.dtype, jnp.float32)
+    dtype = accumulation_dtype(logits_at_source.dtype)
     logits = logits_at_source.astype(dtype)
     labels = labels_at_source(tokens, depth)
     chosen = jnp.take_along_axis(logits, labels[:, :, None], axis=-1)[:, :, 0]

@@ -40,16 +40,52 @@ REFUSED = {
 
 # Verifiers inherited from the package's base class: they compare strings.
 _COMPARES_STRINGS = frozenset(
-    """aiw base_conversion binary_alternation caesar_cipher count_bits count_primes gcd
-    isomorphic_strings largest_island lcm leg_counting letter_counting maze modulo_grid
-    number_filtering number_sequence ransom_note rotate_matrix rotten_oranges simple_equations
-    simple_geometry string_manipulation string_splitting string_synthesis syllogism
-    word_sequence_reversal""".split()
+    [
+        "aiw",
+        "base_conversion",
+        "binary_alternation",
+        "caesar_cipher",
+        "count_bits",
+        "count_primes",
+        "gcd",
+        "isomorphic_strings",
+        "largest_island",
+        "lcm",
+        "leg_counting",
+        "letter_counting",
+        "maze",
+        "modulo_grid",
+        "number_filtering",
+        "number_sequence",
+        "ransom_note",
+        "rotate_matrix",
+        "rotten_oranges",
+        "simple_equations",
+        "simple_geometry",
+        "string_manipulation",
+        "string_splitting",
+        "string_synthesis",
+        "syllogism",
+        "word_sequence_reversal",
+    ]
 )
 # Verifiers of their own, read: they compare strings or parse numbers.
 _READ = frozenset(
-    """calendar_arithmetic chain_sum coin_flip decimal_chain_sum family_relationships gsm_symbolic
-    mini_sudoku path_star products shortest_path spell_backward sudoku word_sorting""".split()
+    [
+        "calendar_arithmetic",
+        "chain_sum",
+        "coin_flip",
+        "decimal_chain_sum",
+        "family_relationships",
+        "gsm_symbolic",
+        "mini_sudoku",
+        "path_star",
+        "products",
+        "shortest_path",
+        "spell_backward",
+        "sudoku",
+        "word_sorting",
+    ]
 )
 ALLOWED = _COMPARES_STRINGS | _READ
 

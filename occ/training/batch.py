@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
-class Minibatch:
+class Minibatch(struct.PyTreeNode):
     """Sampled sequences with what the losses need, in token alignment.
 
     Every per-token array has its value at the index of the token that it is about. B rows, T
@@ -55,15 +54,43 @@ def split(batch: Minibatch, parts: int) -> list[Minibatch]:
 
     def cut(index):
         rows_of_part = slice(index * size, (index + 1) * size)
-        fields = dict(batch.items()) if hasattr(batch, "items") else vars(batch)
         return batch.replace(
             **{
                 name: value[:, rows_of_part] if name == "old_mtp_log_prob" else value[rows_of_part]
-                for name, value in fields.items()
+                for name, value in vars(batch).items()
             }
         )
 
     return [cut(index) for index in range(parts)]
+
+
+def check(batch: Minibatch, num_modules: int) -> None:
+    """Checks shapes and kinds, which are known before anything runs.
+
+    Raises:
+      ValueError: names the first field that does not fit.
+    """
+    rows_and_time = jnp.shape(batch.tokens)
+    if len(rows_and_time) != 2 or 0 in rows_and_time:
+        raise ValueError(
+            f"Minibatch.tokens: expected [B, T] with at least one token, got {rows_and_time}."
+        )
+    kinds = {
+        "tokens": jnp.integer,
+        "segment_ids": jnp.integer,
+        "positions": jnp.integer,
+        "response_mask": jnp.bool_,
+    }
+    for name, value in vars(batch).items():
+        shape: tuple[int, ...] = rows_and_time
+        if name == "old_mtp_log_prob":
+            shape = (num_modules, *rows_and_time)
+        kind = kinds.get(name, jnp.floating)
+        if jnp.shape(value) != shape or not jnp.issubdtype(jnp.result_type(value), kind):
+            raise ValueError(
+                f"Minibatch.{name}: expected {kind.__name__} {shape} for tokens {rows_and_time} "
+                f"and {num_modules} MTP modules, got {jnp.result_type(value)} {jnp.shape(value)}."
+            )
 
 
 def positions_from_segments(segment_ids: jax.Array) -> jax.Array:

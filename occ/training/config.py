@@ -16,7 +16,7 @@ def _one_of(owner: str, field: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{owner}.{field} must be one of {allowed}, got {value!r}.")
 
 
-def _positive(owner: str, **fields: float) -> None:
+def _positive(owner: str, **fields: int | float) -> None:
     for field, value in fields.items():
         if not value > 0:
             raise ValueError(f"{owner}.{field} must be > 0, got {value}.")
@@ -163,6 +163,8 @@ class OptimizerConfig:
       clip_groups: "separate" clips shared parameters and the MTP modules' own as two groups, so
         that an MTP loss with a large gradient does not shrink the policy's step; "together" uses
         one norm, as the paper's release does.
+      router_bias_rate: how far a step moves each correction bias of the trunk's routers against
+        its expert's load (no gradient reaches it); 0 leaves them as they are.
     """
 
     learning_rate: float = 2e-4
@@ -174,6 +176,7 @@ class OptimizerConfig:
     adam_epsilon: float = 1e-8
     clip_norm: float = 1.0
     clip_groups: Literal["separate", "together"] = "separate"
+    router_bias_rate: float = 0.0
 
     def __post_init__(self):
         _positive("OptimizerConfig", clip_norm=self.clip_norm, adam_epsilon=self.adam_epsilon)

@@ -135,8 +135,13 @@ def step_gradient(
         "auxiliary_log_ratios": jnp.stack([head.output.log_ratio for head in heads]),
         "response_mask": batch.response_mask,
     }
-    combine = _combine_exact if config.mtp.placement == "exact" else _combine_fused
-    gradient, state, gram = combine(pull_trunk, main, heads, parts, calibration, state, evidence)
+    at_seam = (pull_trunk, main, heads, parts, calibration, state, evidence)
+    if config.mtp.placement == "exact":
+        # jax.lax.ragged_dot has no rule for a second batch dimension.
+        vectorized = config.model.moe is None
+        gradient, state, gram = _combine_exact(*at_seam, vectorized)
+    else:
+        gradient, state, gram = _combine_fused(*at_seam)
     outputs = [head.output for head in heads]
     return StepGradient(gradient, state, gram, main.output, outputs, router_load)
 
@@ -239,23 +244,32 @@ def _combine_exact(
     calibration: Calibration,
     state,
     evidence,
+    vectorized: bool,
 ):
-    """Pulls all cotangents back in one vectorised pass, which recomputes the forward pass once."""
+    """Pulls the cotangents back one by one to the parameters, and weighs there."""
     seams = [main, *heads]
-    stacked = jnp.stack([seam.gradient[HIDDEN] for seam in seams])
-    blocks, readouts = jax.vmap(pull_trunk)(stacked)
-
-    def gradient(index, seam):
-        at_index = jax.tree.map(lambda leaf: leaf[index], (blocks, readouts))
-        return _through_trunk(lambda _: at_index, seam.gradient, parts)
-
-    gradients = tuple(gradient(i, seam) for i, seam in enumerate(seams))
+    pulled = _pull_each(pull_trunk, [seam.gradient[HIDDEN] for seam in seams], vectorized)
+    gradients = tuple(
+        _through_trunk(lambda _, trunk=trunk: trunk, seam.gradient, parts)
+        for seam, trunk in zip(seams, pulled, strict=True)
+    )
     shared = tuple({name: g[name] for name in g if is_shared(name)} for g in gradients)
     main_gradient, *auxiliary = gradients
     combined, state = calibration.update(
         main_gradient, state, auxiliary=tuple(auxiliary), **evidence
     )
     return combined, state, measures.gram_matrix(shared)
+
+
+def _pull_each(pull_trunk, cotangents: list[Any], vectorized: bool) -> list[Any]:
+    """The trunk's gradient for every cotangent; vectorised, it recomputes activations once."""
+    if not vectorized:
+        return [pull_trunk(cotangent) for cotangent in cotangents]
+    pulled = jax.vmap(pull_trunk)(jnp.stack(cotangents))
+    return [
+        jax.tree.map(lambda leaf, index=index: leaf[index], pulled)
+        for index in range(len(cotangents))
+    ]
 
 
 def _add(left: Any, right: Any) -> Any:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,9 @@ def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = Non
     graphdef, _, _ = split_model(nnx.eval_shape(lambda: Decoder(config.model, nnx.Rngs(0))))
     if rollout is None:
         rollout = build_programs(graphdef, config, task)
-    train_step = jax.jit(make_train_step(graphdef, config), donate_argnums=0)
+    # A second trace would mean that a shape changes from step to step, and cost minutes unseen.
+    train_step = chex.assert_max_traces(make_train_step(graphdef, config), n=1)
+    train_step = jax.jit(train_step, donate_argnums=0)
     return Programs(graphdef, rollout, train_step)
 
 
@@ -97,9 +100,10 @@ def run(
             files.append(row)
             on_row(row)
             stop = should_stop()
-            if stop or (number + 1) % config.checkpoint_every == 0:
+            last = number + 1 == config.rollouts
+            if stop or last or (number + 1) % config.checkpoint_every == 0:
                 checkpoints.save(number + 1, state)
-            if stop and number + 1 < config.rollouts:
+            if stop and not last:
                 return None
         result = _result(files, evaluate(programs.rollout, state.params, state.rest, config, task))
     finally:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -128,9 +127,3 @@ class Stages:
             states = self.modules(parts, hidden)
             scores += [self.head(parts, states[k], k + 1) for k in range(states.shape[0])]
         return scores
-
-
-def pull_back(function: Any, *arguments: Any) -> tuple[Any, Any]:
-    """`jax.vjp` whose pull-back takes a leading axis of cotangents, all in one pass."""
-    value, pull = jax.vjp(function, *arguments)
-    return value, jax.vmap(pull)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from occ.calibration import Calibration
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """State of training.
 
     Attributes:

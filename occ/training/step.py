@@ -11,7 +11,9 @@ import optax
 from flax import nnx
 
 from occ import diagnostics
-from occ.training.batch import Minibatch
+from occ.calibration import CalibrationState
+from occ.models.moe import update_router_bias
+from occ.training.batch import Minibatch, check
 from occ.training.config import TrainConfig
 from occ.training.gradients import StepGradient, build_calibration, step_gradient
 from occ.training.optimizer import build_optimizer, learning_rate_schedule
@@ -40,6 +42,7 @@ def make_train_step(
     schedule = learning_rate_schedule(config.optimizer)
 
     def train_step(state: TrainState, batch: Minibatch):
+        check(batch, config.model.mtp.num_modules)
         stages = Stages(
             graphdef,
             state.rest,
@@ -56,6 +59,7 @@ def make_train_step(
         new_state = state.replace(
             step=state.step + 1,
             params=params,
+            rest=_balance(state.rest, gradient.router_load, config, finite),
             opt_state=opt_state,
             calibration=gradient.calibration,
             skipped=state.skipped + (~finite).astype(jnp.int32),
@@ -88,6 +92,17 @@ def _apply(state: TrainState, gradient: Any, optimizer: Any, config: TrainConfig
     return keep(params, state.params), keep(opt_state, state.opt_state)
 
 
+def _balance(rest: Any, load: jax.Array | None, config: TrainConfig, finite: jax.Array) -> Any:
+    """Moves the trunk routers' correction biases against the load of this step."""
+    rate = config.optimizer.router_bias_rate
+    if load is None or not rate:
+        return rest
+    layers = rest["layers"]
+    bias = layers["mlp"]["router_bias"]
+    moved = jnp.where(finite, update_router_bias(bias, load, rate), bias)
+    return {**rest, "layers": {**layers, "mlp": {**layers["mlp"], "router_bias": moved}}}
+
+
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
@@ -113,6 +128,7 @@ def _gradient_metrics(gradient: StepGradient) -> dict[str, jax.Array]:
     }
     if gradient.heads:
         state = gradient.calibration
+        assert isinstance(state, CalibrationState)
         metrics |= {
             "occ/correlation": diagnostics.correlation(state),
             "occ/perturbation": diagnostics.perturbation(state),

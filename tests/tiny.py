@@ -1,0 +1,139 @@
+"""A model, a configuration and minibatches that are small enough for every test."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from occ.models.config import ModelConfig, MTPConfig
+from occ.models.decoder import Decoder, split_model
+from occ.training.batch import Minibatch, positions_from_segments
+from occ.training.config import OptimizerConfig, TrainConfig
+from occ.training.gradients import build_calibration, step_gradient
+from occ.training.optimizer import build_optimizer
+from occ.training.stages import Stages
+from occ.training.state import init_state
+
+
+def model_config(heads=1, dtype="float32", **changes):
+    mtp = MTPConfig(num_modules=heads, **changes.pop("mtp", {}))
+    base = ModelConfig(
+        vocab_size=11,
+        num_layers=2,
+        width=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_width=24,
+        max_length=32,
+        param_dtype=dtype,
+        compute_dtype=dtype,
+        mtp=mtp,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def train_config(mtp, model=None, **changes):
+    return TrainConfig(
+        name="tiny",
+        model=model_config() if model is None else model,
+        task="arithmetic",
+        mtp=mtp,
+        optimizer=changes.pop("optimizer", OptimizerConfig(learning_rate=1e-2)),
+        **changes,
+    )
+
+
+@functools.cache
+def build_model(config, seed=0):
+    """(graphdef, params, rest), made by one compiled program, and once for each configuration."""
+
+    def create():
+        _, *arrays = split_model(Decoder(config, nnx.Rngs(seed)))
+        return arrays
+
+    graphdef, _, _ = split_model(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(seed))))
+    return graphdef, *jax.jit(create)()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(graphdef, params, rest, tokens, positions, segment_ids):
+    return Stages(graphdef, rest, tokens, positions, segment_ids).score(params)
+
+
+def minibatch(config, model, seed=0, rows=4, time=9, drift=0.3):
+    """Left-padded sequences, with old log-probs that the present ones have drifted from."""
+    graphdef, params, rest = model
+    rng = np.random.default_rng(seed)
+    dtype = config.model.compute
+    prompt = rng.integers(2, 5, rows)
+    present = np.ones((rows, time), bool)
+    for row, pad in enumerate(rng.integers(0, 2, rows)):
+        present[row, :pad] = False
+    response = present & (np.arange(time)[None] >= (time - 5 + (prompt % 2))[:, None])
+    segment_ids = jnp.asarray(present.astype(np.int32))
+    tokens = jnp.asarray(np.where(present, rng.integers(2, 11, (rows, time)), 0), jnp.int32)
+    positions = positions_from_segments(segment_ids)
+    main, *heads = score(graphdef, params, rest, tokens, positions, segment_ids)
+
+    def drifted(log_prob):
+        noise = rng.normal(size=(rows, time)) * drift
+        return jnp.where(segment_ids > 0, log_prob + noise.astype(dtype), 0).astype(dtype)
+
+    old = drifted(main.log_prob)
+    own = [drifted(head.log_prob) for head in heads]
+    return Minibatch(
+        tokens=tokens,
+        segment_ids=segment_ids,
+        positions=positions,
+        response_mask=jnp.asarray(response),
+        advantages=jnp.asarray(np.where(response, rng.normal(size=(rows, 1)), 0), dtype),
+        old_log_prob=old,
+        old_mtp_log_prob=jnp.stack(own) if own else jnp.zeros((0, rows, time), dtype),
+        rollout_log_prob=old,
+        reference_log_prob=jnp.zeros((rows, time), dtype),
+    )
+
+
+def state(config, model):
+    _, params, rest = model
+    calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
+    fresh = init_state(params, rest, build_optimizer(config.optimizer), calibration)
+    return jax.tree.map(jnp.array, fresh)  # a copy, since train steps donate
+
+
+def gradient(config, model, batch, calibration=None, sequences_per_row=1):
+    """The combined gradient of one minibatch, from a fresh calibration state."""
+    graphdef, params, rest = model
+    given = calibration is not None
+    if not given:
+        calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
+    start = () if calibration is None else calibration.init(params)
+    key = repr(config), graphdef, id(calibration) if given else None, sequences_per_row
+    if key not in _COMPILED:
+        _COMPILED[key] = _compiled(config, graphdef, calibration, sequences_per_row)
+    return _COMPILED[key](params, rest, batch, start)
+
+
+_COMPILED: dict = {}
+
+
+def _compiled(config, graphdef, calibration, sequences_per_row):
+    def compute(params, rest, batch, start):
+        stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+        return step_gradient(stages, params, batch, config, calibration, start, sequences_per_row)
+
+    return jax.jit(compute)
+
+
+def close(actual, expected, tolerance):
+    """Norm-wise agreement of every leaf."""
+    for (path, a), e in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        error, size = np.linalg.norm(a - e), np.linalg.norm(e)
+        assert error <= tolerance * max(size, 1e-30), (path, error / max(size, 1e-30))

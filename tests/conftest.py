@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -39,6 +40,14 @@ def _strict_dtype_promotion(request):
     else:
         with jax.numpy_dtype_promotion("strict"):
             yield
+
+
+@pytest.fixture
+def unchecked():
+    """Without run-time type checks, as users run it: for the project's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import reasoning_gym
 
 from occ.tasks import splits
+from occ.tasks.demonstrations import DIGITS
 from occ.tasks.task import Problem, Task
 from occ.tasks.tokenizer import CharacterTokenizer
-
-DIGITS = "0123456789"
 
 
 def load(
@@ -77,29 +75,3 @@ def load(
         # A further digit for carries, a sign, and the end token.
         max_response_tokens=digits + len(str(terms)) + ("-" in operators) + 1,
     )
-
-
-def corrupt(answer: str, rng: np.random.Generator) -> str:
-    """The answer with exactly one digit replaced by another; sign and length stay.
-
-    The first digit may become 0, so that every digit is equally likely to be wrong.
-    """
-    places = [i for i, character in enumerate(answer) if character in DIGITS]
-    place = places[rng.integers(len(places))]
-    others = DIGITS.replace(answer[place], "")
-    return answer[:place] + others[rng.integers(len(others))] + answer[place + 1 :]
-
-
-def demonstrations(
-    problems: list[Problem], wrong_fraction: float, rng: np.random.Generator
-) -> list[str]:
-    """Answers to the problems, of which a fraction in expectation carries one wrong digit.
-
-    A model that is trained on these knows the right answer, which is the most frequent one, but
-    samples it only about as often as it was shown.
-    """
-    wrong = rng.random(len(problems)) < wrong_fraction
-    return [
-        corrupt(problem.answer, rng) if is_wrong else problem.answer
-        for problem, is_wrong in zip(problems, wrong, strict=True)
-    ]

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,9 +50,7 @@ def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = Non
     graphdef, _, _ = split_model(nnx.eval_shape(lambda: Decoder(config.model, nnx.Rngs(0))))
     if rollout is None:
         rollout = build_programs(graphdef, config, task)
-    # A second trace would mean that a shape changes from step to step, and cost minutes unseen.
-    train_step = chex.assert_max_traces(make_train_step(graphdef, config), n=1)
-    train_step = jax.jit(train_step, donate_argnums=0)
+    train_step = jax.jit(make_train_step(graphdef, config), donate_argnums=0)
     return Programs(graphdef, rollout, train_step)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,10 +26,10 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: jax.Array
-    params: Any
-    rest: Any
-    opt_state: Any
-    calibration: Any
+    params: chex.ArrayTree
+    rest: chex.ArrayTree
+    opt_state: chex.ArrayTree
+    calibration: chex.ArrayTree
     skipped: jax.Array
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from occ.objectives import masked, mtp
 from occ.tasks import Task
-from occ.tasks.arithmetic import demonstrations
+from occ.tasks.demonstrations import demonstrations
 from occ.tasks.prompts import encode_prompts
 from occ.training.batch import positions_from_segments
 from occ.training.config import TrainConfig

@@ -21,10 +21,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-install_import_hook(
-    ["occ.objectives", "occ.models", "occ.generation", "occ.training", "occ.evaluation"],
-    "beartype.beartype",
-)
+CHECKED = ["occ.objectives", "occ.models", "occ.generation", "occ.evaluation"]
+# Not the two trees of training: jax fills them with shapes, shardings and numpy arrays as well.
+CHECKED += [f"occ.training.{name}" for name in ("losses", "gradients", "stages", "step", "rollout")]
+install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture(scope="session", autouse=True)

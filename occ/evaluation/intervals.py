@@ -52,7 +52,8 @@ def mean_interval(values: np.ndarray | list[float], confidence: float = 0.95) ->
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Estimate(mean, np.nan, np.nan, 1)
-    half = scipy.stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    quantile = scipy.stats.t.ppf((1 + confidence) / 2, n - 1)
+    half = float(quantile * values.std(ddof=1) / np.sqrt(n))
     return Estimate(mean, mean - half, mean + half, n)
 
 

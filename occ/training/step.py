@@ -79,17 +79,23 @@ def make_train_step(
 
 
 def _apply(state: TrainState, gradient: Any, optimizer: Any, config: TrainConfig, finite: Any):
-    """The parameters and optimizer state after the step, or before it if it must be skipped."""
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    if config.mtp.loss == "none":
-        # Nothing trains the modules, so weight decay must not shrink them either.
-        updates = {**updates, **jax.tree.map(jnp.zeros_like, partition(updates).modules)}
-    params = optax.apply_updates(state.params, updates)
+    """The parameters and optimizer state after the step, or before it if it must be skipped.
 
-    def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    As a branch, whose inside the compiler never fuses with what computed the gradient: equal
+    gradients then give equal steps to the last bit, however they came about in each regime.
+    """
 
-    return keep(params, state.params), keep(opt_state, state.opt_state)
+    def update(gradient, opt_state, params):
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        if config.mtp.loss == "none":
+            # Nothing trains the modules, so weight decay must not shrink them either.
+            updates = {**updates, **jax.tree.map(jnp.zeros_like, partition(updates).modules)}
+        return optax.apply_updates(params, updates), opt_state
+
+    def skip(gradient, opt_state, params):
+        return params, opt_state
+
+    return jax.lax.cond(finite, update, skip, gradient, state.opt_state, state.params)
 
 
 def _balance(rest: Any, load: jax.Array | None, config: TrainConfig, finite: jax.Array) -> Any:

@@ -1,0 +1,202 @@
+"""What a train step costs in each regime, beside Detach, on one model in one run.
+
+Claim: OCC from log-ratios in the fused placement costs what joint training costs: the MTP loss's
+backward pass through the output head's weights and the module's projection, 2DV + 4D^2 operations a
+token, and nothing more. OCC from the exact gradients pays a second backward pass through the trunk.
+Command: python -m experiments.step_cost
+Cost: two to three minutes on two CPU cores.
+
+Operations are the compiler's own count of the compiled step, with unrolled layers, since it counts
+the body of a loop once; temporary memory is its allocation plan; wall time is the median over
+repeats, in which the regimes take turns, so that whatever else the machine does hits all alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+import tyro
+from flax import nnx
+
+from experiments import runs
+from occ.models.config import ModelConfig, MTPConfig
+from occ.models.decoder import Decoder, split_model
+from occ.training.batch import Minibatch, positions_from_segments
+from occ.training.config import MTPTrainingConfig, TrainConfig, regime
+from occ.training.gradients import build_calibration
+from occ.training.optimizer import build_optimizer
+from occ.training.run_folder import environment
+from occ.training.state import init_state
+from occ.training.step import make_train_step
+
+REGIMES: dict[str, MTPTrainingConfig] = {
+    "Detach": regime("detach"),
+    "CE": regime("ce"),
+    "Policy": regime("policy"),
+    "OCC fused": regime("occ_paper"),
+    "OCC exact": regime("occ"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the benchmark.
+
+    Attributes:
+      layers, width, vocab: of the model; heads of 64, MLP of four widths, one MTP module.
+      rows, length: of the minibatch, sequences and tokens a sequence.
+      repeats: timed steps a regime; 0 leaves the clock out.
+      remat: rematerialisation settings to measure.
+      dtype: of computation.
+      folder: for result.json and table.md.
+    """
+
+    layers: int = 6
+    width: int = 256
+    vocab: int = 128
+    rows: int = 8
+    length: int = 64
+    repeats: int = 15
+    remat: tuple[str, ...] = ("none", "full")
+    dtype: str = "float32"
+    folder: pathlib.Path = pathlib.Path("runs/step_cost")
+
+
+def model_config(arguments: Arguments, remat: str) -> ModelConfig:
+    """The model, its layers unrolled."""
+    return ModelConfig(
+        vocab_size=arguments.vocab,
+        num_layers=arguments.layers,
+        width=arguments.width,
+        num_heads=max(arguments.width // 64, 1),
+        num_kv_heads=max(arguments.width // 64, 1),
+        head_dim=64,
+        mlp_width=4 * arguments.width,
+        max_length=arguments.length,
+        compute_dtype=arguments.dtype,
+        scan_layers=False,
+        remat=remat,  # type: ignore[arg-type]
+        mtp=MTPConfig(num_modules=1),
+    )
+
+
+def minibatch(arguments: Arguments, seed: int = 0) -> Minibatch:
+    """Random tokens, the second half of each row a response, slightly off policy."""
+    rng = np.random.default_rng(seed)
+    shape = (arguments.rows, arguments.length)
+    segment_ids = jnp.ones(shape, jnp.int32)
+
+    def around(level):
+        return jnp.asarray(rng.normal(level, 0.1, shape), jnp.float32)
+
+    old = around(-np.log(arguments.vocab))
+    response = np.broadcast_to(np.arange(shape[1]) >= shape[1] // 2, shape)
+    return Minibatch(
+        tokens=jnp.asarray(rng.integers(0, arguments.vocab, shape), jnp.int32),
+        segment_ids=segment_ids,
+        positions=positions_from_segments(segment_ids),
+        response_mask=jnp.asarray(response),
+        advantages=around(0.0),
+        old_log_prob=old,
+        old_mtp_log_prob=old[None],
+        rollout_log_prob=old,
+        reference_log_prob=jnp.zeros(shape, jnp.float32),
+    )
+
+
+def compile_step(model: ModelConfig, mtp: MTPTrainingConfig, batch: Minibatch) -> tuple[Any, Any]:
+    """The compiled step, which donates its state, and a state for it."""
+    config = TrainConfig(name="step_cost", model=model, task="arithmetic", mtp=mtp)
+    graphdef, params, rest = split_model(Decoder(model, nnx.Rngs(0)))
+    calibration = build_calibration(mtp, model.mtp.num_modules)
+    state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
+    step = jax.jit(make_train_step(graphdef, config), donate_argnums=0)
+    return step.lower(state, batch).compile(), jax.tree.map(jnp.array, state)
+
+
+def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
+    """Operations, temporary bytes and seconds a step of every regime."""
+    batch = minibatch(arguments)
+    model = model_config(arguments, remat)
+    compiled, states = {}, {}
+    for name, mtp in tqdm.tqdm(REGIMES.items(), desc=f"compile, remat {remat}"):
+        compiled[name], states[name] = compile_step(model, mtp, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in REGIMES}
+    for repeat in tqdm.trange(arguments.repeats + 2, desc="time", disable=not arguments.repeats):
+        for name, step in compiled.items():
+            started = time.perf_counter()
+            states[name], _ = jax.block_until_ready(step(states[name], batch))
+            if repeat >= 2:  # the first ones warm caches up
+                seconds[name].append(time.perf_counter() - started)
+        if not arguments.repeats:
+            break
+    return {
+        name: {
+            "flops": float(step.cost_analysis()["flops"]),
+            "temporary_bytes": float(step.memory_analysis().temp_size_in_bytes),
+            "seconds": statistics.median(seconds[name]) if seconds[name] else float("nan"),
+        }
+        for name, step in compiled.items()
+    }
+
+
+def predicted_share(arguments: Arguments, detach_flops: float) -> float:
+    """2DV + 4D^2 operations a token, as a share of Detach's."""
+    tokens = arguments.rows * arguments.length
+    width, vocab = arguments.width, arguments.vocab
+    return (2 * width * vocab + 4 * width**2) * tokens / detach_flops
+
+
+def table(costs: dict[str, dict[str, float]]) -> str:
+    """A row a regime, each figure with its ratio to Detach."""
+    lines = [
+        "| regime | GFLOP | ratio | temporary MiB | ratio | ms a step | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = costs["Detach"]
+    for name, cost in costs.items():
+        cells = [name]
+        for key, unit, digits in (
+            ("flops", 1e9, 2),
+            ("temporary_bytes", 2**20, 1),
+            ("seconds", 1e-3, 0),
+        ):
+            cells += [f"{cost[key] / unit:.{digits}f}", f"{cost[key] / base[key]:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures, prints, and writes result.json and table.md."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "arguments": {k: str(v) for k, v in dataclasses.asdict(arguments).items()},
+        **environment(),
+    }
+    text = []
+    for remat in arguments.remat:
+        costs = measure(arguments, remat)
+        share = predicted_share(arguments, costs["Detach"]["flops"])
+        result[remat] = {"costs": costs, "predicted_share": share}
+        text.append(
+            f"Rematerialisation: {remat}. Prediction for CE, Policy and OCC fused: "
+            f"{1 + share:.3f} times Detach's operations.\n\n{table(costs)}\n"
+        )
+        print("\n" + text[-1])
+    (arguments.folder / "table.md").write_text("\n".join(text))
+    runs.write_json(arguments.folder / "result.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,11 +4,12 @@ Claim: OCC from log-ratios in the fused placement costs what joint training cost
 backward pass through the output head's weights and the module's projection, 2DV + 4D^2 operations a
 token, and nothing more. OCC from the exact gradients pays a second backward pass through the trunk.
 Command: python -m experiments.step_cost
-Cost: two to three minutes on two CPU cores.
+Cost: three minutes on two CPU cores.
 
 Operations are the compiler's own count of the compiled step, with unrolled layers, since it counts
 the body of a loop once; temporary memory is its allocation plan; wall time is the median over
-repeats, in which the regimes take turns, so that whatever else the machine does hits all alike.
+rounds in which the regimes take turns, and its ratio the geometric mean over rounds with a 95 %
+Student-t interval.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import tyro
 from flax import nnx
 
 from experiments import runs
+from occ.evaluation.intervals import mean_interval
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.training.batch import Minibatch, positions_from_segments
@@ -65,7 +67,7 @@ class Arguments:
     vocab: int = 128
     rows: int = 8
     length: int = 64
-    repeats: int = 15
+    repeats: int = 40
     remat: tuple[str, ...] = ("none", "full")
     dtype: str = "float32"
     folder: pathlib.Path = pathlib.Path("runs/step_cost")
@@ -144,9 +146,19 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
             "flops": float(step.cost_analysis()["flops"]),
             "temporary_bytes": float(step.memory_analysis().temp_size_in_bytes),
             "seconds": statistics.median(seconds[name]) if seconds[name] else float("nan"),
+            **_time_ratio(seconds[name], seconds["Detach"]),
         }
         for name, step in compiled.items()
     }
+
+
+def _time_ratio(seconds: list[float], base: list[float]) -> dict[str, float]:
+    """Geometric mean of the ratios within each round, and its 95 % interval."""
+    if not seconds:
+        return {name: float("nan") for name in ("ratio", "ratio_low", "ratio_high")}
+    estimate = mean_interval(np.log(np.array(seconds) / np.array(base)))
+    values = np.exp([estimate.mean, estimate.low, estimate.high]).tolist()
+    return dict(zip(("ratio", "ratio_low", "ratio_high"), values, strict=True))
 
 
 def predicted_share(arguments: Arguments, detach_flops: float) -> float:
@@ -165,12 +177,10 @@ def table(costs: dict[str, dict[str, float]]) -> str:
     base = costs["Detach"]
     for name, cost in costs.items():
         cells = [name]
-        for key, unit, digits in (
-            ("flops", 1e9, 2),
-            ("temporary_bytes", 2**20, 1),
-            ("seconds", 1e-3, 0),
-        ):
+        for key, unit, digits in (("flops", 1e9, 2), ("temporary_bytes", 2**20, 1)):
             cells += [f"{cost[key] / unit:.{digits}f}", f"{cost[key] / base[key]:.3f}"]
+        interval = f"[{cost['ratio_low']:.3f}, {cost['ratio_high']:.3f}]"
+        cells += [f"{cost['seconds'] * 1e3:.0f}", f"{cost['ratio']:.3f} {interval}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ import pytest
 import tyro
 from flax import nnx
 
-from experiments import compare_regimes, report, train
+from experiments import compare_regimes, report, step_cost, train
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
 from experiments.progress import interrupt
@@ -198,3 +198,15 @@ def test_the_transformation_alone_needs_jax_and_optax_alone():
         "occ.calibrate(occ.measures.gradients(), occ.rules.optimal())\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_benchmark_counts_what_is_expected():
+    """By the compiler's count: fused OCC costs what joint training costs, exact a backward more."""
+    arguments = step_cost.Arguments(
+        layers=3, width=64, vocab=32, rows=2, length=16, repeats=0, remat=("none",)
+    )
+    costs = step_cost.measure(arguments, "none")
+    flops = {name: cost["flops"] / costs["Detach"]["flops"] for name, cost in costs.items()}
+    assert 1 <= flops["OCC fused"] < 1.03 and 1.3 < flops["OCC exact"] < 1.7
+    assert 0 < step_cost.predicted_share(arguments, costs["Detach"]["flops"]) < 0.03
+    assert "| OCC exact |" in step_cost.table(costs)

@@ -276,7 +276,10 @@ class Calibration:
         gram = jnp.where(kept[:, None] & kept[None, :], gram, 0)
         # An overflow of <m_j, m_k> between finite heads leaves no usable matrix either.
         gram = jnp.where(jnp.isfinite(gram), gram, 0)
-        return measures_lib.Measurement(gram, None), main_ok, ok
+        sampled = measurement.sampled_correlation
+        if sampled is not None:
+            sampled = jnp.where(ok & jnp.isfinite(sampled), sampled, 0).astype(dtype)
+        return measures_lib.Measurement(gram, None, sampled), main_ok, ok
 
 
 def calibrate(

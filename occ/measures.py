@@ -31,10 +31,14 @@ class Measurement(NamedTuple):
         `calibrate` fills with NaN before a rule sees it.
       ratio: None, or float [] or [K]: c_k / v_k^2 as estimated by a measure that yields it
         directly, one for all heads or one a head.
+      sampled_correlation: None, or float [K]: <g, m_k> of the gradients that the step really
+        takes, where the matrix holds an estimate of the expected gradients' correlation that is
+        free of their common noise (`cross_fitted`).
     """
 
     gram: Any
     ratio: jax.Array | None = None
+    sampled_correlation: jax.Array | None = None
 
 
 class Measure(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from occ import measures as measures_lib
-from occ.calibration import tree_structure
+from occ.trees import tree_structure
 
 
 class AccumulationState(NamedTuple):

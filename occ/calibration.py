@@ -11,6 +11,7 @@ for a training step that must know the weights before it has all gradients.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import optax
 
 from occ import measures as measures_lib
 from occ import rules as rules_lib
+from occ.trees import check_like, path_string, selected, tree_structure, zero_unless
 
 Shared = Any  # None, a pytree of bools like the parameters, or a predicate on "path/of/leaf"
 
@@ -60,10 +62,16 @@ class Calibration:
     num_auxiliary: int = 1
     shared: Shared = None
     scale_own: bool = False
+    every: int = 1
     axis_name: Any = None
     seed: int = 0
 
     def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(
+                f"calibrate: `every` must be >= 1 updates, got {self.every}. With 1 every update "
+                "measures."
+            )
         if self.num_auxiliary < 1:
             raise ValueError(
                 f"calibrate: num_auxiliary must be >= 1, got {self.num_auxiliary}. Without an "
@@ -78,7 +86,7 @@ class Calibration:
 
     def init(self, params: Any) -> CalibrationState:
         """State for gradients shaped like `params`."""
-        shared = _shared_leaves(params, self._shared_mask(params))
+        shared = selected(params, self._shared_mask(params)).values()
         if not shared:
             raise ValueError(
                 "calibrate: `shared` selects no leaf, so there is no gradient to measure. Pass the "
@@ -108,7 +116,8 @@ class Calibration:
 
         Args:
           state: the state before.
-          evidence: what the measure reads, by name. Ignored where `statistics` is given.
+          evidence: what the measure reads, by name; pytrees of gradients whole, of which the shared
+            leaves are taken here. Ignored where `statistics` is given.
           statistics: the measure's statistics, already reduced and summed over micro-batches.
           finite: bool [K], False for auxiliary gradients that are to be removed; None if none is.
 
@@ -121,7 +130,7 @@ class Calibration:
         if statistics is None:
             evidence = {} if evidence is None else evidence
             self._require(evidence)
-            statistics = self.measure.reduce(evidence, self.num_auxiliary)
+            statistics = self.measure.reduce(self._shared_only(evidence), self.num_auxiliary)
         measurement, measure_state = self.measure.update(statistics, state.measure, self.axis_name)
         measurement, main_ok, ok = self._clean(measurement, finite, state.gram.dtype)
         key = jax.random.fold_in(jax.random.key(self.seed), state.count)
@@ -140,6 +149,22 @@ class Calibration:
             nonfinite=state.nonfinite + (~ok).astype(jnp.int32),
             measure=unless_poisoned(measure_state, state.measure),
             rule=unless_poisoned(rule_state, state.rule),
+        )
+
+    def is_due(self, state: CalibrationState) -> jax.Array:
+        """Whether this update measures: bool []."""
+        return state.count % self.every == 0
+
+    def hold(self, state: CalibrationState, finite: jax.Array | None = None) -> CalibrationState:
+        """The state after an update that does not measure: it counts, and keeps the weights.
+
+        Args:
+          state: the state before.
+          finite: bool [K], False for auxiliary gradients that were removed.
+        """
+        removed = 0 if finite is None else (~finite).astype(jnp.int32)
+        return state._replace(
+            count=optax.safe_increment(state.count), nonfinite=state.nonfinite + removed
         )
 
     def combine(self, weights: jax.Array, updates: Any, auxiliary: tuple[Any, ...]) -> Any:
@@ -182,12 +207,16 @@ class Calibration:
         """All three stages; see `calibrate`."""
         auxiliary = self._auxiliary_tuple(updates, auxiliary)
         auxiliary, finite = self.remove_nonfinite(auxiliary)
-        if "gradients" in self.measure.evidence:
-            mask = self._shared_mask(updates)
-            evidence["gradients"] = tuple(
-                tuple(_shared_leaves(tree, mask)) for tree in (updates, *auxiliary)
-            )
-        state = self.weigh(state, evidence, statistics=statistics, finite=finite)
+        evidence["gradients"] = (updates, *auxiliary)
+
+        def measured(state):
+            return self.weigh(state, evidence, statistics=statistics, finite=finite)
+
+        if self.every == 1:
+            state = measured(state)
+        else:
+            held = functools.partial(self.hold, finite=finite)
+            state = jax.lax.cond(self.is_due(state), measured, held, state)
         # Evidence may be non-finite where the gradient is finite: then the weight is 0 already.
         return self.combine(state.weights, updates, auxiliary), state
 
@@ -198,12 +227,29 @@ class Calibration:
           The K trees, and bool [K], whether each was finite: for `weigh`, which counts.
         """
         finite = jnp.stack([self._all_finite(m) for m in auxiliary])
-        return tuple(_zero_unless(finite[k], m) for k, m in enumerate(auxiliary)), finite
+        return tuple(zero_unless(finite[k], m) for k, m in enumerate(auxiliary)), finite
+
+    def _shared_only(self, evidence: dict[str, Any]) -> dict[str, Any]:
+        """Evidence whose pytrees of gradients are reduced to {path: shared leaf}."""
+
+        def leaves(tree):
+            return selected(tree, self._shared_mask(tree))
+
+        def each(tree_or_tuple):
+            if isinstance(tree_or_tuple, tuple):
+                return tuple(each(tree) for tree in tree_or_tuple)
+            return leaves(tree_or_tuple)
+
+        trees = measures_lib.TREE_EVIDENCE | {"gradients"}
+        return {
+            name: each(value) if name in trees and name in self.measure.evidence else value
+            for name, value in evidence.items()
+        }
 
     def _require(self, evidence: dict[str, Any]) -> None:
         missing = [name for name in self.measure.evidence if evidence.get(name) is None]
         if missing:
-            got = sorted(name for name, value in evidence.items() if value is not None)
+            got = sorted(k for k, v in evidence.items() if v is not None and k != "gradients")
             raise ValueError(
                 f"calibrate: measure {self.measure.name!r} needs the evidence {missing}, got "
                 f"{got or 'none'}. Pass it by keyword: "
@@ -230,7 +276,7 @@ class Calibration:
                 "num_auxiliary such trees."
             )
         for k, tree in enumerate(auxiliary, start=1):
-            _check_like(updates, tree, k)
+            check_like(updates, tree, k)
         return auxiliary
 
     def _shared_mask(self, tree: Any) -> Any:
@@ -289,6 +335,7 @@ def calibrate(
     num_auxiliary: int = 1,
     shared: Shared = None,
     scale_own: bool = False,
+    every: int = 1,
     axis_name: Any = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -306,6 +353,7 @@ def calibrate(
         alone; elsewhere the result is g + sum_k m_k, unscaled. Default: every leaf.
       scale_own: multiply the leaves that are not shared by the weights too, as the paper's
         released code does. A coefficient of 0 or below then stops or reverses their training.
+      every: measure at every n-th update, from the first on, and keep the weights in between.
       axis_name: mapped axis (shard_map, pmap) over which *parts* of the leaves, or of the evidence,
         are spread; inner products are summed over it. Under jit with NamedSharding leave it None.
       seed: of the key that rules which draw receive.
@@ -348,6 +396,7 @@ def calibrate(
         num_auxiliary=num_auxiliary,
         shared=shared,
         scale_own=scale_own,
+        every=every,
         axis_name=axis_name,
         seed=seed,
     )
@@ -359,54 +408,9 @@ def calibrate(
     return optax.GradientTransformationExtraArgs(calibration.init, update)
 
 
-# ---------------------------------------------------------------------------------------------
-# Trees
-# ---------------------------------------------------------------------------------------------
-
-
-def path_string(path: tuple) -> str:
-    """A leaf's path as `"layers/attention/query"`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def tree_structure(tree: Any) -> Any:
-    """`jax.tree.structure`, which type checkers cannot compare."""
-    return jax.tree.structure(tree)
-
-
-def _shared_leaves(tree: Any, mask: Any) -> list[jax.Array]:
-    return [
-        leaf
-        for leaf, shared in zip(jax.tree.leaves(tree), jax.tree.leaves(mask), strict=True)
-        if shared
-    ]
-
-
 def _real(dtype: Any) -> Any:
     """The dtype itself, or that of its real part."""
     return jnp.finfo(dtype).dtype
-
-
-def _zero_unless(condition: jax.Array, tree: Any) -> Any:
-    """The tree, or zeros: by selection, since 0 * NaN is NaN."""
-    return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jnp.zeros_like(leaf)), tree)
-
-
-def _check_like(updates: Any, tree: Any, number: int) -> None:
-    if tree_structure(tree) != tree_structure(updates):
-        raise ValueError(
-            f"calibrate: auxiliary gradient {number} has the tree structure "
-            f"{tree_structure(tree)}, expected that of `updates`, "
-            f"{tree_structure(updates)}."
-        )
-    for (path, g), m in zip(
-        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(tree), strict=True
-    ):
-        if jnp.shape(g) != jnp.shape(m):
-            raise ValueError(
-                f"calibrate: auxiliary gradient {number} has shape {jnp.shape(m)} at "
-                f"{path_string(path)!r}, expected {jnp.shape(g)}."
-            )
 
 
 def _condition_number(gram: jax.Array) -> jax.Array:

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import optax
 
-from occ.calibration import path_string
 from occ.training.config import OptimizerConfig
 from occ.training.stages import is_shared
+from occ.trees import path_string
 
 MATRICES = ("kernel", "embedding", "router", "gate_kernel", "up_kernel", "down_kernel")
 

@@ -7,13 +7,13 @@ import textwrap
 import numpy as np
 import pytest
 import reasoning_gym as package
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
 from occ import tasks
-from occ.tasks import Problem, Task, VerifierError, demonstrations, splits
+from occ.tasks import Problem, Task, VerifierError, demonstrations, number_filtering, splits
 from occ.tasks import reasoning_gym as gym
 from occ.tasks.prompts import encode_prompts, prompt_indices
 from occ.tasks.tokenizer import CharacterTokenizer
@@ -83,10 +83,21 @@ def test_a_verifier_that_fails_invalidates_its_sample_alone():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("arithmetics", {}, r"unknown task 'arithmetics'; expected one of \['arithmetic', 'reas"),
+        ("arithmetics", {}, r"unknown task 'arithmetics'; expected one of \['arithmetic', 'numb"),
         ("arithmetic", {"digit": 2}, "does not take these options.*digit"),
         ("arithmetic", {"operators": "*"}, "must be '\\+' or '\\+-', got '\\*'"),
         ("arithmetic", {"digits": 1, "train_size": 500}, "found .* expected 500 and 1024"),
+        (
+            "number_filtering",
+            {"operations": ["keep"]},
+            r"some of \['keep_larger', .*got \['keep'\]",
+        ),
+        ("number_filtering", {"operations": []}, r"got \[\]"),
+        ("star_graph", {"degree": 1}, "expected degree >= 2 and arm_length >= 1, got 1 and 2"),
+        ("star_graph", {"arm_length": 0}, "got 2 and 0"),
+        ("star_graph", {"labels": 4}, "have 5 nodes; labels must be between that and 52, got 4"),
+        ("star_graph", {"labels": 53}, "got 53"),
+        ("star_graph", {"labels": 5, "train_size": 5000}, "found .* expected 5000 and 1024"),
         ("reasoning_gym", {"dataset": "n_queens"}, "refused: its verifier calls Python's eval"),
         ("reasoning_gym", {"dataset": "no_such"}, "has no dataset 'no_such'"),
         ("reasoning_gym", {"dataset": "zebra_puzzles"}, "was not reviewed"),
@@ -101,6 +112,119 @@ def test_load_refuses(name, options, message):
 def test_an_answer_without_digits_cannot_be_corrupted():
     with pytest.raises(ValueError, match="wrong_fraction to 0"):
         demonstrations.corrupt("yes", np.random.default_rng(0))
+
+
+def test_a_problem_brings_its_own_mistakes():
+    problem = Problem("p", "12", wrong_answers=("x", "y"))
+    rng = np.random.default_rng(0)
+    assert {demonstrations.mistake(problem, rng) for _ in range(30)} == {"x", "y"}
+    assert demonstrations.demonstrations([problem] * 3, 0.0, rng) == ["12"] * 3
+    assert demonstrations.mistake(Problem("p", "7"), rng) in set("012345689")
+
+
+# -- number filtering -------------------------------------------------------------------------
+
+
+KEEPS = {
+    "k>": lambda number, bound: number > bound,
+    "k<": lambda number, bound: number < bound,
+    "r>": lambda number, bound: number <= bound,
+    "r<": lambda number, bound: number >= bound,
+}
+
+
+def test_the_answer_lists_the_numbers_that_pass():
+    task = tasks.load("number_filtering", numbers=4, train_size=200, test_size=40)
+    problems = [*task.train, *task.test]
+    for problem in problems:
+        head, given = problem.prompt.removesuffix("=").split(":")
+        keeps, bound = KEEPS[head[:2]], int(head[2:])
+        assert problem.answer == ",".join(n for n in given.split(",") if keeps(int(n), bound))
+        assert len(problem.prompt) <= task.max_prompt_tokens
+        assert len(problem.answer) < task.max_response_tokens
+    assert {p.prompt[:2] for p in problems} == set(KEEPS)
+    rewards, _ = task.verify_batch(problems, [p.answer for p in problems])
+    assert rewards.all()
+
+
+def test_only_the_exact_list_is_rewarded():
+    task = tasks.load("number_filtering", train_size=200, test_size=40)
+    problem = next(p for p in task.train if "," in p.answer)
+    right = problem.answer
+    others = [right + ",", "," + right, right + " ", right.replace(",", ", "), "", f"['{right}']"]
+    rewards, _ = task.verify_batch([problem] * 7, [right, *others])
+    assert rewards.tolist() == [1.0] + [0.0] * 6
+
+
+def test_a_list_can_be_empty():
+    task = tasks.load("number_filtering", digits=1, train_size=400, test_size=40)
+    problem = next(p for p in task.train if p.answer == "")
+    first = problem.prompt.removesuffix("=").split(":")[1].split(",")[0]
+    rewards, _ = task.verify_batch([problem] * 2, ["", first])
+    assert rewards.tolist() == [1, 0]
+
+
+def test_a_wrong_list_has_one_number_too_many_or_too_few():
+    task = tasks.load("number_filtering", train_size=200, test_size=40)
+    for problem in task.train:
+        right = [n for n in problem.answer.split(",") if n]
+        for wrong in problem.wrong_answers:
+            assert abs(len([n for n in wrong.split(",") if n]) - len(right)) == 1
+        assert len(problem.wrong_answers) == 3
+
+
+def test_operations_can_be_chosen():
+    chosen = ("keep_larger", "remove_smaller")
+    task = tasks.load("number_filtering", operations=chosen, train_size=60, test_size=20)
+    assert {p.prompt[:2] for p in task.train} == {number_filtering.SYMBOLS[name] for name in chosen}
+
+
+# -- star graphs ------------------------------------------------------------------------------
+
+
+@given(degree=st.integers(2, 4), arm_length=st.integers(1, 4), seed=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_the_path_is_the_only_one_to_the_goal(degree, arm_length, seed):
+    task = tasks.load(
+        "star_graph",
+        degree=degree,
+        arm_length=arm_length,
+        labels=26,
+        train_size=10,
+        test_size=4,
+        seed=seed,
+    )
+    for problem in [*task.train, *task.test]:
+        listed, ends = problem.prompt.removesuffix("=").split("/")
+        edges = listed.split("|")
+        before = {head: tail for tail, head in edges}
+        assert len(before) == len(edges) == degree * arm_length  # no node has two predecessors
+        path = ends[1]
+        while path[0] in before:
+            path = before[path[0]] + path
+        assert path == problem.answer and path[0] == ends[0]
+        assert sum(edge[0] == ends[0] for edge in edges) == degree
+        assert len(problem.prompt) == task.max_prompt_tokens
+        assert len(problem.answer) + 1 == task.max_response_tokens == arm_length + 2
+
+
+def test_wrong_paths_follow_the_other_arms():
+    task = tasks.load("star_graph", degree=3, arm_length=2, train_size=50, test_size=10)
+    for problem in task.train:
+        edges = set(problem.prompt.split("/")[0].split("|"))
+        arms = [problem.answer, *problem.wrong_answers]
+        assert len({arm[1] for arm in arms}) == 3
+        assert {arm[i : i + 2] for arm in arms for i in range(2)} == edges
+        rewards, _ = task.verify_batch([problem] * 3, arms)
+        assert rewards.tolist() == [1, 0, 0]
+
+
+def test_the_goal_says_nothing_about_where_its_arm_is_listed():
+    task = tasks.load("star_graph", train_size=4000, test_size=10)
+    first = [
+        p.prompt.index(p.answer[:2]) < p.prompt.index(p.wrong_answers[0][:2]) for p in task.train
+    ]
+    assert abs(np.mean(first) - 0.5) < 0.025  # three standard errors of n = 4000
 
 
 # -- reasoning-gym ----------------------------------------------------------------------------

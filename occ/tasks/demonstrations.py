@@ -21,23 +21,34 @@ def corrupt(answer: str, rng: np.random.Generator) -> str:
     if not places:
         raise ValueError(
             f"corrupt: {answer!r} has no digit that could be wrong. Set "
-            "WarmStartConfig.wrong_fraction to 0 for tasks whose answers are not numbers."
+            "WarmStartConfig.wrong_fraction to 0, or give the task's problems wrong_answers."
         )
     place = places[rng.integers(len(places))]
     others = DIGITS.replace(answer[place], "")
     return answer[:place] + others[rng.integers(len(others))] + answer[place + 1 :]
 
 
+def mistake(problem: Problem, rng: np.random.Generator) -> str:
+    """One of the problem's wrong answers; the right one with a wrong digit where it has none.
+
+    Raises:
+      ValueError: it has none, and its answer has no digit.
+    """
+    if problem.wrong_answers:
+        return problem.wrong_answers[int(rng.integers(len(problem.wrong_answers)))]
+    return corrupt(problem.answer, rng)
+
+
 def demonstrations(
     problems: list[Problem], wrong_fraction: float, rng: np.random.Generator
 ) -> list[str]:
-    """Answers to the problems, of which a fraction in expectation carries one wrong digit.
+    """Answers to the problems, of which a fraction in expectation is a mistake.
 
     A model that is trained on these knows the right answer, which is the most frequent one, but
     samples it only about as often as it was shown.
     """
     wrong = rng.random(len(problems)) < wrong_fraction
     return [
-        corrupt(problem.answer, rng) if is_wrong else problem.answer
+        mistake(problem, rng) if is_wrong else problem.answer
         for problem, is_wrong in zip(problems, wrong, strict=True)
     ]

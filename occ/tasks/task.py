@@ -23,11 +23,14 @@ class Problem:
       prompt: text as the model sees it.
       answer: a correct answer, for demonstrations and logs.
       entry: what the verifier needs besides.
+      wrong_answers: mistakes that a noisy demonstration chooses from; none leaves it to change one
+        digit of the answer.
     """
 
     prompt: str
     answer: str
     entry: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wrong_answers: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,8 @@ def load(name: str, **options: Any) -> Task:
     """Loads a task by name.
 
     Args:
-      name: "arithmetic", or "reasoning_gym" with `dataset=...`.
+      name: "arithmetic", "number_filtering", "star_graph", or "reasoning_gym" with
+        `dataset=...`.
       **options: of that task's own loader.
 
     Raises:
@@ -85,11 +89,13 @@ def load(name: str, **options: Any) -> Task:
     """
     # Each loader imports its package when it is asked for, so that one task can be used without
     # the packages of all.
-    from occ.tasks import arithmetic, reasoning_gym
+    from occ.tasks import arithmetic, number_filtering, reasoning_gym, star_graph
 
     loaders: dict[str, Callable[..., Task]] = {
         "arithmetic": arithmetic.load,
+        "number_filtering": number_filtering.load,
         "reasoning_gym": reasoning_gym.load,
+        "star_graph": star_graph.load,
     }
     if name not in loaders:
         raise ValueError(f"load: unknown task {name!r}; expected one of {sorted(loaders)}.")

@@ -1,0 +1,56 @@
+"""Rules: Gram matrix -> weights (w_0, w_1, .., w_K) of the combined gradient.
+
+The combined gradient is w_0 g + sum_k w_k m_k. A rule sees the Gram matrix alone (or, for measures
+that yield it directly, the ratio c_k / v_k^2).
+
+    base.py          what a rule is; norms, cosines, fallbacks
+    fixed.py         rules that look at nothing: fixed, detach
+    optimal.py       OCC, and its form for noisy gradients
+    projection.py    angles: cosine_gating, pcgrad, gradvac
+    minimum_norm.py  the convex hull of the gradients: mgda, cagrad
+    balancing.py     equal shares: imtl_g, nash_mtl, aligned_mtl, metabalance
+    registry.py      rules by their names
+
+Methods from the literature differ in what they do to the scale: some sum the K+1 gradients, some
+average them, and Nash-MTL sets the norm itself. Here each keeps its published scale, which its
+docstring names, so a comparison has to search the learning rate of each, or run under an optimizer
+that does not see the scale. Auxiliary gradients come as they are: to try a method on 0.1 m instead
+of m, put the 0.1 into the auxiliary loss.
+
+GradNorm (Chen et al., arXiv 1711.02257) is missing on purpose. It asks that the norms of the
+weighted gradients be proportional to a power of how far each *loss* has come from its value at the
+start. A Gram matrix knows nothing of losses. A policy loss could not tell it either: its value is
+about zero by the normalisation of the advantages, whatever the policy has learnt. Only with that
+power set to 0 do the losses drop out, and then all norms are to be equal: `metabalance(relax=1)`.
+"""
+
+from occ.rules.balancing import MetaBalanceState, aligned_mtl, imtl_g, metabalance, nash_mtl
+from occ.rules.base import Rule, RuleState
+from occ.rules.fixed import detach, fixed
+from occ.rules.minimum_norm import cagrad, mgda
+from occ.rules.optimal import NONNEGATIVE, noisy_optimal, optimal
+from occ.rules.projection import GradVacState, cosine_gating, gradvac, pcgrad
+from occ.rules.registry import REGISTRY, by_name
+
+__all__ = [
+    "NONNEGATIVE",
+    "REGISTRY",
+    "GradVacState",
+    "MetaBalanceState",
+    "Rule",
+    "RuleState",
+    "aligned_mtl",
+    "by_name",
+    "cagrad",
+    "cosine_gating",
+    "detach",
+    "fixed",
+    "gradvac",
+    "imtl_g",
+    "metabalance",
+    "mgda",
+    "nash_mtl",
+    "noisy_optimal",
+    "optimal",
+    "pcgrad",
+]

@@ -46,12 +46,12 @@ def hessian(kind, seed=0, smoothness=L):
 
 
 def quadratic(gradient, H):
-    """J with this gradient at 0, to be increased."""
+    """J with this gradient at 0, to be increased; its value there is no round number."""
     b, matrix = jnp.asarray(gradient), jnp.asarray(H)
 
     def objective(params):
         x = ravel_pytree(params)[0]
-        return jnp.dot(b, x) + jnp.dot(x, matrix @ x) / 2
+        return 0.7 + jnp.dot(b, x) + jnp.dot(x, matrix @ x) / 2
 
     return objective
 
@@ -151,6 +151,17 @@ def test_repeated_and_zero_heads_get_the_least_norm_solution():
     zero = theory.lower_bound(gram_of(np.stack([g, 0 * m])), smoothness=L)
     np.testing.assert_array_equal(theory.optimal_coefficients(zero, step_size=ETA), [0.0])
     assert float(theory.optimal_contribution(zero, step_size=ETA)) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_dependent_heads_get_the_least_norm_solution(seed):
+    """Three heads in a plane: an eigenvalue is rounding, of either sign."""
+    g, m1, m2 = vectors(3, seed)
+    gram = gram_of(np.stack([g, m1, m2, 0.3 * m1 - 1.7 * m2]))
+    model = theory.lower_bound(gram, smoothness=L)
+    expected = np.linalg.pinv(gram[1:, 1:], rcond=1e-10, hermitian=True) @ gram[0, 1:]
+    got = theory.optimal_coefficients(model, step_size=ETA)
+    equal(got, theory.coefficient_scale(ETA, L) * expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["concave", "indefinite"])

@@ -33,8 +33,8 @@ from occ.evaluation.intervals import mean_interval
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.training.batch import Minibatch, positions_from_segments
+from occ.training.calibration import build_calibration
 from occ.training.config import MTPTrainingConfig, TrainConfig, regime
-from occ.training.gradients import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.run_folder import environment
 from occ.training.state import init_state

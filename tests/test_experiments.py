@@ -22,8 +22,8 @@ from experiments.progress import interrupt
 from occ.models.decoder import Decoder, split_model
 from occ.training import loop
 from occ.training.batch import Minibatch
+from occ.training.calibration import build_calibration
 from occ.training.config import EvaluationConfig, RolloutConfig, WarmStartConfig, regime
-from occ.training.gradients import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.state import init_state
 from occ.training.step import make_train_step

@@ -12,6 +12,7 @@ import pytest
 
 from occ import tasks
 from occ.training import loop
+from occ.training.calibration import build_calibration
 from occ.training.checkpoints import Checkpoints
 from occ.training.config import (
     EvaluationConfig,
@@ -21,7 +22,6 @@ from occ.training.config import (
     WarmStartConfig,
     regime,
 )
-from occ.training.gradients import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.run_folder import RunFolder, read_rows
 from occ.training.start import load_start, save_start

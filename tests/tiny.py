@@ -11,8 +11,9 @@ from flax import nnx
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.training.batch import Minibatch, positions_from_segments
+from occ.training.calibration import build_calibration
 from occ.training.config import OptimizerConfig, TrainConfig
-from occ.training.gradients import build_calibration, step_gradient
+from occ.training.gradients import step_gradient
 from occ.training.optimizer import build_optimizer
 from occ.training.stages import Stages
 from occ.training.state import init_state
@@ -123,10 +124,21 @@ _COMPILED: dict = {}
 
 def _compiled(config, graphdef, calibration, sequences_per_row):
     def compute(params, rest, batch, start):
-        stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
-        return step_gradient(stages, params, batch, config, calibration, start, sequences_per_row)
+        model = graphdef, params, rest
+        return step_gradient_of(
+            config, model, batch, calibration, start, sequences_per_row=sequences_per_row
+        )
 
     return jax.jit(compute)
+
+
+def step_gradient_of(config, model, batch, calibration, start, moments=None, sequences_per_row=1):
+    """`step_gradient` on a model in pieces, from a given calibration state."""
+    graphdef, params, rest = model
+    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    return step_gradient(
+        stages, params, batch, config, calibration, start, sequences_per_row, moments
+    )
 
 
 def close(actual, expected, tolerance):

@@ -51,17 +51,17 @@ def split(batch: Minibatch, parts: int) -> list[Minibatch]:
             "prompts_per_rollout as a multiple of minibatches_per_rollout."
         )
     size = rows // parts
+    return [take_rows(batch, slice(i * size, (i + 1) * size)) for i in range(parts)]
 
-    def cut(index):
-        rows_of_part = slice(index * size, (index + 1) * size)
-        return batch.replace(
-            **{
-                name: value[:, rows_of_part] if name == "old_mtp_log_prob" else value[rows_of_part]
-                for name, value in vars(batch).items()
-            }
-        )
 
-    return [cut(index) for index in range(parts)]
+def take_rows(batch: Minibatch, rows: slice) -> Minibatch:
+    """Some rows of a minibatch."""
+    return batch.replace(
+        **{
+            name: value[:, rows] if name == "old_mtp_log_prob" else value[rows]
+            for name, value in vars(batch).items()
+        }
+    )
 
 
 def check(batch: Minibatch, num_modules: int) -> None:

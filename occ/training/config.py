@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from occ.models.config import ModelConfig
 from occ.objectives.policy import PolicyConfig
 
-REGIMES = ("rl_only", "detach", "ce", "policy", "occ", "occ_paper", "occ_released")
+REGIMES = (
+    "rl_only",
+    "detach",
+    "ce",
+    "policy",
+    "occ",
+    "occ_smoothed",
+    "occ_paper",
+    "occ_released",
+)
+
+MeasureName = Literal[
+    "gradients",
+    "first_layer",
+    "last_layer",
+    "embedding",
+    "cross_fitted",
+    "preconditioned",
+    "preconditioned_euclidean",
+    "sketched",
+    "row_subset",
+    "readout",
+    "log_ratios",
+    "released_masked",
+    "released_unmasked",
+]
+KNOWN_BEFORE_BACKWARD: tuple[str, ...] = (
+    "row_subset",
+    "readout",
+    "log_ratios",
+    "released_masked",
+    "released_unmasked",
+)
+"""Measures whose evidence exists before the backward pass through the trunk."""
 
 
 def _one_of(owner: str, field: str, value: Any, allowed: tuple) -> None:
@@ -72,45 +105,64 @@ class MTPTrainingConfig:
         on MTP log-probs) or "none" (RL alone).
       reference: old log-prob in the ratio of the policy loss, and in d_MTP of the log-ratio
         measures: the main head's for the same token, or the module's own.
-      rule: coefficient on shared parameters: 0, fixed, or OCC.
+      rule: coefficient on shared parameters: "detach" (0), "fixed", "optimal" (OCC), or another
+        name in `occ.rules.REGISTRY`.
       coefficient: of rule "fixed".
-      measure: evidence for rule "optimal".
-      placement: "fused" weighs the losses before one backward pass through the trunk; "exact"
-        takes a backward pass for each, and knows the true c and v^2 (under every rule).
       scale: lambda_+ of rule "optimal".
-      eps: added to v^2 for one module.
-      relative_ridge: for several modules.
-      bounds: clip range of the coefficients; None is none.
+      eps: added to v^2 for one module, by rule "optimal".
+      relative_ridge: for several modules, by rule "optimal".
+      bounds: clip range of the coefficients of rule "optimal"; None is none.
+      rule_options: keyword options of any other rule.
+      measure: where rules other than "detach" and "fixed" have c and v^2 from: the exact
+        "gradients"; those of the "first_layer", "last_layer" or "embedding" alone; "cross_fitted"
+        between halves of the minibatch; in Adam's norm ("preconditioned", or
+        "preconditioned_euclidean"); "sketched"; of a "row_subset" of the minibatch; of the
+        "readout" (output head and final norm); or the paper's "log_ratios" and its release's forms.
+      sketch_rank: of measure "sketched".
+      row_fraction: share of the rows that "row_subset" looks at.
+      smoothing: decay of moving averages of c and v^2; 0 is none.
+      every: measure at every n-th step, and keep the weights in between.
+      placement: "fused" weighs the losses before one backward pass through the trunk; "exact"
+        takes a backward pass for each where it measures, and knows the true c and v^2.
       scale_own: scale the modules' own gradient too, as the paper's released code does.
     """
 
     loss: Literal["none", "ce", "policy"] = "policy"
     reference: Literal["main", "own"] = "main"
-    rule: Literal["detach", "fixed", "optimal"] = "optimal"
+    rule: str = "optimal"
     coefficient: float = 0.2
-    measure: Literal["gradients", "log_ratios", "released_masked", "released_unmasked"] = (
-        "gradients"
-    )
-    placement: Literal["fused", "exact"] = "exact"
     scale: float = 1.0
     eps: float = 1e-8
     relative_ridge: float = 1e-4
     bounds: tuple[float, float] | None = None
+    rule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    measure: MeasureName = "gradients"
+    sketch_rank: int = 8
+    row_fraction: float = 0.125
+    smoothing: float = 0.0
+    every: int = 1
+    placement: Literal["fused", "exact"] = "exact"
     scale_own: bool = False
 
     def __post_init__(self):
         _one_of("MTPTrainingConfig", "loss", self.loss, ("none", "ce", "policy"))
         _one_of("MTPTrainingConfig", "reference", self.reference, ("main", "own"))
-        _one_of("MTPTrainingConfig", "rule", self.rule, ("detach", "fixed", "optimal"))
         _one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
-        measures = ("gradients", "log_ratios", "released_masked", "released_unmasked")
-        _one_of("MTPTrainingConfig", "measure", self.measure, measures)
-        if self.placement == "fused" and self.rule == "optimal" and self.measure == "gradients":
+        _one_of("MTPTrainingConfig", "measure", self.measure, get_args(MeasureName))
+        _positive("MTPTrainingConfig", row_fraction=self.row_fraction, every=self.every)
+        early = self.measure in KNOWN_BEFORE_BACKWARD
+        if self.placement == "fused" and self.looks and not early:
             raise ValueError(
                 "MTPTrainingConfig: placement='fused' must know the coefficient before the "
-                "backward pass through the trunk, when the gradients that measure='gradients' "
-                "needs do not exist yet. Use placement='exact', or measure='log_ratios'."
+                "backward pass through the trunk, when the gradients that "
+                f"measure={self.measure!r} needs do not exist yet. Use placement='exact', or a "
+                f"measure in {KNOWN_BEFORE_BACKWARD}."
             )
+
+    @property
+    def looks(self) -> bool:
+        """Whether the rule depends on what is measured."""
+        return self.rule not in ("detach", "fixed")
 
 
 def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:
@@ -121,6 +173,7 @@ def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:
         ce            cross-entropy, fixed coefficient 0.2 on shared parameters
         policy        policy loss, fixed coefficient 0.2
         occ           policy loss, OCC with the exact c and v^2
+        occ_smoothed  the same, measured at every fourth step and averaged over about ten such
         occ_paper     policy loss, OCC with the paper's log-ratio proxy
         occ_released  the paper's released code: unmasked mean of ratios, times 0.1 / K (scale is
                       set for K = 1), modules' own gradient scaled too
@@ -139,6 +192,7 @@ def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:
         "ce": MTPTrainingConfig(loss="ce", rule="fixed", placement=placement),
         "policy": MTPTrainingConfig(loss="policy", rule="fixed", placement=placement),
         "occ": MTPTrainingConfig(),
+        "occ_smoothed": MTPTrainingConfig(smoothing=0.9, every=4),
         "occ_paper": MTPTrainingConfig(measure="log_ratios", placement=placement),
         "occ_released": MTPTrainingConfig(
             measure="released_unmasked", placement=placement, scale=0.1, scale_own=True

@@ -5,21 +5,24 @@ Two placements of the coefficient give the same result for the same weights:
     fused   weights first, then one backward pass through the trunk for the weighted sum of the
             cotangents at its output
     exact   a backward pass for every loss (all in one vectorised pass), then true c and v^2,
-            weights and the combination at the parameters
+            weights and the combination at the parameters; a step that does not measure, since it
+            keeps the weights of one that did, is fused
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from occ import measures, rules
+from occ import measures
 from occ.calibration import Calibration, CalibrationState
-from occ.training.batch import Minibatch
-from occ.training.config import MTPTrainingConfig, TrainConfig
-from occ.training.losses import LossOutput, mtp_loss, rl_loss
+from occ.training.batch import Minibatch, take_rows
+from occ.training.config import TrainConfig
+from occ.training.losses import LossOutput, merge_outputs, mtp_loss, rl_loss
 from occ.training.stages import Parts, Stages, is_shared, join, partition
 
 HIDDEN = "hidden"  # the name of the trunk's output beside the readout's parameters in a seam
@@ -38,6 +41,20 @@ class Seam(NamedTuple):
     output: LossOutput
 
 
+class LossGradients(NamedTuple):
+    """The gradients of all K+1 losses on all parameters, the RL loss first.
+
+    Attributes:
+      gradients: K+1 trees like the parameters.
+      outputs: what the K+1 losses reported.
+      router_load: float [L, E], tokens an expert received; None without mixture of experts.
+    """
+
+    gradients: tuple[dict[str, Any], ...]
+    outputs: list[LossOutput]
+    router_load: Any
+
+
 class StepGradient(NamedTuple):
     """The combined gradient of a step.
 
@@ -45,7 +62,8 @@ class StepGradient(NamedTuple):
       gradient: like the parameters.
       calibration: its state after the step; () without MTP loss.
       gram: float [K+1, K+1], the true Gram matrix over the shared parameters, whatever the measure
-        estimates; None in the fused placement, which never has the gradients it is made of.
+        estimates; NaN in a step that did not measure, None in the fused placement, which never has
+        the gradients it is made of.
       main: what the RL loss reported.
       heads: what each MTP loss reported.
       router_load: float [L, E], tokens an expert received; None without mixture of experts.
@@ -59,41 +77,26 @@ class StepGradient(NamedTuple):
     router_load: Any
 
 
-def build_calibration(config: MTPTrainingConfig, num_modules: int) -> Calibration | None:
-    """The calibration that a training configuration describes; None without an MTP loss.
+class Problem(NamedTuple):
+    """What a step differentiates: the model on a minibatch, and how.
 
-    In the fused placement the rules that look at nothing still get the log-ratio measure, which
-    costs nothing and gives the run its diagnostics.
+    Attributes:
+      stages: the model on this batch.
+      parts: its parameters, by stage.
+      batch: the minibatch.
+      config: the run's configuration.
+      sequences_per_row: S, the most sequences packed in a row.
     """
-    if config.loss == "none":
-        return None
-    forms = {"log_ratios": "paper"}
-    if config.rule == "optimal":
-        name = config.measure
-    else:
-        name = "gradients" if config.placement == "exact" else "log_ratios"
-    measure = (
-        measures.gradients()
-        if name == "gradients"
-        else measures.log_ratios(forms.get(name, name), eps=config.eps)
-    )
-    rule = {
-        "detach": rules.detach,
-        "fixed": lambda: rules.fixed(config.coefficient),
-        "optimal": lambda: rules.optimal(
-            config.scale,
-            eps=config.eps,
-            relative_ridge=config.relative_ridge,
-            bounds=config.bounds,
-        ),
-    }[config.rule]()
-    return Calibration(
-        measure,
-        rule,
-        num_auxiliary=num_modules,
-        shared=is_shared,
-        scale_own=config.scale_own,
-    )
+
+    stages: Stages
+    parts: Parts
+    batch: Minibatch
+    config: TrainConfig
+    sequences_per_row: int
+
+    def rows(self, rows: slice) -> Problem:
+        """The same on some rows of the minibatch."""
+        return self._replace(stages=self.stages.rows(rows), batch=take_rows(self.batch, rows))
 
 
 def step_gradient(
@@ -104,6 +107,7 @@ def step_gradient(
     calibration: Calibration | None,
     state: CalibrationState | tuple[()],
     sequences_per_row: int = 1,
+    second_moment: Any = None,
 ) -> StepGradient:
     """Both losses' gradients on one minibatch, combined.
 
@@ -115,35 +119,167 @@ def step_gradient(
       calibration: from `build_calibration`.
       state: the calibration's state.
       sequences_per_row: S, the most sequences packed in a row.
+      second_moment: Adam's, like the parameters, for measures that read it.
     """
-    parts = partition(params)
-
-    def trunk(blocks, readout):
-        output = stages.trunk(parts._replace(blocks=blocks, readout=readout))
-        return output.hidden, output.router_load
-
-    hidden, pull_trunk, router_load = jax.vjp(trunk, parts.blocks, parts.readout, has_aux=True)
-    main = _rl_seam(stages, parts, hidden, batch, config, sequences_per_row)
+    problem = Problem(stages, partition(params), batch, config, sequences_per_row)
     if calibration is None:
-        gradient = _through_trunk(pull_trunk, main.gradient, parts)
-        return StepGradient(gradient, (), None, main.output, [], router_load)
+        return _rl_alone(problem)
+    assert isinstance(state, CalibrationState)
+    if config.mtp.placement == "fused":
+        return _fused(problem, calibration, state)
+    if calibration.every == 1:
+        return _exact(problem, calibration, state, second_moment)
+    return jax.lax.cond(
+        calibration.is_due(state),
+        lambda: _exact(problem, calibration, state, second_moment),
+        lambda: _held(problem, calibration, state),
+    )
 
-    attached = config.mtp.rule != "detach" or config.mtp.placement == "exact"
-    heads = _mtp_seams(stages, parts, hidden, batch, config, sequences_per_row, attached)
-    evidence = {
-        "main_log_ratio": main.output.log_ratio,
-        "auxiliary_log_ratios": jnp.stack([head.output.log_ratio for head in heads]),
-        "response_mask": batch.response_mask,
-    }
-    at_seam = (pull_trunk, main, heads, parts, calibration, state, evidence)
-    if config.mtp.placement == "exact":
-        # jax.lax.ragged_dot has no rule for a second batch dimension.
-        vectorized = config.model.moe is None
-        gradient, state, gram = _combine_exact(*at_seam, vectorized)
+
+def _rl_alone(problem: Problem) -> StepGradient:
+    hidden, pull_trunk, router_load = _trunk(problem)
+    main = _rl_seam(problem, hidden)
+    gradient = _through_trunk(pull_trunk, main.gradient, problem.parts)
+    return StepGradient(gradient, (), None, main.output, [], router_load)
+
+
+# ---------------------------------------------------------------------------------------------
+# Fused: weights first, one backward pass through the trunk
+# ---------------------------------------------------------------------------------------------
+
+
+def _fused(
+    problem: Problem, calibration: Calibration, state: CalibrationState, held: bool = False
+) -> StepGradient:
+    hidden, pull_trunk, router_load = _trunk(problem)
+    main = _rl_seam(problem, hidden)
+    heads = _mtp_seams(problem, hidden, attached=problem.config.mtp.rule != "detach")
+    auxiliary, finite = calibration.remove_nonfinite(tuple(head.gradient for head in heads))
+    if held:
+        state = calibration.hold(state, finite)
     else:
-        gradient, state, gram = _combine_fused(*at_seam)
+        state = _weigh_seams(problem, calibration, state, main, heads, finite)
+    # A detached seam lacks the shared entries, where the main gradient stays as it is.
+    reached = {name: main.gradient[name] for name in auxiliary[0]}
+    combined = calibration.combine(state.weights, reached, auxiliary)
+    gradient = _through_trunk(pull_trunk, {**main.gradient, **combined}, problem.parts)
     outputs = [head.output for head in heads]
-    return StepGradient(gradient, state, gram, main.output, outputs, router_load)
+    return StepGradient(gradient, state, None, main.output, outputs, router_load)
+
+
+def _weigh_seams(problem, calibration: Calibration, state, main: Seam, heads: list[Seam], finite):
+    """The calibration's state after measuring what is known at the seams, if it is due."""
+
+    def measured(state):
+        evidence = _log_ratios(problem, [main.output, *(head.output for head in heads)])
+        if "readout" in calibration.measure.evidence:
+            names = [name for name in problem.parts.readout if name in heads[0].gradient]
+            evidence["readout"] = tuple(
+                {name: seam.gradient[name] for name in names} for seam in (main, *heads)
+            )
+        if "row_subset" in calibration.measure.evidence:
+            evidence["row_subset"] = _on_first_rows(problem)
+        return calibration.weigh(state, evidence, finite=finite)
+
+    if calibration.every == 1:
+        return measured(state)
+    held = functools.partial(calibration.hold, finite=finite)
+    return jax.lax.cond(calibration.is_due(state), measured, held, state)
+
+
+def _on_first_rows(problem: Problem) -> tuple[dict[str, Any], ...]:
+    """All losses' gradients on the leading share of the rows."""
+    rows = problem.batch.tokens.shape[0]
+    count = max(round(rows * problem.config.mtp.row_fraction), 1)
+    return loss_gradients(problem.rows(slice(0, count))).gradients
+
+
+# ---------------------------------------------------------------------------------------------
+# Exact: a backward pass for every loss, weights at the parameters
+# ---------------------------------------------------------------------------------------------
+
+
+def _exact(
+    problem: Problem, calibration: Calibration, state: CalibrationState, second_moment: Any
+) -> StepGradient:
+    evidence: dict[str, Any] = {}
+    if "gradient_halves" in calibration.measure.evidence:
+        halves = _halves(problem)
+        losses = _merge(*halves)
+        evidence["gradient_halves"] = tuple(half.gradients for half in halves)
+    else:
+        losses = loss_gradients(problem)
+    if "second_moment" in calibration.measure.evidence:
+        evidence["second_moment"] = second_moment
+    evidence |= _log_ratios(problem, losses.outputs)
+    main, *auxiliary = losses.gradients
+    # Whether it is due was decided outside, where the whole backward pass depends on it.
+    always = dataclasses.replace(calibration, every=1)
+    combined, state = always.update(main, state, auxiliary=tuple(auxiliary), **evidence)
+    shared = tuple({k: g[k] for k in g if is_shared(k)} for g in losses.gradients)
+    gram = measures.gram_matrix(shared)
+    output, *heads = losses.outputs
+    return StepGradient(combined, state, gram, output, heads, losses.router_load)
+
+
+def _held(problem: Problem, calibration: Calibration, state: CalibrationState) -> StepGradient:
+    """A step of the exact placement that does not measure: the price of a fused one."""
+    step = _fused(problem, calibration, state, held=True)
+    return step._replace(gram=jnp.full_like(state.gram, jnp.nan))
+
+
+def loss_gradients(problem: Problem) -> LossGradients:
+    """The gradients of all losses on all parameters: one backward pass each."""
+    hidden, pull_trunk, router_load = _trunk(problem)
+    seams = [_rl_seam(problem, hidden), *_mtp_seams(problem, hidden, attached=True)]
+    # jax.lax.ragged_dot has no rule for a second batch dimension.
+    vectorized = problem.config.model.moe is None
+    pulled = _pull_each(pull_trunk, [seam.gradient[HIDDEN] for seam in seams], vectorized)
+    gradients = tuple(
+        _through_trunk(lambda _, trunk=trunk: trunk, seam.gradient, problem.parts)
+        for seam, trunk in zip(seams, pulled, strict=True)
+    )
+    return LossGradients(gradients, [seam.output for seam in seams], router_load)
+
+
+def _halves(problem: Problem) -> tuple[LossGradients, LossGradients]:
+    """The gradients on either half of the rows; a prompt's samples stand together."""
+    rows = problem.batch.tokens.shape[0]
+    if rows < 2:
+        raise ValueError(
+            "measure 'cross_fitted' compares two halves of a minibatch, and this one has a single "
+            "row. Use larger minibatches, or measure='gradients'."
+        )
+    return (
+        loss_gradients(problem.rows(slice(0, rows // 2))),
+        loss_gradients(problem.rows(slice(rows // 2, rows))),
+    )
+
+
+def _merge(first: LossGradients, second: LossGradients) -> LossGradients:
+    """The gradients on the whole minibatch, from those on its halves."""
+    outputs = [merge_outputs(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)]
+    gradients = []
+    for k, output in enumerate(outputs):
+        weight = jnp.where(output.weight > 0, output.weight, 1)
+        shares = [half.outputs[k].weight / weight for half in (first, second)]
+        gradients.append(
+            jax.tree.map(
+                lambda a, b, shares=shares: (shares[0] * a + shares[1] * b).astype(a.dtype),
+                first.gradients[k],
+                second.gradients[k],
+            )
+        )
+    load = None if first.router_load is None else first.router_load + second.router_load
+    return LossGradients(tuple(gradients), outputs, load)
+
+
+def _log_ratios(problem: Problem, outputs: list[LossOutput]) -> dict[str, Any]:
+    return {
+        "main_log_ratio": outputs[0].log_ratio,
+        "auxiliary_log_ratios": jnp.stack([output.log_ratio for output in outputs[1:]]),
+        "response_mask": problem.batch.response_mask,
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,7 +287,20 @@ def step_gradient(
 # ---------------------------------------------------------------------------------------------
 
 
-def _rl_seam(stages, parts: Parts, hidden, batch, config: TrainConfig, sequences_per_row) -> Seam:
+def _trunk(problem: Problem) -> tuple[jax.Array, Any, Any]:
+    """The trunk's output, the function that pulls a cotangent back through it, and the load."""
+    parts = problem.parts
+
+    def trunk(blocks, readout):
+        output = problem.stages.trunk(parts._replace(blocks=blocks, readout=readout))
+        return output.hidden, output.router_load
+
+    return jax.vjp(trunk, parts.blocks, parts.readout, has_aux=True)
+
+
+def _rl_seam(problem: Problem, hidden: jax.Array) -> Seam:
+    stages, parts, batch, config, sequences_per_row = problem
+
     def loss(readout, hidden):
         scores = stages.head(parts._replace(readout=readout), hidden, 0)
         return rl_loss(scores, batch, config.objective, sequences_per_row)
@@ -163,10 +312,9 @@ def _rl_seam(stages, parts: Parts, hidden, batch, config: TrainConfig, sequences
     return Seam({**readout, **own, HIDDEN: cotangent}, output)
 
 
-def _mtp_seams(
-    stages, parts: Parts, hidden, batch, config: TrainConfig, sequences_per_row, attached: bool
-) -> list[Seam]:
+def _mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
     """One seam a head. Detached, only the modules are differentiated: nothing is left to leak."""
+    stages, parts, batch, config, sequences_per_row = problem
 
     def unpack(modules, shared):
         readout, hidden_ = shared if attached else (parts.readout, hidden)
@@ -216,49 +364,6 @@ def _through_trunk(pull_trunk, seam: dict[str, Any], parts: Parts) -> dict[str, 
             modules={name: seam[name] for name in parts.modules},
         )
     )
-
-
-def _combine_fused(
-    pull_trunk,
-    main: Seam,
-    heads: list[Seam],
-    parts: Parts,
-    calibration: Calibration,
-    state,
-    evidence,
-):
-    """Weighs the seams, which the trunk's backward pass then sees as one loss."""
-    auxiliary, finite = calibration.remove_nonfinite(tuple(head.gradient for head in heads))
-    state = calibration.weigh(state, evidence, finite=finite)
-    # A detached seam lacks the shared entries, where the main gradient stays as it is.
-    reached = {name: main.gradient[name] for name in auxiliary[0]}
-    combined = calibration.combine(state.weights, reached, auxiliary)
-    return _through_trunk(pull_trunk, {**main.gradient, **combined}, parts), state, None
-
-
-def _combine_exact(
-    pull_trunk,
-    main: Seam,
-    heads: list[Seam],
-    parts: Parts,
-    calibration: Calibration,
-    state,
-    evidence,
-    vectorized: bool,
-):
-    """Pulls the cotangents back one by one to the parameters, and weighs there."""
-    seams = [main, *heads]
-    pulled = _pull_each(pull_trunk, [seam.gradient[HIDDEN] for seam in seams], vectorized)
-    gradients = tuple(
-        _through_trunk(lambda _, trunk=trunk: trunk, seam.gradient, parts)
-        for seam, trunk in zip(seams, pulled, strict=True)
-    )
-    shared = tuple({name: g[name] for name in g if is_shared(name)} for g in gradients)
-    main_gradient, *auxiliary = gradients
-    combined, state = calibration.update(
-        main_gradient, state, auxiliary=tuple(auxiliary), **evidence
-    )
-    return combined, state, measures.gram_matrix(shared)
 
 
 def _pull_each(pull_trunk, cotangents: list[Any], vectorized: bool) -> list[Any]:

@@ -17,10 +17,10 @@ from flax import nnx
 from occ.models.decoder import Decoder, split_model
 from occ.tasks import Task
 from occ.training.batch import split
+from occ.training.calibration import build_calibration
 from occ.training.checkpoints import Checkpoints
 from occ.training.config import TrainConfig
 from occ.training.evaluate import evaluate
-from occ.training.gradients import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.rollout import Rollout, RolloutPrograms, build_programs, collect
 from occ.training.run_folder import RunFolder, plain
@@ -165,9 +165,19 @@ def _mean_over_steps(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray
             means[name] = values.sum(axis=0)
         elif name in ("skipped", "occ/nonfinite", "learning_rate"):
             means[name] = values[-1]
+        elif name.startswith("true/") or name in ("grad_norm/rl", "grad_norm/mtp"):
+            means[name] = _mean_where_measured(values)
         else:
             means[name] = values.mean(axis=0)
     return means
+
+
+def _mean_where_measured(values: np.ndarray) -> np.ndarray:
+    """Mean over the steps that measured; NaN without any."""
+    measured = np.isfinite(values)
+    total = np.where(measured, values, 0).sum(axis=0)
+    count = measured.sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _sound_alarms(steps: list[dict[str, np.ndarray]], number: int) -> None:

@@ -21,11 +21,14 @@ class LossOutput(NamedTuple):
       log_ratio: float [B, T], log-prob minus the old log-prob of its reference, 0 outside the
         mask: evidence for the log-ratio measures.
       mask: bool [B, T], the tokens that count in this loss.
+      weight: float [], what the sum of token losses was divided by: how much this minibatch counts
+        in a mean over several.
       metrics: scalars by name.
     """
 
     log_ratio: jax.Array
     mask: jax.Array
+    weight: jax.Array
     metrics: dict[str, jax.Array]
 
 
@@ -46,7 +49,7 @@ def rl_loss(
     mask = batch.response_mask
 
     def reduce(values):
-        return _aggregate(values, mask, batch, config, sequences_per_row)
+        return _aggregate(values, mask, batch, config, sequences_per_row).mean()
 
     terms = policy.policy_loss(
         scores.log_prob,
@@ -57,7 +60,10 @@ def rl_loss(
         config=config.policy,
         sequences_per_row=sequences_per_row,
     )
-    loss = reduce(terms.loss * _importance(batch, config))
+    policy_term = _aggregate(
+        terms.loss * _importance(batch, config), mask, batch, config, sequences_per_row
+    )
+    loss = policy_term.mean()
     if config.kl_coefficient:
         kl = divergences.kl(
             jnp.where(mask, scores.log_prob, 0),
@@ -75,7 +81,8 @@ def rl_loss(
         "policy/kl_to_old": masked.masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
         **_clip_fractions(terms, mask, "policy"),
     }
-    return loss, LossOutput(jax.lax.stop_gradient(log_ratio), mask, jax.lax.stop_gradient(metrics))
+    output = LossOutput(log_ratio, mask, policy_term.weight, metrics)
+    return loss, jax.lax.stop_gradient(output)
 
 
 def mtp_loss(
@@ -109,17 +116,47 @@ def mtp_loss(
         )
         token_loss = terms.loss * _importance(batch, objective)
         metrics = _clip_fractions(terms, mask, "mtp")
-    loss = _aggregate(token_loss, mask, batch, objective, sequences_per_row)
+    aggregate = _aggregate(token_loss, mask, batch, objective, sequences_per_row)
+    loss = aggregate.mean()
     log_ratio = jnp.where(mask, scores.log_prob - old, 0)
     metrics |= {
         "loss/mtp": loss,
         "mtp/cross_entropy": -masked.masked_mean(scores.log_prob, mask),
         "mtp/log_ratio": masked.masked_mean(log_ratio, mask),
     }
-    return loss, LossOutput(jax.lax.stop_gradient(log_ratio), mask, jax.lax.stop_gradient(metrics))
+    output = LossOutput(log_ratio, mask, aggregate.weight, metrics)
+    return loss, jax.lax.stop_gradient(output)
 
 
-def _aggregate(values, mask, batch: Minibatch, config: ObjectiveConfig, sequences_per_row: int):
+def merge_outputs(first: LossOutput, second: LossOutput) -> LossOutput:
+    """What one loss reported on two parts of a minibatch, as if of the whole.
+
+    Losses are means by their own aggregation, all other metrics are means over tokens.
+    """
+
+    def share(a, b):
+        total = a + b
+        return b / jnp.where(total > 0, total, 1)
+
+    by_weight = share(first.weight, second.weight)
+    dtype = first.weight.dtype
+    by_tokens = share(*(jnp.sum(part.mask.astype(dtype)) for part in (first, second)))
+    metrics = {
+        name: a
+        + (by_weight if name.startswith("loss/") else by_tokens) * (second.metrics[name] - a)
+        for name, a in first.metrics.items()
+    }
+    return LossOutput(
+        log_ratio=jnp.concatenate([first.log_ratio, second.log_ratio]),
+        mask=jnp.concatenate([first.mask, second.mask]),
+        weight=first.weight + second.weight,
+        metrics=metrics,
+    )
+
+
+def _aggregate(
+    values, mask, batch: Minibatch, config: ObjectiveConfig, sequences_per_row: int
+) -> masked.Aggregate:
     return masked.aggregate(
         values,
         mask,
@@ -127,7 +164,7 @@ def _aggregate(values, mask, batch: Minibatch, config: ObjectiveConfig, sequence
         mode=config.aggregation,
         sequences_per_row=sequences_per_row,
         constant_length=config.constant_length,
-    ).mean()
+    )
 
 
 def _importance(batch: Minibatch, config: ObjectiveConfig) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from occ.training.config import OptimizerConfig
@@ -41,6 +42,24 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         mask=None if config.decay == "all" else _by_path(is_matrix),
     )
     return optax.chain(_clip(config), adamw)
+
+
+def second_moment(opt_state: Any, config: OptimizerConfig) -> Any:
+    """Adam's estimate of the squared gradient, like the parameters, without its bias to zero.
+
+    Before the first step it is 1 everywhere: no direction is preferred yet.
+    """
+
+    def is_adam(node):
+        return isinstance(node, optax.ScaleByAdamState)
+
+    (adam,) = (s for s in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(s))
+    correction = 1 - jnp.asarray(config.b2, jnp.float32) ** adam.count.astype(jnp.float32)
+    started = adam.count > 0
+    divisor = jnp.where(started, correction, 1)
+    return jax.tree.map(
+        lambda nu: jnp.where(started, nu / divisor.astype(nu.dtype), 1).astype(nu.dtype), adam.nu
+    )
 
 
 def _clip(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -83,6 +83,15 @@ class Stages:
     segment_ids: Any
     temperature: float = 1.0
 
+    def rows(self, rows: slice) -> Stages:
+        """The same model on some of the batch's rows."""
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[rows],
+            positions=self.positions[rows],
+            segment_ids=self.segment_ids[rows],
+        )
+
     def _model(self, parts: Parts) -> decoder.Decoder:
         return decoder.merge_model(self.graphdef, join(parts), self.rest)
 

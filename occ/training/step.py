@@ -14,9 +14,10 @@ from occ import diagnostics
 from occ.calibration import CalibrationState
 from occ.models.moe import update_router_bias
 from occ.training.batch import Minibatch, check
+from occ.training.calibration import build_calibration
 from occ.training.config import TrainConfig
-from occ.training.gradients import StepGradient, build_calibration, step_gradient
-from occ.training.optimizer import build_optimizer, learning_rate_schedule
+from occ.training.gradients import StepGradient, step_gradient
+from occ.training.optimizer import build_optimizer, learning_rate_schedule, second_moment
 from occ.training.stages import Stages, partition
 from occ.training.state import TrainState
 
@@ -52,7 +53,14 @@ def make_train_step(
             config.rollout.temperature,
         )
         gradient = step_gradient(
-            stages, state.params, batch, config, calibration, state.calibration, sequences_per_row
+            stages,
+            state.params,
+            batch,
+            config,
+            calibration,
+            state.calibration,
+            sequences_per_row,
+            second_moment(state.opt_state, config.optimizer),
         )
         finite = _all_finite((gradient.gradient, gradient.main.metrics["loss/rl"]))
         params, opt_state = _apply(state, gradient.gradient, optimizer, config, finite)

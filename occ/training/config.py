@@ -121,7 +121,9 @@ class MTPTrainingConfig:
       sketch_rank: of measure "sketched".
       row_fraction: share of the rows that "row_subset" looks at.
       smoothing: decay of moving averages of c and v^2; 0 is none.
-      every: measure at every n-th step, and keep the weights in between.
+      every: measure at every n-th step, and keep the weights in between. Choose an n that shares no
+        factor with the minibatches a rollout: otherwise the same ones are always measured, and the
+        first is unlike the others, since the policy has not moved yet.
       placement: "fused" weighs the losses before one backward pass through the trunk; "exact"
         takes a backward pass for each where it measures, and knows the true c and v^2.
       scale_own: scale the modules' own gradient too, as the paper's released code does.
@@ -173,7 +175,7 @@ def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:
         ce            cross-entropy, fixed coefficient 0.2 on shared parameters
         policy        policy loss, fixed coefficient 0.2
         occ           policy loss, OCC with the exact c and v^2
-        occ_smoothed  the same, measured at every fourth step and averaged over about ten such
+        occ_smoothed  the same, measured at every fifth step and averaged over about ten such
         occ_paper     policy loss, OCC with the paper's log-ratio proxy
         occ_released  the paper's released code: unmasked mean of ratios, times 0.1 / K (scale is
                       set for K = 1), modules' own gradient scaled too
@@ -192,7 +194,7 @@ def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:
         "ce": MTPTrainingConfig(loss="ce", rule="fixed", placement=placement),
         "policy": MTPTrainingConfig(loss="policy", rule="fixed", placement=placement),
         "occ": MTPTrainingConfig(),
-        "occ_smoothed": MTPTrainingConfig(smoothing=0.9, every=4),
+        "occ_smoothed": MTPTrainingConfig(smoothing=0.9, every=5),
         "occ_paper": MTPTrainingConfig(measure="log_ratios", placement=placement),
         "occ_released": MTPTrainingConfig(
             measure="released_unmasked", placement=placement, scale=0.1, scale_own=True

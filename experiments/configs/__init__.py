@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from experiments.configs.claims import arithmetic_hard, filtering_easy, filtering_hard, star_easy
+from experiments.configs.claims import (
+    arithmetic_easy,
+    arithmetic_hard,
+    filtering_easy,
+    filtering_hard,
+    star_easy,
+)
 from experiments.configs.laptop import laptop
 from experiments.configs.paper import glm_4_5_air_dapo, mimo_7b_dapo, mimo_7b_gspo
 from occ.training.config import TrainConfig
 
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     "laptop": laptop,
+    "arithmetic_easy": arithmetic_easy,
     "arithmetic_hard": arithmetic_hard,
     "star_easy": star_easy,
     "filtering_easy": filtering_easy,

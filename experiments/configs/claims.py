@@ -60,6 +60,24 @@ def _claim(
     )
 
 
+def arithmetic_easy() -> TrainConfig:
+    """Two-digit sums, the laptop's task with half its samples: 0.98 / 0.30 to 0.92 / 0.78.
+
+    Greedy accuracy falls while sampled accuracy rises.
+    """
+    return _claim(
+        "arithmetic_easy",
+        "arithmetic",
+        {},
+        vocab_size=14,
+        max_length=16,
+        warm_start=WarmStartConfig(
+            steps=1200, batch_size=96, learning_rate=8e-3, clean_steps=700, wrong_fraction=0.6
+        ),
+        rollouts=70,
+    )
+
+
 def arithmetic_hard() -> TrainConfig:
     """Sums and differences, two digits: 0.55 / 0.19 to 0.54 / 0.34 in 70 rollouts.
 

@@ -79,10 +79,10 @@ def arithmetic_easy() -> TrainConfig:
 
 
 def arithmetic_hard() -> TrainConfig:
-    """Sums and differences, two digits: 0.55 / 0.19 to 0.54 / 0.34 in 70 rollouts.
+    """Sums and differences, two digits: 0.55 / 0.19 to 0.60 / 0.39 in 80 rollouts of 512.
 
-    The warm start ends half-way, with less noise than the laptop's: the samples come closer to what
-    the model knows, which itself hardly grows in this time.
+    The warm start ends half-way, with less noise than the laptop's. With 256 samples a rollout
+    greedy accuracy stays where it was.
     """
     return _claim(
         "arithmetic_hard",
@@ -93,7 +93,8 @@ def arithmetic_hard() -> TrainConfig:
         warm_start=WarmStartConfig(
             steps=800, batch_size=96, learning_rate=8e-3, clean_steps=600, wrong_fraction=0.3
         ),
-        rollouts=70,
+        rollouts=80,
+        prompts=64,
     )
 
 

@@ -79,4 +79,11 @@ def run(
 
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Writes a JSON file for people to read."""
-    file.write_text(json.dumps(value, indent=2) + "\n")
+    replace_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def replace_text(file: pathlib.Path, text: str) -> None:
+    """Writes beside the file, then renames: a file that exists is whole."""
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(text)
+    beside.replace(file)

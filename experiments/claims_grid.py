@@ -26,7 +26,7 @@ SETTINGS = (
     "star_easy",
     "star_parallel",
 )
-MAIN = "arithmetic_hard"
+MAIN = "filtering_easy"
 SEEDS = (0, 1, 2, 3, 4)
 
 Change = Callable[[TrainConfig], TrainConfig]

@@ -10,6 +10,8 @@ from experiments.configs.claims import (
     filtering_easy,
     filtering_hard,
     star_easy,
+    star_hard,
+    star_parallel,
 )
 from experiments.configs.laptop import laptop
 from experiments.configs.paper import glm_4_5_air_dapo, mimo_7b_dapo, mimo_7b_gspo
@@ -20,6 +22,8 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     "arithmetic_easy": arithmetic_easy,
     "arithmetic_hard": arithmetic_hard,
     "star_easy": star_easy,
+    "star_hard": star_hard,
+    "star_parallel": star_parallel,
     "filtering_easy": filtering_easy,
     "filtering_hard": filtering_hard,
     "mimo_7b_dapo": mimo_7b_dapo,

@@ -31,6 +31,7 @@ import tyro
 
 from experiments.claims_grid import (
     AROUND,
+    BEYOND,
     CONTROL,
     CONTROLS,
     CORE,
@@ -160,7 +161,7 @@ def run_cell(cell: Cell, arguments: Run) -> float:
         warm = dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 100))
         config = dataclasses.replace(config, rollouts=5, warm_start=warm)
     task = runs.load_task(config)
-    change = {**CORE, **AROUND}.get(cell.variant)
+    change = {**CORE, **AROUND, **BEYOND}.get(cell.variant)
     programs, start = None, None
     for seed in missing(arguments, cell):
         if change is None:

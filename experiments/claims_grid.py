@@ -149,6 +149,18 @@ for _count in (1, 8):
     ):
         AROUND[f"minibatches_{_count}_{_name}"] = _minibatches(_count, _config)
 
+BEYOND_SETTINGS = ("arithmetic_easy", "filtering_easy", "star_easy")
+BEYOND: dict[str, Change] = {
+    "drafter_occ": _mtp(_occ(own_loss="ce")),
+    "drafter_occ_own": _mtp(_occ(own_loss="ce", reference="own")),
+    "distill_detach": _mtp(MTPTrainingConfig(loss="distill", rule="detach", placement="fused")),
+    "distill_0.2": _mtp(
+        MTPTrainingConfig(loss="distill", rule="fixed", coefficient=0.2, placement="fused")
+    ),
+    "distill_occ": _mtp(_occ(loss="distill")),
+}
+"""Where joint training might gain: modules that stay good drafters, a target of higher quality."""
+
 BASELINES = {"two_modules": "two_modules_detach", "gspo": "gspo_detach"}
 BASELINES |= {f"rate_{factor}": f"rate_{factor}_detach" for factor in ("0.5", "2", "4")}
 BASELINES |= {f"minibatches_{count}": f"minibatches_{count}_detach" for count in (1, 8)}
@@ -166,7 +178,9 @@ def cells() -> list[Cell]:
     """The whole grid, in the order in which it is run."""
     core = [Cell(setting, variant) for setting in SETTINGS for variant in CORE]
     controls = [Cell(setting, CONTROL) for setting in SETTINGS] + [Cell(MAIN, SHUFFLED)]
-    return core + controls + [Cell(MAIN, variant) for variant in AROUND]
+    around = [Cell(MAIN, variant) for variant in AROUND]
+    beyond = [Cell(setting, variant) for setting in BEYOND_SETTINGS for variant in BEYOND]
+    return core + controls + beyond + around
 
 
 def baseline(variant: str) -> str:

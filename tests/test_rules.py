@@ -447,7 +447,11 @@ def test_units_do_not_matter(name, scale):
 def test_matrices_that_no_vectors_have_give_finite_weights(name):
     """A cross-fitted correlation makes the matrix indefinite."""
     gram = np.array([[1.0, -3.0, 2.0], [-3.0, 1.0, 1.5], [2.0, 1.5, 1.0]])
-    options = {"fixed": {"coefficients": 0.1}, "noisy_optimal": {"step_smoothness": 0.5}}
+    options = {
+        "fixed": {"coefficients": 0.1},
+        "noisy_optimal": {"step_smoothness": 0.5},
+        "replay": {"series": [0.1]},
+    }
     assert np.isfinite(weigh(rules.by_name(name, **options.get(name, {})), gram)).all()
 
 
@@ -455,6 +459,18 @@ def test_registry_names_every_rule_that_is_exported():
     factories = {n for n in rules.__all__ if n.islower() and n != "by_name"}
     assert set(rules.REGISTRY) == factories
     assert rules.by_name("pcgrad", symmetric=False).name == "pcgrad(asymmetric)"
+
+
+def test_replay_plays_its_series_and_stays_with_the_last():
+    rule = rules.replay([0.3, -0.1])
+    state, got = rule.init(2), []
+    for _ in range(4):
+        weights, state = rule.update(Measurement(jnp.full((3, 3), jnp.nan)), state, KEY)
+        got.append(np.asarray(weights))
+    expected = [[1, w, w] for w in (0.3, -0.1, -0.1, -0.1)]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"expected a series \[N >= 1\], got shape \(0,\)"):
+        rules.replay([])
 
 
 def test_errors():

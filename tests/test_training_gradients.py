@@ -342,3 +342,70 @@ def test_alignment_of_the_first_response_tokens():
     segments = jnp.ones((1, 4), jnp.int32)
     assert mtp_alignment.aligned_mask(mask, segments, 1).tolist() == mask.tolist()
     assert mtp_alignment.aligned_mask(mask, segments, 2).tolist() == [[False, False, False, True]]
+
+
+def test_distillation_is_the_divergence_from_a_main_head_held_fixed(x64):
+    """Its gradient by plain autodiff, with the main head's probabilities as numbers."""
+    model_config = tiny.model_config(2, "float64", tied_embeddings=False)
+    model = tiny.build_model(model_config)
+    graphdef, params, rest = model
+    mtp = MTPTrainingConfig(loss="distill", rule="fixed", coefficient=0.37, placement="fused")
+    config = tiny.train_config(mtp, model_config)
+    batch = tiny.minibatch(config, model)
+    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    fixed = partition(params)
+    probability = jax.nn.softmax(stages.main_logits(fixed, stages.trunk(fixed).hidden), axis=-1)
+
+    response, segments = np.asarray(batch.response_mask), np.asarray(batch.segment_ids)
+
+    def loss(params, depth):
+        parts = partition(params)
+        states = stages.modules(parts, stages.trunk(parts).hidden)
+        model = stages._model(parts)
+        log_prob = jax.nn.log_softmax(model.mtp_logits(states[depth - 1], depth - 1), axis=-1)
+        total, count = 0.0, 0
+        for b, t in np.ndindex(*batch.tokens.shape):
+            source = t - 1 - depth
+            if response[b, t] and source >= 0 and segments[b, source] == segments[b, t]:
+                p = probability[b, t - 1]
+                total = total + jnp.sum(p * (jnp.log(p) - log_prob[b, source]))
+                count += 1
+        return total / count
+
+    rl, _ = autodiff(config_of_rl(config), model, batch, [1.0])
+    values = {}
+    for depth in (1, 2):
+        values[depth], gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, depth)
+        rl = jax.tree_util.tree_map_with_path(
+            lambda path, g, m: g + (0.37 if is_shared(str(path[0].key)) else 1.0) * m, rl, gradient
+        )
+    got = tiny.gradient(config, model, batch)
+    tiny.close(got.gradient, rl, 1e-11)
+    for depth, value in values.items():
+        np.testing.assert_allclose(got.heads[depth - 1].metrics["loss/mtp"], value, rtol=1e-12)
+
+
+def config_of_rl(config):
+    return dataclasses.replace(config, mtp=regime("rl_only"))
+
+
+@pytest.mark.parametrize("placement", ["fused", "exact"])
+def test_modules_may_learn_from_a_loss_of_their_own(x64, placement):
+    """Shared parameters see the policy loss alone, the modules' own the detached cross-entropy."""
+    model_config = tiny.model_config(1, "float64")
+    model = tiny.build_model(model_config)
+    policy = MTPTrainingConfig(rule="fixed", coefficient=0.4, placement=placement)
+    got = {}
+    for name, mtp in {
+        "both": dataclasses.replace(policy, own_loss="ce"),
+        "policy": policy,
+        "detach": regime("detach"),
+    }.items():
+        config = tiny.train_config(mtp, model_config)
+        batch = tiny.minibatch(config, model)
+        got[name] = partition(tiny.gradient(config, model, batch).gradient)
+    tiny.close(got["both"].blocks, got["policy"].blocks, 1e-12)
+    tiny.close(got["both"].readout, got["policy"].readout, 1e-12)
+    tiny.close(got["both"].modules, got["detach"].modules, 1e-12)
+    own, other = (jax.tree.leaves(got[name].modules) for name in ("detach", "policy"))
+    assert any(not np.allclose(a, b, rtol=1e-3) for a, b in zip(own, other, strict=True))

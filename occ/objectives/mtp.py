@@ -87,6 +87,37 @@ def cross_entropy(
     return -jnp.where(mask, log_prob, 0)
 
 
+def distillation(
+    logits_at_source: Float[Array, "batch time vocab"],
+    main_logits_at_source: Float[Array, "batch time vocab"],
+    depth: int,
+) -> Float[Array, "batch time"]:
+    """KL(main || MTP) of the two heads' distributions for the same token, in token alignment.
+
+        sum_v pi_main(v) (log pi_main(v) - log pi_k(v))
+
+    No gradient reaches the main head: its distribution is the target.
+
+    Args:
+      logits_at_source: [B, T, V] of MTP module `depth`, which at i predicts token i + depth + 1.
+      main_logits_at_source: [B, T, V] of the main head, which at i predicts token i + 1.
+      depth: k >= 1.
+
+    Returns:
+      At least float32 [B, T]; meaningless where `predictable` is False.
+
+    Reference: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+    """
+    _check_depth(depth)
+    dtype = accumulation_dtype(logits_at_source.dtype)
+    ahead = min(depth, logits_at_source.shape[1])
+    target = jax.lax.stop_gradient(main_logits_at_source).astype(dtype)
+    target = jnp.pad(target[:, ahead:], [(0, 0), (0, ahead), (0, 0)])
+    target = jax.nn.log_softmax(target, axis=-1)
+    log_prob = jax.nn.log_softmax(logits_at_source.astype(dtype), axis=-1)
+    return align(jnp.sum(jnp.exp(target) * (target - log_prob), axis=-1), depth)
+
+
 def _shift(values: jax.Array, by: int) -> jax.Array:
     """Moves columns to the right; zeros enter on the left, and nothing wraps around."""
     by = min(by, values.shape[1])

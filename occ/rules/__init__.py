@@ -4,7 +4,7 @@ The combined gradient is w_0 g + sum_k w_k m_k. A rule sees the Gram matrix alon
 that yield it directly, the ratio c_k / v_k^2).
 
     base.py          what a rule is; norms, cosines, fallbacks
-    fixed.py         rules that look at nothing: fixed, detach
+    fixed.py         rules that look at nothing: fixed, detach, replay
     optimal.py       OCC, and its form for noisy gradients
     projection.py    angles: cosine_gating, pcgrad, gradvac
     minimum_norm.py  the convex hull of the gradients: mgda, cagrad
@@ -26,7 +26,7 @@ power set to 0 do the losses drop out, and then all norms are to be equal: `meta
 
 from occ.rules.balancing import MetaBalanceState, aligned_mtl, imtl_g, metabalance, nash_mtl
 from occ.rules.base import Rule, RuleState
-from occ.rules.fixed import detach, fixed
+from occ.rules.fixed import detach, fixed, replay
 from occ.rules.minimum_norm import cagrad, mgda
 from occ.rules.optimal import NONNEGATIVE, noisy_optimal, optimal
 from occ.rules.projection import GradVacState, cosine_gating, gradvac, pcgrad
@@ -53,4 +53,5 @@ __all__ = [
     "noisy_optimal",
     "optimal",
     "pcgrad",
+    "replay",
 ]

@@ -41,6 +41,43 @@ def _broadcast(coefficients, measurement: Measurement) -> jax.Array:
     return jnp.broadcast_to(values, (num_auxiliary,))
 
 
+def replay(series: Sequence[float] | jax.Array) -> Rule:
+    """A given coefficient for every update, in order; the last one from then on.
+
+    With the coefficients of another run in random order it is the control for a calibration: the
+    same values, without their timing.
+
+    Args:
+      series: float [N], N >= 1, the same for all K heads.
+
+    Raises:
+      ValueError: an empty series, or one of another shape.
+
+    >>> gram = jnp.eye(2)
+    >>> rule = replay([0.5, -0.25])
+    >>> first, state = rule.update(Measurement(gram), rule.init(1), jax.random.key(0))
+    >>> second, _ = rule.update(Measurement(gram), state, jax.random.key(0))
+    >>> first.tolist(), second.tolist()
+    ([1.0, 0.5], [1.0, -0.25])
+    """
+    values = jnp.asarray(series)
+    if values.ndim != 1 or not values.shape[0]:
+        raise ValueError(f"replay: expected a series [N >= 1], got shape {values.shape}.")
+
+    def init(num_auxiliary):
+        del num_auxiliary
+        return jnp.zeros((), jnp.int32)
+
+    def update(measurement, step, key):
+        del key
+        dtype = measurement.gram.dtype
+        value = values[jnp.minimum(step, values.shape[0] - 1)].astype(dtype)
+        weights = jnp.full(measurement.gram.shape[-1], value, dtype).at[0].set(1)
+        return weights, step + 1
+
+    return Rule("replay", init, update, takes_ratio=True)
+
+
 def detach() -> Rule:
     """No auxiliary gradient on the shared parameters: all w_k = 0.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from occ.rules.balancing import aligned_mtl, imtl_g, metabalance, nash_mtl
 from occ.rules.base import Rule
-from occ.rules.fixed import detach, fixed
+from occ.rules.fixed import detach, fixed, replay
 from occ.rules.minimum_norm import cagrad, mgda
 from occ.rules.optimal import noisy_optimal, optimal
 from occ.rules.projection import cosine_gating, gradvac, pcgrad
@@ -27,6 +27,7 @@ REGISTRY: dict[str, Callable[..., Rule]] = {
     "noisy_optimal": noisy_optimal,
     "optimal": optimal,
     "pcgrad": pcgrad,
+    "replay": replay,
 }
 """Every rule's factory by its name."""
 

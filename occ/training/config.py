@@ -102,7 +102,10 @@ class MTPTrainingConfig:
 
     Attributes:
       loss: "ce" (cross-entropy on the sampled responses), "policy" (the main head's policy loss
-        on MTP log-probs) or "none" (RL alone).
+        on MTP log-probs), "distill" (divergence from the main head's distribution for the same
+        token, which is held fixed) or "none" (RL alone).
+      own_loss: what the modules' own parameters learn from: "same", or "ce" or "distill", detached,
+        so that they stay good drafters while `loss` acts on the shared parameters alone.
       reference: old log-prob in the ratio of the policy loss, and in d_MTP of the log-ratio
         measures: the main head's for the same token, or the module's own.
       rule: coefficient on shared parameters: "detach" (0), "fixed", "optimal" (OCC), or another
@@ -129,7 +132,8 @@ class MTPTrainingConfig:
       scale_own: scale the modules' own gradient too, as the paper's released code does.
     """
 
-    loss: Literal["none", "ce", "policy"] = "policy"
+    loss: Literal["none", "ce", "policy", "distill"] = "policy"
+    own_loss: Literal["same", "ce", "distill"] = "same"
     reference: Literal["main", "own"] = "main"
     rule: str = "optimal"
     coefficient: float = 0.2
@@ -147,7 +151,8 @@ class MTPTrainingConfig:
     scale_own: bool = False
 
     def __post_init__(self):
-        _one_of("MTPTrainingConfig", "loss", self.loss, ("none", "ce", "policy"))
+        _one_of("MTPTrainingConfig", "loss", self.loss, ("none", "ce", "policy", "distill"))
+        _one_of("MTPTrainingConfig", "own_loss", self.own_loss, ("same", "ce", "distill"))
         _one_of("MTPTrainingConfig", "reference", self.reference, ("main", "own"))
         _one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
         _one_of("MTPTrainingConfig", "measure", self.measure, get_args(MeasureName))
@@ -164,7 +169,7 @@ class MTPTrainingConfig:
     @property
     def looks(self) -> bool:
         """Whether the rule depends on what is measured."""
-        return self.rule not in ("detach", "fixed")
+        return self.rule not in ("detach", "fixed", "replay")
 
 
 def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:

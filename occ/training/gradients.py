@@ -313,6 +313,21 @@ def _rl_seam(problem: Problem, hidden: jax.Array) -> Seam:
 
 
 def _mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
+    """One seam a head; the modules' own parameters may have a loss of their own."""
+    seams = _head_seams(problem, hidden, attached=attached)
+    mtp = problem.config.mtp
+    if mtp.own_loss in ("same", mtp.loss):
+        return seams
+    own_mtp = dataclasses.replace(mtp, loss=mtp.own_loss)  # type: ignore[arg-type]
+    config = dataclasses.replace(problem.config, mtp=own_mtp)
+    own = _head_seams(problem._replace(config=config), hidden, attached=False)
+    return [
+        seam._replace(gradient={**seam.gradient, **mine.gradient})
+        for seam, mine in zip(seams, own, strict=True)
+    ]
+
+
+def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
     """One seam a head. Detached, only the modules are differentiated: nothing is left to leak."""
     stages, parts, batch, config, sequences_per_row = problem
 
@@ -329,7 +344,19 @@ def _mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[S
         def loss(modules, shared, state):
             head_parts, _ = unpack(modules, shared)
             scores = stages.head(head_parts, state, depth)
-            return mtp_loss(scores, batch, depth, config.objective, config.mtp, sequences_per_row)
+            divergence = None
+            if config.mtp.loss == "distill":
+                main_logits = stages.main_logits(parts, hidden)
+                divergence = stages.divergence(head_parts, main_logits, state, depth)
+            return mtp_loss(
+                scores,
+                batch,
+                depth,
+                config.objective,
+                config.mtp,
+                sequences_per_row,
+                divergence,
+            )
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(
             parts.modules, shared, states[depth - 1]

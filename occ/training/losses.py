@@ -92,18 +92,22 @@ def mtp_loss(
     objective: ObjectiveConfig,
     config: MTPTrainingConfig,
     sequences_per_row: int,
+    divergence: Float[Array, "batch time"] | None = None,
 ) -> tuple[Float[Array, ""], LossOutput]:
-    """Loss of the MTP head at `depth`: cross-entropy, or the policy loss on its log-probs.
+    """Loss of the MTP head at `depth`: cross-entropy, divergence, or the policy loss.
 
     The policy loss has the main head's advantages, clipping and aggregation; its ratio is against
     the old log-prob that `config.reference` names. A minibatch in which every target is masked
-    has loss 0.
+    has loss 0. `divergence` is the token loss of "distill".
     """
     mask = mtp.aligned_mask(batch.response_mask, batch.segment_ids, depth)
     old = batch.old_log_prob if config.reference == "main" else batch.old_mtp_log_prob[depth - 1]
     metrics: dict[str, Any] = {}
     if config.loss == "ce":
         token_loss = mtp.cross_entropy(scores.log_prob, mask)
+    elif config.loss == "distill":
+        assert divergence is not None
+        token_loss = jnp.where(mask, divergence, 0)
     else:
         terms = policy.policy_loss(
             scores.log_prob,

@@ -123,6 +123,31 @@ class Stages:
             greedy=greedy,
         )
 
+    def main_logits(
+        self, parts: Parts, hidden: Float[Array, "batch time width"]
+    ) -> Float[Array, "batch time vocab"]:
+        """Logits of the main head at their source positions."""
+        return self._model(parts).logits(hidden) / self.temperature
+
+    def divergence(
+        self,
+        parts: Parts,
+        main_logits: Float[Array, "batch time vocab"],
+        hidden: Float[Array, "batch time width"],
+        depth: int,
+    ) -> Float[Array, "batch time"]:
+        """Divergence of MTP head `depth` from the main head, token by token; 0 where it has none.
+
+        Args:
+          parts: the parameters of the MTP head.
+          main_logits: of the main head, the target: no gradient reaches it.
+          hidden: the module's.
+          depth: k >= 1.
+        """
+        logits = self._model(parts).mtp_logits(hidden, depth - 1) / self.temperature
+        values = mtp.distillation(logits, main_logits, depth)
+        return jnp.where(self.predictable(depth), values, 0)
+
     def predictable(self, depth: int) -> Bool[Array, "batch time"]:
         """Which tokens the head at this depth can predict from within their own sequence."""
         return mtp.predictable(self.segment_ids, depth)

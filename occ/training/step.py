@@ -199,7 +199,8 @@ def _alarms(
         return {}
     has_target = jnp.stack([jnp.any(output.mask) for output in gradient.heads])
     has_signal = jnp.any(jnp.where(batch.response_mask, batch.advantages, 0) != 0)
-    if config.mtp.loss == "ce":
+    own_loss = config.mtp.loss if config.mtp.own_loss == "same" else config.mtp.own_loss
+    if own_loss != "policy":
         has_signal = jnp.ones_like(has_signal)
     active = has_target & has_signal & finite
     if not config.optimizer.learning_rate > 0:

@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
@@ -144,23 +145,35 @@ def missing(arguments: Run, cell: Cell) -> list[int]:
     return [seed for seed in arguments.seeds if seed not in done]
 
 
+@functools.cache
+def _setting(name: str, quick: bool) -> tuple[Any, Any]:
+    """Configuration and task of a setting, made once a process."""
+    from experiments import runs
+    from experiments.configs import CONFIGS
+
+    config = CONFIGS[name]()
+    if quick:
+        warm = dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 100))
+        config = dataclasses.replace(config, rollouts=5, warm_start=warm)
+    return config, runs.load_task(config)
+
+
+_SAMPLERS: dict[str, Any] = {}
+"""Compiled sampling and scoring of every setting, which variants share; one dict a process."""
+
+
 def run_cell(cell: Cell, arguments: Run) -> float:
     """Runs the missing seeds of one cell in this process; returns seconds."""
     import jax
 
     from experiments import runs
-    from experiments.configs import CONFIGS
     from occ.training import loop
     from occ.training.run_folder import read_rows
 
     started = time.perf_counter()
     scratch = pathlib.Path("runs/claims")
     jax.config.update("jax_compilation_cache_dir", str((scratch / "compiled").absolute()))
-    config = CONFIGS[cell.setting]()
-    if arguments.quick:
-        warm = dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 100))
-        config = dataclasses.replace(config, rollouts=5, warm_start=warm)
-    task = runs.load_task(config)
+    config, task = _setting(cell.setting, arguments.quick)
     change = {**CORE, **AROUND, **BEYOND}.get(cell.variant)
     programs, start = None, None
     for seed in missing(arguments, cell):
@@ -169,7 +182,9 @@ def run_cell(cell: Cell, arguments: Run) -> float:
         else:
             varied = change(config)
         if programs is None or change is None:
-            programs = loop.build(varied, task, None if programs is None else programs.rollout)
+            sampler = f"{cell.setting} {varied.model} {varied.rollout}"
+            programs = loop.build(varied, task, _SAMPLERS.get(sampler))
+            _SAMPLERS[sampler] = programs.rollout
         if start is None:
             # Whoever comes first makes it; a second worker waits rather than make it again.
             with _lock(scratch / f"start-{cell.setting}.lock"):

@@ -24,6 +24,7 @@ SETTINGS = (
     "filtering_easy",
     "filtering_hard",
     "star_easy",
+    "star_hard",
     "star_parallel",
 )
 MAIN = "filtering_easy"

@@ -171,7 +171,8 @@ def models_table(models: dict[str, Rows]) -> str:
     """A row a model: the truth early and late, what noise does to it, and who follows it."""
     lines = [
         "| model | points | true c / v^2, early | late | c, same samples / true | "
-        "v^2, same / true | exact: rank corr. | smoothed_0.9_every_5 | log_ratios_main | log_ratios_own |",
+        "v^2, same / true | exact: rank corr. | smoothed_0.9_every_5 | "
+        "log_ratios_main | log_ratios_own |",
         "|" + "---|" * 10,
     ]
     for model, rows in models.items():

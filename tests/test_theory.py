@@ -463,6 +463,17 @@ def test_optimum_of_the_noisy_step():
         assert worse < theory.optimal_contribution(model, step_size=ETA)
 
 
+def test_noisy_rule_is_optimal_for_the_sampled_bound():
+    """Given what `cross_fitted` would measure: c from disjoint samples, the rest from the same."""
+    same, cross = expected_gram()
+    gram = same.at[0, 1].set(cross[0, 1]).at[1, 0].set(cross[0, 1])
+    rule = rules.noisy_optimal(L * ETA, eps=0.0)
+    measurement = measures.Measurement(gram, sampled_correlation=same[0, 1:])
+    weights, _ = rule.update(measurement, (), jax.random.key(0))
+    model = theory.sampled_lower_bound(theory.SampledGram(same, cross), smoothness=L)
+    equal(weights[1:], theory.optimal_coefficients(model, step_size=ETA))
+
+
 def test_noise_falls_with_the_batch_size():
     mean, covariance = truth()
     got = theory.at_batch_size(expected_gram(), PARTS)

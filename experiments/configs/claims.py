@@ -2,7 +2,8 @@
 
 Claim under test: joint training of the MTP modules helps RL, where RL has room. So every run starts
 at a sampled accuracy of a seventh to a third, made by noisy demonstrations, and Detach still rises
-in its second half (star_parallel apart); in the hard settings greedy accuracy starts low as well, and grows little.
+in its second half (star_parallel apart). In the hard settings greedy accuracy starts low as well,
+and grows little.
 Hardware: one CPU core. Cost: half a minute to a minute and a half for the warm start that all runs
 of a configuration share, a quarter of a minute to compile a regime, and 7 to 23 seconds a run.
 Each docstring has accuracies of Detach on held-out prompts before (512) and after (256), greedy /

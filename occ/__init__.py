@@ -8,6 +8,7 @@ from occ import measures, rules
 from occ.accumulation import AccumulationState, accumulate
 from occ.calibration import Calibration, CalibrationState, calibrate
 from occ.diagnostics import calibration_state, coefficient, correlation, cosine, perturbation
+from occ.grouped import GroupedCalibration, GroupedState, calibrate_groups
 
 __version__ = "0.1.0"
 
@@ -15,8 +16,11 @@ __all__ = [
     "AccumulationState",
     "Calibration",
     "CalibrationState",
+    "GroupedCalibration",
+    "GroupedState",
     "accumulate",
     "calibrate",
+    "calibrate_groups",
     "calibration_state",
     "coefficient",
     "correlation",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from occ import measures as measures_lib
-from occ.trees import tree_structure
+from occ.trees import auxiliary_tuple
 
 
 class AccumulationState(NamedTuple):
@@ -95,7 +95,7 @@ def accumulate(
     def update(
         updates, state, params=None, *, auxiliary=None, count=1.0, auxiliary_count=None, **extra
     ):
-        trees = _auxiliary_trees(updates, auxiliary, num_auxiliary)
+        trees = auxiliary_tuple(updates, auxiliary, num_auxiliary)
         evidence = _take_evidence(extra, names)
         auxiliary_count = count if auxiliary_count is None else auxiliary_count
         summed = state._replace(
@@ -143,19 +143,6 @@ def _divide(total: Any, count: jax.Array, like: Any) -> Any:
     """Sum over count, in the dtypes of `like`; 0 for a minibatch without a token."""
     divisor = jnp.where(count == 0, 1, count)
     return jax.tree.map(lambda s, g: (s / divisor.astype(s.dtype)).astype(g.dtype), total, like)
-
-
-def _auxiliary_trees(updates: Any, auxiliary: Any, num_auxiliary: int) -> tuple[Any, ...]:
-    same = tree_structure(auxiliary) == tree_structure(updates)
-    if num_auxiliary == 1 and same:
-        return (auxiliary,)
-    if not isinstance(auxiliary, tuple) or len(auxiliary) != num_auxiliary:
-        raise ValueError(
-            f"accumulate: expected `auxiliary` to be a tree like `updates`, or a tuple of "
-            f"num_auxiliary={num_auxiliary} of them, got structure "
-            f"{tree_structure(auxiliary)}."
-        )
-    return auxiliary
 
 
 def _take_evidence(extra: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

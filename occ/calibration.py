@@ -20,7 +20,7 @@ import optax
 
 from occ import measures as measures_lib
 from occ import rules as rules_lib
-from occ.trees import check_like, path_string, selected, tree_structure, zero_unless
+from occ.trees import auxiliary_tuple, path_string, selected, tree_structure, zero_unless
 
 Shared = Any  # None, a pytree of bools like the parameters, or a predicate on "path/of/leaf"
 
@@ -145,7 +145,7 @@ class Calibration:
             count=optax.safe_increment(state.count),
             gram=measurement.gram,
             weights=weights.astype(state.weights.dtype),
-            condition_number=_condition_number(measurement.gram),
+            condition_number=condition_number(measurement.gram),
             nonfinite=state.nonfinite + (~ok).astype(jnp.int32),
             measure=unless_poisoned(measure_state, state.measure),
             rule=unless_poisoned(rule_state, state.rule),
@@ -205,7 +205,7 @@ class Calibration:
         **evidence,
     ) -> tuple[Any, CalibrationState]:
         """All three stages; see `calibrate`."""
-        auxiliary = self._auxiliary_tuple(updates, auxiliary)
+        auxiliary = auxiliary_tuple(updates, auxiliary, self.num_auxiliary)
         auxiliary, finite = self.remove_nonfinite(auxiliary)
         evidence["gradients"] = (updates, *auxiliary)
 
@@ -255,29 +255,6 @@ class Calibration:
                 f"{got or 'none'}. Pass it by keyword: "
                 f"tx.update(grads, state, params, auxiliary=..., {missing[0]}=...)."
             )
-
-    def _auxiliary_tuple(self, updates: Any, auxiliary: Any) -> tuple[Any, ...]:
-        """The K auxiliary trees, checked against the main gradient."""
-        if auxiliary is None:
-            raise ValueError(
-                "calibrate: the keyword argument `auxiliary` is missing. Pass the auxiliary "
-                "gradient, tx.update(grads, state, params, auxiliary=mtp_grads), or a tuple of "
-                f"num_auxiliary={self.num_auxiliary} of them."
-            )
-        structure = tree_structure(updates)
-        if self.num_auxiliary == 1 and tree_structure(auxiliary) == structure:
-            auxiliary = (auxiliary,)
-        if not isinstance(auxiliary, tuple) or len(auxiliary) != self.num_auxiliary:
-            got = f"a tuple of {len(auxiliary)}" if isinstance(auxiliary, tuple) else "one tree"
-            raise ValueError(
-                f"calibrate: expected num_auxiliary={self.num_auxiliary} auxiliary gradient(s) "
-                f"with the tree structure {structure}, got {got} of structure "
-                f"{tree_structure(auxiliary)}. Pass one tree like `updates`, or a tuple of "
-                "num_auxiliary such trees."
-            )
-        for k, tree in enumerate(auxiliary, start=1):
-            check_like(updates, tree, k)
-        return auxiliary
 
     def _shared_mask(self, tree: Any) -> Any:
         """Pytree of bools like `tree`."""
@@ -413,7 +390,7 @@ def _real(dtype: Any) -> Any:
     return jnp.finfo(dtype).dtype
 
 
-def _condition_number(gram: jax.Array) -> jax.Array:
+def condition_number(gram: jax.Array) -> jax.Array:
     """Condition number of V = [<m_j, m_k>]; NaN without a Gram matrix."""
     perturbations = gram[1:, 1:]
     if perturbations.shape[0] == 1:

@@ -53,3 +53,35 @@ def check_like(updates: Any, tree: Any, number: int) -> None:
                 f"calibrate: auxiliary gradient {number} has shape {jnp.shape(m)} at "
                 f"{path_string(path)!r}, expected {jnp.shape(g)}."
             )
+
+
+def auxiliary_tuple(updates: Any, auxiliary: Any, num_auxiliary: int) -> tuple[Any, ...]:
+    """The K auxiliary trees, checked against the main gradient.
+
+    Args:
+      updates: the main gradient.
+      auxiliary: one tree like it (K = 1), or a tuple of K of them.
+      num_auxiliary: K.
+
+    Raises:
+      ValueError: none, another number, or trees of another structure or shape.
+    """
+    if auxiliary is None:
+        raise ValueError(
+            "calibrate: the keyword argument `auxiliary` is missing. Pass the auxiliary gradient, "
+            "tx.update(grads, state, params, auxiliary=mtp_grads), or a tuple of "
+            f"num_auxiliary={num_auxiliary} of them."
+        )
+    structure = tree_structure(updates)
+    if num_auxiliary == 1 and tree_structure(auxiliary) == structure:
+        auxiliary = (auxiliary,)
+    if not isinstance(auxiliary, tuple) or len(auxiliary) != num_auxiliary:
+        got = f"a tuple of {len(auxiliary)}" if isinstance(auxiliary, tuple) else "one tree"
+        raise ValueError(
+            f"calibrate: expected num_auxiliary={num_auxiliary} auxiliary gradient(s) with the "
+            f"tree structure {structure}, got {got} of structure {tree_structure(auxiliary)}. Pass "
+            "one tree like `updates`, or a tuple of num_auxiliary such trees."
+        )
+    for k, tree in enumerate(auxiliary, start=1):
+        check_like(updates, tree, k)
+    return auxiliary

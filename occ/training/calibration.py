@@ -6,11 +6,31 @@ from typing import Any
 
 from occ import measures, rules
 from occ.calibration import Calibration
+from occ.grouped import GroupedCalibration
 from occ.training.config import MTPTrainingConfig
-from occ.training.stages import is_shared
+from occ.training.stages import BLOCKS, is_shared
 
 
-def build_calibration(config: MTPTrainingConfig, num_modules: int) -> Calibration | None:
+def is_stacked(path: str) -> bool:
+    """Whether a leaf has a leading axis of layers."""
+    return path.split("/")[0] in BLOCKS
+
+
+def by_layer(path: str) -> str | None:
+    """The group of a shared leaf: its layer, or its top-level name; None for a module's own.
+
+    >>> by_layer("layers/mlp/up/kernel/3"), by_layer("embedding/embedding"), by_layer("mtp/0/x")
+    ('layers/3', 'embedding', None)
+    """
+    if not is_shared(path):
+        return None
+    names = path.split("/")
+    return f"{names[0]}/{names[-1]}" if is_stacked(path) else names[0]
+
+
+def build_calibration(
+    config: MTPTrainingConfig, num_modules: int
+) -> Calibration | GroupedCalibration | None:
     """Measure, rule and when to measure; None without an MTP loss.
 
     Rules that look at nothing still get a measure, which gives the run its diagnostics: the exact
@@ -21,9 +41,19 @@ def build_calibration(config: MTPTrainingConfig, num_modules: int) -> Calibratio
     measure = _measure(config)
     if config.smoothing:
         measure = measures.smoothed(measure, config.smoothing)
+    rule = rules.by_name(config.rule, **_rule_options(config))
+    if config.groups == "layer":
+        return GroupedCalibration(
+            by_layer,
+            measure,
+            rule,
+            num_auxiliary=num_modules,
+            stacked=is_stacked,
+            scale_own=config.scale_own,
+        )
     return Calibration(
         measure,
-        rules.by_name(config.rule, **_rule_options(config)),
+        rule,
         num_auxiliary=num_modules,
         shared=is_shared,
         scale_own=config.scale_own,

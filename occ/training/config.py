@@ -34,7 +34,7 @@ MeasureName = Literal[
     "released_masked",
     "released_unmasked",
 ]
-KNOWN_BEFORE_BACKWARD: tuple[str, ...] = (
+EARLY: tuple[str, ...] = (
     "row_subset",
     "readout",
     "log_ratios",
@@ -127,6 +127,8 @@ class MTPTrainingConfig:
       every: measure at every n-th step, and keep the weights in between. Choose an n that shares no
         factor with the minibatches a rollout: otherwise the same ones are always measured, and the
         first is unlike the others, since the policy has not moved yet.
+      groups: "none" has one coefficient for all shared parameters, "layer" one for each layer of
+        the trunk and for what is before and after them (rules that look, exact placement).
       placement: "fused" weighs the losses before one backward pass through the trunk; "exact"
         takes a backward pass for each where it measures, and knows the true c and v^2.
       scale_own: scale the modules' own gradient too, as the paper's released code does.
@@ -147,6 +149,7 @@ class MTPTrainingConfig:
     row_fraction: float = 0.125
     smoothing: float = 0.0
     every: int = 1
+    groups: Literal["none", "layer"] = "none"
     placement: Literal["fused", "exact"] = "exact"
     scale_own: bool = False
 
@@ -157,13 +160,23 @@ class MTPTrainingConfig:
         _one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
         _one_of("MTPTrainingConfig", "measure", self.measure, get_args(MeasureName))
         _positive("MTPTrainingConfig", row_fraction=self.row_fraction, every=self.every)
-        early = self.measure in KNOWN_BEFORE_BACKWARD
+        _one_of("MTPTrainingConfig", "groups", self.groups, ("none", "layer"))
+        if self.groups != "none" and (
+            self.placement == "fused" or self.every != 1 or not self.looks or self.measure in EARLY
+        ):
+            raise ValueError(
+                "MTPTrainingConfig: groups='layer' measures the gradients of every layer at every "
+                "step. Use placement='exact', every=1, a rule that depends on what is measured, "
+                f"and a measure that is not in {EARLY}; got {self.placement!r}, {self.every}, "
+                f"{self.rule!r} and {self.measure!r}."
+            )
+        early = self.measure in EARLY
         if self.placement == "fused" and self.looks and not early:
             raise ValueError(
                 "MTPTrainingConfig: placement='fused' must know the coefficient before the "
                 "backward pass through the trunk, when the gradients that "
                 f"measure={self.measure!r} needs do not exist yet. Use placement='exact', or a "
-                f"measure in {KNOWN_BEFORE_BACKWARD}."
+                f"measure in {EARLY}."
             )
 
     @property

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from occ import measures
 from occ.calibration import Calibration, CalibrationState
+from occ.grouped import GroupedCalibration, GroupedState
 from occ.training.batch import Minibatch, take_rows
 from occ.training.config import TrainConfig
 from occ.training.losses import LossOutput, merge_outputs, mtp_loss, rl_loss
@@ -70,7 +71,7 @@ class StepGradient(NamedTuple):
     """
 
     gradient: dict[str, Any]
-    calibration: CalibrationState | tuple[()]
+    calibration: CalibrationState | GroupedState | tuple[()]
     gram: Any
     main: LossOutput
     heads: list[LossOutput]
@@ -104,8 +105,8 @@ def step_gradient(
     params: dict[str, Any],
     batch: Minibatch,
     config: TrainConfig,
-    calibration: Calibration | None,
-    state: CalibrationState | tuple[()],
+    calibration: Calibration | GroupedCalibration | None,
+    state: CalibrationState | GroupedState | tuple[()],
     sequences_per_row: int = 1,
     second_moment: Any = None,
 ) -> StepGradient:
@@ -124,6 +125,8 @@ def step_gradient(
     problem = Problem(stages, partition(params), batch, config, sequences_per_row)
     if calibration is None:
         return _rl_alone(problem)
+    if isinstance(calibration, GroupedCalibration):
+        return _exact(problem, calibration, state, second_moment)
     assert isinstance(state, CalibrationState)
     if config.mtp.placement == "fused":
         return _fused(problem, calibration, state)
@@ -200,7 +203,10 @@ def _on_first_rows(problem: Problem) -> tuple[dict[str, Any], ...]:
 
 
 def _exact(
-    problem: Problem, calibration: Calibration, state: CalibrationState, second_moment: Any
+    problem: Problem,
+    calibration: Calibration | GroupedCalibration,
+    state: Any,
+    second_moment: Any,
 ) -> StepGradient:
     evidence: dict[str, Any] = {}
     if "gradient_halves" in calibration.measure.evidence:

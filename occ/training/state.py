@@ -11,6 +11,7 @@ import optax
 from flax import struct
 
 from occ.calibration import Calibration
+from occ.grouped import GroupedCalibration
 
 
 class TrainState(struct.PyTreeNode):
@@ -37,7 +38,7 @@ def init_state(
     params: Any,
     rest: Any,
     optimizer: optax.GradientTransformation,
-    calibration: Calibration | None,
+    calibration: Calibration | GroupedCalibration | None,
 ) -> TrainState:
     """A fresh state around given parameters."""
     return TrainState(

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from occ import diagnostics
-from occ.calibration import CalibrationState
+from occ.grouped import GroupedState
 from occ.models.moe import update_router_bias
 from occ.training.batch import Minibatch, check
 from occ.training.calibration import build_calibration
@@ -36,7 +36,7 @@ def make_train_step(
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`. Jit it with `donate_argnums=0`. Metrics are
-      scalars, or float [K] for what is measured of each MTP module.
+      scalars, or float [K] for what is measured of each MTP module (by group: [G, K]).
     """
     calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
     optimizer = build_optimizer(config.optimizer)
@@ -141,8 +141,7 @@ def _gradient_metrics(gradient: StepGradient) -> dict[str, jax.Array]:
         "grad_norm/own": optax.tree.norm(parts.modules) if parts.modules else jnp.zeros(()),
     }
     if gradient.heads:
-        state = gradient.calibration
-        assert isinstance(state, CalibrationState)
+        state = diagnostics.calibration_state(gradient.calibration)
         metrics |= {
             "occ/correlation": diagnostics.correlation(state),
             "occ/perturbation": diagnostics.perturbation(state),
@@ -151,6 +150,9 @@ def _gradient_metrics(gradient: StepGradient) -> dict[str, jax.Array]:
             "occ/condition_number": state.condition_number,
             "occ/nonfinite": state.nonfinite,
         }
+        if isinstance(gradient.calibration, GroupedState):
+            groups = [group["weights"][1:] for group in gradient.calibration.groups.values()]
+            metrics["occ/coefficient_by_group"] = jnp.stack(groups)
     if gradient.gram is not None:
         metrics |= _true_metrics(gradient.gram)
     if gradient.router_load is not None:

@@ -26,6 +26,7 @@ TEST = [
     "ruff",
 ]
 NOTEBOOKS = ["ipykernel", "matplotlib", "nbclient", "nbmake"]
+PARITY = ["torch", "torchjd[cagrad,nash-mtl]"]
 
 setuptools.setup(
     name="occ-jax",
@@ -51,5 +52,6 @@ setuptools.setup(
         "experiments": EXPERIMENTS,
         "test": EXPERIMENTS + TEST + NOTEBOOKS,
         "notebooks": NOTEBOOKS,
+        "parity": PARITY,
     },
 )

@@ -185,8 +185,7 @@ def proxy_table(results: Results) -> str:
         if not rows:
             return ""
         ranks = [
-            scipy.stats.spearmanr(row["coefficient_series"], row["ratio_series"]).statistic
-            for row in rows
+            scipy.stats.spearmanr(row["coefficient_series"], _ratio(row)).statistic for row in rows
         ]
         return show(mean_interval(ranks), scale=1, digits=2)
 
@@ -204,7 +203,7 @@ def proxy_table(results: Results) -> str:
         {
             "rank correlation over a run": followed,
             "mean proxy": mean_of("occ_paper", "coefficient"),
-            "mean c / v²": mean_of("occ_paper", "ratio"),
+            "c / v²": lambda runs: _mean_ratio(runs.get("occ_paper", [])),
             "proxy minus constant, sampled": lambda runs: show(
                 difference(runs, "occ_paper", "sampled", CONTROL)
             ),
@@ -216,6 +215,19 @@ def proxy_table(results: Results) -> str:
             ),
         },
     )
+
+
+def _ratio(row: dict[str, Any]) -> np.ndarray:
+    """c / v^2 of every rollout: of the means over its minibatches."""
+    return np.array(row["correlation_series"]) / np.array(row["perturbation_series"])
+
+
+def _mean_ratio(rows: Rows) -> str:
+    """Sum of c over sum of v^2, over a run."""
+    if not rows:
+        return ""
+    means = [np.sum(row["correlation_series"]) / np.sum(row["perturbation_series"]) for row in rows]
+    return show(mean_interval(means), scale=1, digits=3, signed=False)
 
 
 def against_detach_table(results: Results, names: list[str]) -> str:

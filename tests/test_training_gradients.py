@@ -61,8 +61,9 @@ def test_detach_leaves_the_shared_gradient_that_of_rl_alone(tied, loss, placemen
     mtp = MTPTrainingConfig(loss=loss, rule="detach", placement=placement)
     config = tiny.train_config(mtp, model_config)
     batch = tiny.minibatch(config, model)
-    alone = tiny.gradient(tiny.train_config(regime("rl_only"), model_config), model, batch)
-    detached = tiny.gradient(config, model, batch)
+    rl_only = tiny.train_config(regime("rl_only"), model_config)
+    alone = tiny.gradient(rl_only, model, batch, as_users=True)
+    detached = tiny.gradient(config, model, batch, as_users=True)
     for name, tree in detached.gradient.items():
         if is_shared(name):
             # The exact placement runs a vectorised backward pass, which rounds differently.
@@ -330,9 +331,10 @@ def test_zero_coefficient_through_the_rule_is_the_detached_shared_gradient():
     batch = tiny.minibatch(occ, model)
     calibration = build_calibration(occ.mtp, 1)
     zero = dataclasses.replace(calibration, rule=rules.optimal(0.0))
-    got = tiny.gradient(occ, model, batch, calibration=zero).gradient
+    got = tiny.gradient(occ, model, batch, calibration=zero, as_users=True).gradient
     detach = MTPTrainingConfig(loss="policy", rule="detach", placement="fused")
-    expected = tiny.gradient(tiny.train_config(detach, model_config), model, batch).gradient
+    detached = tiny.train_config(detach, model_config)
+    expected = tiny.gradient(detached, model, batch, as_users=True).gradient
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 

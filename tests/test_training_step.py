@@ -47,7 +47,8 @@ def trajectory(mtp, steps, optimizer=DECAYING):
     model = tiny.build_model(model_config)
     config = tiny.train_config(mtp, model_config, optimizer=optimizer)
     batches = [tiny.minibatch(config, model, seed) for seed in range(4)]
-    state, step = tiny.state(config, model), stepper(config, model)
+    state = tiny.state(config, model)
+    step = jax.jit(make_train_step(model[0], config), compiler_options=tiny.AS_USERS)
     for number in range(steps):
         state, metrics = step(state, batches[number % 4])
     assert metrics["skipped"] == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -106,30 +107,36 @@ def state(config, model):
     return jax.tree.map(jnp.array, fresh)  # a copy, since train steps donate
 
 
-def gradient(config, model, batch, calibration=None, sequences_per_row=1):
+# What conftest.py turns off for speed; tests to the last bit compile as users do.
+FLAG = "xla_cpu_use_fusion_emitters"
+AS_USERS = {FLAG: True} if FLAG in os.environ.get("XLA_FLAGS", "") else {}
+
+
+def gradient(config, model, batch, calibration=None, sequences_per_row=1, as_users=False):
     """The combined gradient of one minibatch, from a fresh calibration state."""
     graphdef, params, rest = model
     given = calibration is not None
     if not given:
         calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
     start = () if calibration is None else calibration.init(params)
-    key = repr(config), graphdef, id(calibration) if given else None, sequences_per_row
+    key = repr(config), graphdef, id(calibration) if given else None, sequences_per_row, as_users
     if key not in _COMPILED:
-        _COMPILED[key] = _compiled(config, graphdef, calibration, sequences_per_row)
+        options = AS_USERS if as_users else {}
+        _COMPILED[key] = _compiled(config, graphdef, calibration, sequences_per_row, options)
     return _COMPILED[key](params, rest, batch, start)
 
 
 _COMPILED: dict = {}
 
 
-def _compiled(config, graphdef, calibration, sequences_per_row):
+def _compiled(config, graphdef, calibration, sequences_per_row, options):
     def compute(params, rest, batch, start):
         model = graphdef, params, rest
         return step_gradient_of(
             config, model, batch, calibration, start, sequences_per_row=sequences_per_row
         )
 
-    return jax.jit(compute)
+    return jax.jit(compute, compiler_options=options)
 
 
 def step_gradient_of(config, model, batch, calibration, start, moments=None, sequences_per_row=1):

@@ -57,8 +57,10 @@ def difference(runs: dict[str, Rows], variant: str, name: str, other: str = "") 
     if reference is None or variant not in runs:
         return None
     by_seed = {row["seed"]: row[name] for row in reference}
-    pairs = [(row[name], by_seed[row["seed"]]) for row in runs[variant] if row["seed"] in by_seed]
-    return paired_difference(*zip(*pairs, strict=True)) if pairs else None  # type: ignore[arg-type]
+    both = [row for row in runs[variant] if row["seed"] in by_seed]
+    if not both:
+        return None
+    return paired_difference(values(both, name), [by_seed[row["seed"]] for row in both])
 
 
 def thirds(rows: Rows, name: str) -> tuple[list[float], list[float]]:
@@ -219,7 +221,7 @@ def proxy_table(results: Results) -> str:
 
 def _ratio(row: dict[str, Any]) -> np.ndarray:
     """c / v^2 of every rollout: of the means over its minibatches."""
-    return np.array(row["correlation_series"]) / np.array(row["perturbation_series"])
+    return np.array(row["correlation_series"]) / np.maximum(row["perturbation_series"], 1e-30)
 
 
 def _mean_ratio(rows: Rows) -> str:

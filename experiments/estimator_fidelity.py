@@ -354,7 +354,7 @@ def _off_diagonal(products: np.ndarray) -> float:
 
 def _jackknife(truths: list[tuple[float, float]]) -> float:
     """Jackknife standard error of the true ratio."""
-    ratios = np.array([c / v2 for c, v2 in truths])
+    ratios = np.array([c / max(v2, 1e-30) for c, v2 in truths])
     n = len(ratios)
     return float(np.sqrt((n - 1) / n * np.sum((ratios - ratios.mean()) ** 2)))
 

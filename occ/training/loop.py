@@ -171,7 +171,9 @@ def _mean_over_steps(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray
             means[name] = values.mean(axis=0)
     if "true/ratio" in means:
         # A ratio of means: a mean of ratios is ruled by the minibatch with the smallest v^2.
-        means["true/ratio"] = means["true/correlation"] / means["true/perturbation"]
+        smallest = np.finfo(np.float32).tiny
+        perturbation = np.maximum(means["true/perturbation"], smallest)
+        means["true/ratio"] = means["true/correlation"] / perturbation
     return means
 
 

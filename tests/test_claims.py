@@ -1,0 +1,168 @@
+"""The grid of claims and the fidelity of estimators: what they run, keep and report."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import claims, claims_grid, claims_report, estimator_fidelity, fidelity_report
+from experiments.claims_grid import Cell
+from experiments.configs import CONFIGS
+from occ.training.calibration import build_calibration
+from tests.test_experiments import small
+
+pytestmark = pytest.mark.standard_promotion
+
+
+def test_every_cell_of_the_grid_builds():
+    """Configuration and calibration; the controls' are built from rows."""
+    grid = claims_grid.cells()
+    assert len(grid) == len(set(grid))
+    changes = {**claims_grid.CORE, **claims_grid.AROUND, **claims_grid.BEYOND}
+    for cell in grid:
+        assert cell.setting in CONFIGS
+        if cell.variant in claims_grid.CONTROLS:
+            continue
+        config = changes[cell.variant](CONFIGS[cell.setting]())
+        build_calibration(config.mtp, config.model.mtp.num_modules)
+        assert claims_grid.baseline(cell.variant) in changes
+
+
+@pytest.fixture
+def at(monkeypatch, tmp_path):
+    """In an empty folder, with a setting cut down to seconds."""
+    monkeypatch.chdir(tmp_path)
+    tiny = dataclasses.replace(small(), rollouts=2, checkpoint_every=100)
+    monkeypatch.setitem(CONFIGS, claims_grid.MAIN, lambda: tiny)
+    claims._setting.cache_clear()
+    claims._SAMPLERS.clear()
+    yield tmp_path
+    claims._setting.cache_clear()
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_a_cell_leaves_a_row_a_seed_and_repeats_none(at):
+    arguments = claims.Run(seeds=(0, 1), folder=at / "rows")
+    cell = Cell(claims_grid.MAIN, "occ_paper")
+    claims.run_cell(cell, dataclasses.replace(arguments, seeds=(1,)))
+    assert claims.missing(arguments, cell) == [0]
+    claims.run_cell(cell, arguments)
+    rows = claims.read_cell(arguments.folder, cell)
+    assert [row["seed"] for row in rows] == [0, 1] and claims.missing(arguments, cell) == []
+    assert len(rows[0]["reward_series"]) == 2 and len(rows[0]["ratio_series"]) == 2
+    assert 0 <= rows[0]["sampled"] <= 1 and rows[0]["commit"]
+
+    control = claims._control(
+        Cell(claims_grid.MAIN, claims_grid.CONTROL), 1, CONFIGS[claims_grid.MAIN](), at / "rows"
+    )
+    assert control.mtp.coefficient == pytest.approx(np.mean(rows[1]["coefficient_series"]))
+    shuffled = claims._control(
+        Cell(claims_grid.MAIN, claims_grid.SHUFFLED), 1, CONFIGS[claims_grid.MAIN](), at / "rows"
+    ).mtp.rule_options["series"]
+    assert sorted(shuffled) == sorted(np.repeat(rows[1]["coefficient_series"], 2).tolist())
+    with pytest.raises(ValueError, match="needs the run occ_paper of the same seed first"):
+        claims._control(
+            Cell(claims_grid.MAIN, claims_grid.CONTROL), 7, CONFIGS[claims_grid.MAIN](), at / "rows"
+        )
+
+
+def rows_of(shift, n=4, length=9):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=n) * 0.01
+    return [
+        {
+            "seed": seed,
+            "sampled": 0.5 + shift + noise[seed],
+            "greedy": 0.6 + noise[seed],
+            "acceptance": 0.9,
+            "area": 0.4 + shift,
+            **{
+                f"{name}_series": (0.1 + 0.01 * rng.random(length)).tolist()
+                for name in claims.SERIES
+            },
+        }
+        for seed in range(n)
+    ]
+
+
+def test_the_report_pairs_seeds_and_marks_what_differs(tmp_path, capsys):
+    folder = tmp_path / "rows"
+    shifts = {"detach": 0.0, "policy_0.2": 0.0, "policy_1.0": -0.05, "occ_paper": 0.01}
+    shifts |= {"ce_0.2": -0.1, "gspo_detach": 0.2, "gspo_occ": 0.2, "constant_as_proxy": 0.01}
+    for variant, shift in shifts.items():
+        file = folder / claims_grid.MAIN / f"{variant}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(shift)))
+    assert claims_report.report(folder, tmp_path / "out") == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert "**-5.0 ± 0.0**" in text  # policy_1.0, exactly, since the seeds' noise is shared
+    gspo = next(line for line in text.splitlines() if line.startswith("| gspo_occ"))
+    assert "+0.0 ± 0.0" in gspo and "**" not in gspo  # compared with its own Detach
+    for figure in ("differences.png", "cosines.png"):
+        assert (tmp_path / "out" / figure).stat().st_size > 5_000
+    with pytest.raises(ValueError, match="no rows in"):
+        claims_report.read(tmp_path / "nothing")
+
+
+def test_the_truth_is_that_of_the_other_minibatches():
+    """c and v^2 of the mean over all but one, from explicit vectors."""
+    rng = np.random.default_rng(0)
+    n, parts = 5, (*estimator_fidelity.PARTS, "rest")
+    g, m = (rng.normal(size=(n, len(parts), 3)) + 0.3 for _ in range(2))
+    further = [
+        {
+            "gradients": tuple(dict(zip(parts, x[i], strict=True)) for x in (g, m)),
+            "gram": {"exact": np.array([[1.0, i], [i, 2.0]])},
+            "ratio": {"form": float(i)},
+        }
+        for i in range(n)
+    ]
+    row = estimator_fidelity.compare(further, [np.eye(2), 3 * np.eye(2)])
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        mean_g, mean_m = g[others].mean(axis=0), m[others].mean(axis=0)
+        np.testing.assert_allclose(row["truth"]["c"][i], np.sum(mean_g * mean_m), rtol=1e-12)
+        np.testing.assert_allclose(row["truth"]["v2"][i], np.sum(mean_m**2), rtol=1e-12)
+        rest = np.sum((mean_g * mean_m)[1:])  # all parts but the first
+        np.testing.assert_allclose(row["other_leaves"][parts[0]]["c"][i], rest, rtol=1e-12)
+    pairs = [np.sum(g[i] * m[j]) for i in range(n) for j in range(n) if i != j]
+    np.testing.assert_allclose(row["unbiased"]["c"], np.mean(pairs), rtol=1e-12)
+    assert row["estimates"]["exact"]["c"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert row["averages"]["exact"] == [0.0, 3.0]
+    # Every fifth step: of two, the first alone.
+    assert row["averages"]["every_5"] == [0.0, 1.0]
+    decay = 0.9
+    expected = (decay * 0.1 * 1 + 0.1 * 3) / (decay * 0.1 + 0.1)
+    np.testing.assert_allclose(row["averages"]["smoothed_0.9"][1], expected, rtol=1e-12)
+
+
+def test_scores_know_a_good_estimator_from_a_bad_one():
+    truth = np.linspace(-1, 1, 40).reshape(10, 4)
+    good, opposed = fidelity_report.score(truth + 0.1, truth), fidelity_report.score(-truth, truth)
+    assert good.spearman == pytest.approx(1) and good.bias == pytest.approx(0.1)
+    assert good.rmse == pytest.approx(0.1) and good.sign >= 0.9
+    assert opposed.spearman == pytest.approx(-1) and opposed.sign == 0
+
+
+def test_following_a_run_measures_every_estimator(at, monkeypatch):
+    monkeypatch.setitem(estimator_fidelity.MODELS, "tiny", (claims_grid.MAIN, lambda run: run))
+    config = dataclasses.replace(CONFIGS[claims_grid.MAIN]())
+    rollout = dataclasses.replace(config.rollout, prompts=8, minibatches=4)
+    warm = dataclasses.replace(config.warm_start, steps=150, batch_size=32, wrong_fraction=0.3)
+    tiny = dataclasses.replace(config, rollouts=4, rollout=rollout, warm_start=warm)
+    monkeypatch.setitem(CONFIGS, claims_grid.MAIN, lambda: tiny)
+    arguments = estimator_fidelity.Run(minibatches=5, stride=2, folder=at / "rows")
+    estimator_fidelity.follow("tiny", arguments)
+    models = fidelity_report.read(at / "rows")
+    assert [(row["rollout"], row["minibatch"]) for row in models["tiny"]] == [(1, 1), (3, 2)]
+    truth = fidelity_report.ratios(models["tiny"], "truth")
+    for name in fidelity_report.SHOWN:
+        values = fidelity_report.estimates(models["tiny"], name)
+        assert values.shape == truth.shape == (2, 5) and np.isfinite(values).all(), name
+    assert fidelity_report.report(at / "rows", at / "out") == 0
+    assert (at / "out" / "fidelity.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match="at least 17 minibatches"):
+        estimator_fidelity.run(estimator_fidelity.Run(minibatches=5, workers=1))

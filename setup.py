@@ -46,12 +46,13 @@ setuptools.setup(
         "numpy",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "scipy",
         "tensorflow-datasets",
     ],
     extras_require={
         "experiments": EXPERIMENTS,
         "test": EXPERIMENTS + TEST + NOTEBOOKS,
-        "notebooks": NOTEBOOKS,
+        "notebooks": EXPERIMENTS + NOTEBOOKS,
         "parity": PARITY,
     },
 )

@@ -314,8 +314,8 @@ class WarmStartConfig:
       batch_size: demonstrations a step.
       learning_rate: peak of a linear warm-up and cosine decay.
       clean_steps: leading steps on right answers alone, from which the task is learnt faster.
-      wrong_fraction: share of the later demonstrations that carry one wrong digit; the model then
-        knows the answer (its mode) without often sampling it.
+      wrong_fraction: share of the later demonstrations that are wrong (a digit, or what the task
+        says); the model then knows the answer (its mode) without often sampling it.
       mtp_weight: weight of the MTP cross-entropy beside the next-token one, trained jointly as in
         DeepSeek-V3's pre-training (0.3).
     """

@@ -87,3 +87,8 @@ def replace_text(file: pathlib.Path, text: str) -> None:
     beside = file.with_name(file.name + ".new")
     beside.write_text(text)
     beside.replace(file)
+
+
+def plain_numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Numbers of five significant digits, for rows that are committed."""
+    return {name: float(f"{float(value):.5g}") for name, value in row.items()}

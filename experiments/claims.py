@@ -17,8 +17,6 @@ import dataclasses
 import fcntl
 import functools
 import json
-import multiprocessing
-import os
 import pathlib
 import sys
 import tempfile
@@ -26,10 +24,12 @@ import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tqdm
 import tyro
 
+from experiments import claims_report, runs
 from experiments.claims_grid import (
     AROUND,
     BEYOND,
@@ -41,6 +41,11 @@ from experiments.claims_grid import (
     Cell,
     cells,
 )
+from experiments.configs import CONFIGS
+from experiments.following import one_core_processes
+from occ.training import loop
+from occ.training.config import MTPTrainingConfig
+from occ.training.run_folder import environment, read_rows
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "claims"
 SERIES = {
@@ -94,8 +99,6 @@ class Report:
 
 def run(arguments: Run) -> int:
     """Runs every cell with a seed missing; returns the exit status."""
-    from experiments.configs import CONFIGS
-
     if arguments.quick:
         arguments = dataclasses.replace(
             arguments,
@@ -124,12 +127,8 @@ def run(arguments: Run) -> int:
 
 
 def _run_cells(now: list[Cell], arguments: Run) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # One core a process: two runs side by side are faster than one run on both.
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    context = multiprocessing.get_context("spawn")
     with (
-        concurrent.futures.ProcessPoolExecutor(arguments.workers, context) as pool,
+        one_core_processes(arguments.workers) as pool,
         tqdm.tqdm(total=len(now), unit="cell") as bar,
     ):
         jobs = {pool.submit(run_cell, cell, arguments): cell for cell in now}
@@ -148,9 +147,6 @@ def missing(arguments: Run, cell: Cell) -> list[int]:
 @functools.cache
 def _setting(name: str, quick: bool) -> tuple[Any, Any]:
     """Configuration and task of a setting, made once a process."""
-    from experiments import runs
-    from experiments.configs import CONFIGS
-
     config = CONFIGS[name]()
     if quick:
         warm = dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 100))
@@ -164,12 +160,6 @@ _SAMPLERS: dict[str, Any] = {}
 
 def run_cell(cell: Cell, arguments: Run) -> float:
     """Runs the missing seeds of one cell in this process; returns seconds."""
-    import jax
-
-    from experiments import runs
-    from occ.training import loop
-    from occ.training.run_folder import read_rows
-
     started = time.perf_counter()
     scratch = pathlib.Path("runs/claims")
     jax.config.update("jax_compilation_cache_dir", str((scratch / "compiled").absolute()))
@@ -200,8 +190,6 @@ def run_cell(cell: Cell, arguments: Run) -> float:
 
 def _control(cell: Cell, seed: int, config: Any, folder: pathlib.Path) -> Any:
     """The proxy's coefficients of the same seed, as a constant or in random order."""
-    from occ.training.config import MTPTrainingConfig
-
     rows = read_cell(folder, Cell(cell.setting, "occ_paper"))
     series = {row["seed"]: row["coefficient_series"] for row in rows}
     if seed not in series:
@@ -224,7 +212,6 @@ def _control(cell: Cell, seed: int, config: Any, folder: pathlib.Path) -> Any:
 
 
 def _row(cell: Cell, seed: int, result: dict[str, Any], rows: list[dict[str, Any]]) -> dict:
-    from occ.training.run_folder import environment
 
     row = {
         "setting": cell.setting,
@@ -280,7 +267,6 @@ def main() -> int:
     arguments = tyro.cli(Command, description=__doc__)  # type: ignore[call-overload]
     if isinstance(arguments, Run):
         return run(arguments)
-    from experiments import claims_report
 
     return claims_report.report(arguments.folder, arguments.output)
 

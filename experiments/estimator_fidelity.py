@@ -16,11 +16,8 @@ Cost: about three minutes a model on one core; the whole of MODELS about half an
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
-import multiprocessing
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -31,23 +28,21 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import runs
+from experiments import fidelity_report, runs, step_cost
 from experiments.configs import CONFIGS
+from experiments.following import Followed, begin, further, one_core_processes, problem_of
 from occ import measures, trees
 from occ.models.config import ModelConfig
-from occ.training import loop
 from occ.training.batch import Minibatch, split
-from occ.training.calibration import build_calibration
 from occ.training.config import MTPTrainingConfig, TrainConfig
-from occ.training.gradients import LossGradients, Problem, loss_gradients
-from occ.training.optimizer import build_optimizer, second_moment
+from occ.training.gradients import LossGradients, loss_gradients
+from occ.training.optimizer import second_moment
 from occ.training.rollout import collect
-from occ.training.stages import Stages, is_shared, partition
-from occ.training.state import TrainState, init_state
+from occ.training.seams import Problem
+from occ.training.stages import is_shared
+from occ.training.state import TrainState
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "fidelity"
-FURTHER_STEPS = 10**6  # numbers of the rollouts that only measure, apart from those of training
-TRAINED_WITH = MTPTrainingConfig(rule="fixed", coefficient=0.2, placement="fused")
 
 
 def _model(**changes: Any) -> Callable[[TrainConfig], TrainConfig]:
@@ -229,17 +224,10 @@ def follow(name: str, arguments: Run) -> pathlib.Path:
     if file.exists():
         return file
     setting, change = MODELS[name]
-    config = dataclasses.replace(change(CONFIGS[setting]()), mtp=TRAINED_WITH, seed=arguments.seed)
-    if arguments.quick:
-        warm = dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 200))
-        config = dataclasses.replace(config, rollouts=6, warm_start=warm)
-    task = runs.load_task(config)
-    programs = loop.build(config, task)
-    start = runs.starting_point(config, task, programs, pathlib.Path("runs/fidelity/starts"))
-    calibration = build_calibration(config.mtp, 1)
-    state = init_state(*start, build_optimizer(config.optimizer), calibration)
-    state = jax.tree.map(jnp.array, state)
-    measure = _compiled(config, programs)
+    quick_rollouts = 6 if arguments.quick else None
+    run = begin(change(CONFIGS[setting]()), seed=arguments.seed, quick_rollouts=quick_rollouts)
+    config, task, programs, state = run
+    measure = _compiled(run)
     lines: list[dict[str, Any]] = []
     own: list[dict[str, Any]] = []
     for number in range(config.rollouts):
@@ -247,11 +235,11 @@ def follow(name: str, arguments: Run) -> pathlib.Path:
         point = number % arguments.stride == arguments.stride - 1
         # One, two or three steps after the rollout, in turn: the proxy has nothing to say before.
         steps = 1 + (number // arguments.stride) % (config.rollout.minibatches - 1)
-        others = _others(config, task, programs, state, number, arguments) if point else []
+        others = _others(run, state, number, arguments.minibatches) if point else []
         for index, minibatch in enumerate(split(rollout.batch, config.rollout.minibatches)):
             own.append(measure(state, minibatch, jax.random.key(len(own))))
             if point and index == steps:
-                further = [
+                measured = [
                     measure(state, other, jax.random.key(10_000 + i))
                     for i, other in enumerate(others)
                 ]
@@ -260,7 +248,7 @@ def follow(name: str, arguments: Run) -> pathlib.Path:
                         "rollout": number,
                         "minibatch": index,
                         "reward": rollout.metrics["reward"],
-                        **compare(further, [one["gram"]["exact"] for one in own]),
+                        **compare(measured, [one["gram"]["exact"] for one in own]),
                     }
                 )
             own[-1].pop("gradients")
@@ -271,33 +259,22 @@ def follow(name: str, arguments: Run) -> pathlib.Path:
     return file
 
 
-def _compiled(config: TrainConfig, programs: loop.Programs) -> Callable[..., dict[str, Any]]:
+def _compiled(run: Followed) -> Callable[..., dict[str, Any]]:
     @jax.jit
     def compute(state: TrainState, batch: Minibatch, key: jax.Array):
-        stages = Stages(
-            programs.graphdef,
-            state.rest,
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            config.rollout.temperature,
-        )
-        problem = Problem(stages, partition(state.params), batch, config, 1)
-        moments = by_path(second_moment(state.opt_state, config.optimizer))
-        return estimate(problem, moments, key)
+        moments = by_path(second_moment(state.opt_state, run.config.optimizer))
+        return estimate(problem_of(run, state, batch), moments, key)
 
     return lambda *inputs: jax.device_get(compute(*inputs))
 
 
-def _others(config, task, programs, state, number, arguments) -> list[Minibatch]:
+def _others(run: Followed, state: TrainState, number: int, count: int) -> list[Minibatch]:
     """Further minibatches from the policy of this rollout."""
-    per_rollout = config.rollout.minibatches
+    per_rollout = run.config.rollout.minibatches
     batches: list[Minibatch] = []
-    for extra in range(-(-arguments.minibatches // per_rollout)):
-        step = FURTHER_STEPS + 1000 * number + extra
-        rollout = collect(programs.rollout, state.params, state.rest, config, task, step)
-        batches += split(rollout.batch, per_rollout)
-    return batches[: arguments.minibatches]
+    for extra in range(-(-count // per_rollout)):
+        batches += split(further(run, state, 1000 * number + extra), per_rollout)
+    return batches[:count]
 
 
 def compare(further: list[dict[str, Any]], own_grams: list[np.ndarray]) -> dict[str, Any]:
@@ -404,10 +381,7 @@ def run(arguments: Run) -> int:
         for name in names:
             print(follow(name, arguments))
         return 0
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.workers, context) as pool:
+    with one_core_processes(arguments.workers) as pool:
         for file in pool.map(follow, names, [arguments] * len(names)):
             print(file)
     return 0
@@ -433,8 +407,6 @@ COSTED: dict[str, MTPTrainingConfig] = {
 
 def cost(arguments: Cost) -> int:
     """Compiles a step under every estimator; a step between measurements costs a fused one."""
-    from experiments import step_cost
-
     size = step_cost.Arguments(repeats=0)
     model: ModelConfig = step_cost.model_config(size, "none")
     batch = step_cost.minibatch(size)
@@ -453,8 +425,6 @@ def cost(arguments: Cost) -> int:
 
 
 def _operations(model: ModelConfig, mtp: MTPTrainingConfig, batch: Minibatch) -> float:
-    from experiments import step_cost
-
     compiled, _ = step_cost.compile_step(model, mtp, batch)
     return float(compiled.cost_analysis()["flops"])
 
@@ -471,8 +441,6 @@ def main() -> int:
         return run(arguments)
     if isinstance(arguments, Cost):
         return cost(arguments)
-    from experiments import fidelity_report
-
     return fidelity_report.report(arguments.folder, arguments.output)
 
 

@@ -38,20 +38,17 @@ import tyro
 
 from experiments import runs
 from experiments.configs import CONFIGS
-from experiments.estimator_fidelity import FURTHER_STEPS, TRAINED_WITH
+from experiments.following import Followed, begin, further, problem_of
 from occ import theory
 from occ.measures import inner_product
-from occ.training import loop
 from occ.training.batch import Minibatch, split
-from occ.training.calibration import build_calibration
-from occ.training.config import TrainConfig
-from occ.training.gradients import Problem, loss_gradients
+from occ.training.gradients import loss_gradients
 from occ.training.losses import rl_loss
-from occ.training.optimizer import build_optimizer
 from occ.training.rollout import collect
 from occ.training.run_folder import read_rows
-from occ.training.stages import Stages, is_shared, partition
-from occ.training.state import TrainState, init_state
+from occ.training.seams import Problem
+from occ.training.stages import is_shared, partition
+from occ.training.state import TrainState
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "one_step"
 PREDICTIONS = ("believed", "cross_fitted", "first_order", "second_order")
@@ -95,24 +92,15 @@ def follow(arguments: Run) -> pathlib.Path:
     file = arguments.folder / f"{arguments.setting}.jsonl"
     if file.exists():
         return file
-    config = dataclasses.replace(
-        CONFIGS[arguments.setting](), mtp=TRAINED_WITH, seed=arguments.seed
-    )
-    if arguments.quick:
-        warm = dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 200))
-        config = dataclasses.replace(config, rollouts=4, warm_start=warm)
-    task = runs.load_task(config)
-    programs = loop.build(config, task)
-    start = runs.starting_point(config, task, programs, pathlib.Path("runs/fidelity/starts"))
-    state = init_state(*start, build_optimizer(config.optimizer), build_calibration(config.mtp, 1))
-    state = jax.tree.map(jnp.array, state)
-    measure = _compiled(config, programs)
+    quick_rollouts = 4 if arguments.quick else None
+    run = begin(CONFIGS[arguments.setting](), seed=arguments.seed, quick_rollouts=quick_rollouts)
+    config, task, programs, state = run
+    measure = _compiled(run)
     lines = []
     for number in range(config.rollouts):
         rollout = collect(programs.rollout, state.params, state.rest, config, task, number)
         if number % arguments.stride == arguments.stride - 1:
-            step = FURTHER_STEPS + number
-            fresh = collect(programs.rollout, state.params, state.rest, config, task, step).batch
+            fresh = further(run, state, number)
             wanted = 1 + (number // arguments.stride) % (config.rollout.minibatches - 1)
         else:
             fresh, wanted = None, -1
@@ -131,18 +119,7 @@ def follow(arguments: Run) -> pathlib.Path:
     return file
 
 
-def _compiled(config: TrainConfig, programs: loop.Programs) -> Callable[..., Any]:
-    def problem_of(state: TrainState, batch: Minibatch) -> Problem:
-        stages = Stages(
-            programs.graphdef,
-            state.rest,
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            config.rollout.temperature,
-        )
-        return Problem(stages, partition(state.params), batch, config, 1)
-
+def _compiled(run: Followed) -> Callable[..., Any]:
     def ascent(problem: Problem) -> list[Any]:
         """g and m, zero on the modules' own parameters."""
         return [
@@ -152,7 +129,7 @@ def _compiled(config: TrainConfig, programs: loop.Programs) -> Callable[..., Any
 
     @jax.jit
     def measure(state: TrainState, batch: Minibatch, fresh: Minibatch, length: jax.Array):
-        problem = problem_of(state, batch)
+        problem = problem_of(run, state, batch)
         g, m = ascent(problem)
         rows = batch.tokens.shape[0]
         halves = [
@@ -160,12 +137,12 @@ def _compiled(config: TrainConfig, programs: loop.Programs) -> Callable[..., Any
         ]
         (g_first, m_first), (g_second, m_second) = halves
         cross = (inner_product(g_first, m_second) + inner_product(g_second, m_first)) / 2
-        stages = problem_of(state, fresh).stages
+        stages = problem_of(run, state, fresh).stages
 
         def objective(params):
             parts = partition(params)
             scores = stages.head(parts, stages.trunk(parts).hidden, 0)
-            return -rl_loss(scores, fresh, config.objective, 1)[0]
+            return -rl_loss(scores, fresh, run.config.objective, 1)[0]
 
         joint = jax.tree.map(lambda a, b: a + LAMBDA * b, g, m)
         step_size = length / jnp.sqrt(inner_product(joint, joint))

@@ -21,25 +21,11 @@ import jax.numpy as jnp
 from occ import measures
 from occ.calibration import Calibration, CalibrationState
 from occ.grouped import GroupedCalibration, GroupedState
-from occ.training.batch import Minibatch, take_rows
+from occ.training.batch import Minibatch
 from occ.training.config import TrainConfig
-from occ.training.losses import LossOutput, merge_outputs, mtp_loss, rl_loss
+from occ.training.losses import LossOutput, merge_outputs
+from occ.training.seams import HIDDEN, Problem, Seam, add_trees, mtp_seams, rl_seam, trunk
 from occ.training.stages import Parts, Stages, is_shared, join, partition
-
-HIDDEN = "hidden"  # the name of the trunk's output beside the readout's parameters in a seam
-
-
-class Seam(NamedTuple):
-    """One loss, differentiated back to the trunk's output.
-
-    Attributes:
-      gradient: dict of the readout's and the modules' top-level names, and `HIDDEN` for the
-        cotangent [B, T, D] of the trunk's hidden state. A detached MTP loss has its modules alone.
-      output: what the loss reported.
-    """
-
-    gradient: dict[str, Any]
-    output: LossOutput
 
 
 class LossGradients(NamedTuple):
@@ -76,28 +62,6 @@ class StepGradient(NamedTuple):
     main: LossOutput
     heads: list[LossOutput]
     router_load: Any
-
-
-class Problem(NamedTuple):
-    """What a step differentiates: the model on a minibatch, and how.
-
-    Attributes:
-      stages: the model on this batch.
-      parts: its parameters, by stage.
-      batch: the minibatch.
-      config: the run's configuration.
-      sequences_per_row: S, the most sequences packed in a row.
-    """
-
-    stages: Stages
-    parts: Parts
-    batch: Minibatch
-    config: TrainConfig
-    sequences_per_row: int
-
-    def rows(self, rows: slice) -> Problem:
-        """The same on some rows of the minibatch."""
-        return self._replace(stages=self.stages.rows(rows), batch=take_rows(self.batch, rows))
 
 
 def step_gradient(
@@ -140,8 +104,8 @@ def step_gradient(
 
 
 def _rl_alone(problem: Problem) -> StepGradient:
-    hidden, pull_trunk, router_load = _trunk(problem)
-    main = _rl_seam(problem, hidden)
+    hidden, pull_trunk, router_load = trunk(problem)
+    main = rl_seam(problem, hidden)
     gradient = _through_trunk(pull_trunk, main.gradient, problem.parts)
     return StepGradient(gradient, (), None, main.output, [], router_load)
 
@@ -154,9 +118,9 @@ def _rl_alone(problem: Problem) -> StepGradient:
 def _fused(
     problem: Problem, calibration: Calibration, state: CalibrationState, held: bool = False
 ) -> StepGradient:
-    hidden, pull_trunk, router_load = _trunk(problem)
-    main = _rl_seam(problem, hidden)
-    heads = _mtp_seams(problem, hidden, attached=problem.config.mtp.rule != "detach")
+    hidden, pull_trunk, router_load = trunk(problem)
+    main = rl_seam(problem, hidden)
+    heads = mtp_seams(problem, hidden, attached=problem.config.mtp.rule != "detach")
     auxiliary, finite = calibration.remove_nonfinite(tuple(head.gradient for head in heads))
     if held:
         state = calibration.hold(state, finite)
@@ -236,8 +200,8 @@ def _held(problem: Problem, calibration: Calibration, state: CalibrationState) -
 
 def loss_gradients(problem: Problem) -> LossGradients:
     """The gradients of all losses on all parameters: one backward pass each."""
-    hidden, pull_trunk, router_load = _trunk(problem)
-    seams = [_rl_seam(problem, hidden), *_mtp_seams(problem, hidden, attached=True)]
+    hidden, pull_trunk, router_load = trunk(problem)
+    seams = [rl_seam(problem, hidden), *mtp_seams(problem, hidden, attached=True)]
     # jax.lax.ragged_dot has no rule for a second batch dimension.
     vectorized = problem.config.model.moe is None
     pulled = _pull_each(pull_trunk, [seam.gradient[HIDDEN] for seam in seams], vectorized)
@@ -289,100 +253,6 @@ def _log_ratios(problem: Problem, outputs: list[LossOutput]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# From the losses to the trunk's output
-# ---------------------------------------------------------------------------------------------
-
-
-def _trunk(problem: Problem) -> tuple[jax.Array, Any, Any]:
-    """The trunk's output, the function that pulls a cotangent back through it, and the load."""
-    parts = problem.parts
-
-    def trunk(blocks, readout):
-        output = problem.stages.trunk(parts._replace(blocks=blocks, readout=readout))
-        return output.hidden, output.router_load
-
-    return jax.vjp(trunk, parts.blocks, parts.readout, has_aux=True)
-
-
-def _rl_seam(problem: Problem, hidden: jax.Array) -> Seam:
-    stages, parts, batch, config, sequences_per_row = problem
-
-    def loss(readout, hidden):
-        scores = stages.head(parts._replace(readout=readout), hidden, 0)
-        return rl_loss(scores, batch, config.objective, sequences_per_row)
-
-    (readout, cotangent), output = jax.grad(loss, argnums=(0, 1), has_aux=True)(
-        parts.readout, hidden
-    )
-    own = jax.tree.map(jnp.zeros_like, parts.modules)
-    return Seam({**readout, **own, HIDDEN: cotangent}, output)
-
-
-def _mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
-    """One seam a head; the modules' own parameters may have a loss of their own."""
-    seams = _head_seams(problem, hidden, attached=attached)
-    mtp = problem.config.mtp
-    if mtp.own_loss in ("same", mtp.loss):
-        return seams
-    own_mtp = dataclasses.replace(mtp, loss=mtp.own_loss)  # type: ignore[arg-type]
-    config = dataclasses.replace(problem.config, mtp=own_mtp)
-    own = _head_seams(problem._replace(config=config), hidden, attached=False)
-    return [
-        seam._replace(gradient={**seam.gradient, **mine.gradient})
-        for seam, mine in zip(seams, own, strict=True)
-    ]
-
-
-def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
-    """One seam a head. Detached, only the modules are differentiated: nothing is left to leak."""
-    stages, parts, batch, config, sequences_per_row = problem
-
-    def unpack(modules, shared):
-        readout, hidden_ = shared if attached else (parts.readout, hidden)
-        return parts._replace(modules=modules, readout=readout), hidden_
-
-    shared = (parts.readout, hidden) if attached else ()
-    states, pull_modules = jax.vjp(
-        lambda modules, shared: stages.modules(*unpack(modules, shared)), parts.modules, shared
-    )
-
-    def head_gradient(depth):
-        def loss(modules, shared, state):
-            head_parts, _ = unpack(modules, shared)
-            scores = stages.head(head_parts, state, depth)
-            divergence = None
-            if config.mtp.loss == "distill":
-                main_logits = stages.main_logits(parts, hidden)
-                divergence = stages.divergence(head_parts, main_logits, state, depth)
-            return mtp_loss(
-                scores,
-                batch,
-                depth,
-                config.objective,
-                config.mtp,
-                sequences_per_row,
-                divergence,
-            )
-
-        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(
-            parts.modules, shared, states[depth - 1]
-        )
-
-    seams = []
-    for k in range(states.shape[0]):
-        (own, through_head, cotangent), output = head_gradient(k + 1)
-        # With sequential modules head k's gradient also reaches modules 1..k-1.
-        cotangents = jnp.zeros_like(states).at[k].set(cotangent)
-        own_below, through_modules = pull_modules(cotangents)
-        gradient = _add(own, own_below)
-        if attached:
-            readout, hidden_cotangent = _add(through_head, through_modules)
-            gradient = {**gradient, **readout, HIDDEN: hidden_cotangent}
-        seams.append(Seam(gradient, output))
-    return seams
-
-
-# ---------------------------------------------------------------------------------------------
 # From the trunk's output to the parameters
 # ---------------------------------------------------------------------------------------------
 
@@ -393,7 +263,7 @@ def _through_trunk(pull_trunk, seam: dict[str, Any], parts: Parts) -> dict[str, 
     return join(
         Parts(
             blocks=blocks,
-            readout=_add(readout, {name: seam[name] for name in parts.readout}),
+            readout=add_trees(readout, {name: seam[name] for name in parts.readout}),
             modules={name: seam[name] for name in parts.modules},
         )
     )
@@ -408,7 +278,3 @@ def _pull_each(pull_trunk, cotangents: list[Any], vectorized: bool) -> list[Any]
         jax.tree.map(lambda leaf, index=index: leaf[index], pulled)
         for index in range(len(cotangents))
     ]
-
-
-def _add(left: Any, right: Any) -> Any:
-    return jax.tree.map(jnp.add, left, right)

@@ -1,0 +1,151 @@
+"""Each loss differentiated back to the trunk's output, where gradients meet.
+
+Behind the trunk a loss has its own short way: output head, or MTP modules and output head. At the
+trunk's output it leaves a cotangent [B, T, D]; on the way, gradients of the readout (embedding,
+final norm, output head) and of the modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from occ.training.batch import Minibatch, take_rows
+from occ.training.config import TrainConfig
+from occ.training.losses import LossOutput, mtp_loss, rl_loss
+from occ.training.stages import Parts, Stages
+
+HIDDEN = "hidden"  # the name of the trunk's output beside the readout's parameters in a seam
+
+
+class Seam(NamedTuple):
+    """One loss, differentiated back to the trunk's output.
+
+    Attributes:
+      gradient: dict of the readout's and the modules' top-level names, and `HIDDEN` for the
+        cotangent [B, T, D] of the trunk's hidden state. A detached MTP loss has its modules alone.
+      output: what the loss reported.
+    """
+
+    gradient: dict[str, Any]
+    output: LossOutput
+
+
+class Problem(NamedTuple):
+    """What a step differentiates: the model on a minibatch, and how.
+
+    Attributes:
+      stages: the model on this batch.
+      parts: its parameters, by stage.
+      batch: the minibatch.
+      config: the run's configuration.
+      sequences_per_row: S, the most sequences packed in a row.
+    """
+
+    stages: Stages
+    parts: Parts
+    batch: Minibatch
+    config: TrainConfig
+    sequences_per_row: int
+
+    def rows(self, rows: slice) -> Problem:
+        """The same on some rows of the minibatch."""
+        return self._replace(stages=self.stages.rows(rows), batch=take_rows(self.batch, rows))
+
+
+def trunk(problem: Problem) -> tuple[jax.Array, Any, Any]:
+    """The trunk's output, the function that pulls a cotangent back through it, and the load."""
+    parts = problem.parts
+
+    def forward(blocks, readout):
+        output = problem.stages.trunk(parts._replace(blocks=blocks, readout=readout))
+        return output.hidden, output.router_load
+
+    return jax.vjp(forward, parts.blocks, parts.readout, has_aux=True)
+
+
+def rl_seam(problem: Problem, hidden: jax.Array) -> Seam:
+    """The RL loss's seam: zero on the modules."""
+    stages, parts, batch, config, sequences_per_row = problem
+
+    def loss(readout, hidden):
+        scores = stages.head(parts._replace(readout=readout), hidden, 0)
+        return rl_loss(scores, batch, config.objective, sequences_per_row)
+
+    (readout, cotangent), output = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        parts.readout, hidden
+    )
+    own = jax.tree.map(jnp.zeros_like, parts.modules)
+    return Seam({**readout, **own, HIDDEN: cotangent}, output)
+
+
+def mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
+    """One seam a head; the modules' own parameters may have a loss of their own."""
+    seams = _head_seams(problem, hidden, attached=attached)
+    mtp = problem.config.mtp
+    if mtp.own_loss in ("same", mtp.loss):
+        return seams
+    own_mtp = dataclasses.replace(mtp, loss=mtp.own_loss)  # type: ignore[arg-type]
+    config = dataclasses.replace(problem.config, mtp=own_mtp)
+    own = _head_seams(problem._replace(config=config), hidden, attached=False)
+    return [
+        seam._replace(gradient={**seam.gradient, **mine.gradient})
+        for seam, mine in zip(seams, own, strict=True)
+    ]
+
+
+def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
+    """One seam a head. Detached, only the modules are differentiated: nothing is left to leak."""
+    stages, parts, batch, config, sequences_per_row = problem
+
+    def unpack(modules, shared):
+        readout, hidden_ = shared if attached else (parts.readout, hidden)
+        return parts._replace(modules=modules, readout=readout), hidden_
+
+    shared = (parts.readout, hidden) if attached else ()
+    states, pull_modules = jax.vjp(
+        lambda modules, shared: stages.modules(*unpack(modules, shared)), parts.modules, shared
+    )
+
+    def head_gradient(depth):
+        def loss(modules, shared, state):
+            head_parts, _ = unpack(modules, shared)
+            scores = stages.head(head_parts, state, depth)
+            divergence = None
+            if config.mtp.loss == "distill":
+                main_logits = stages.main_logits(parts, hidden)
+                divergence = stages.divergence(head_parts, main_logits, state, depth)
+            return mtp_loss(
+                scores,
+                batch,
+                depth,
+                config.objective,
+                config.mtp,
+                sequences_per_row,
+                divergence,
+            )
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(
+            parts.modules, shared, states[depth - 1]
+        )
+
+    seams = []
+    for k in range(states.shape[0]):
+        (own, through_head, cotangent), output = head_gradient(k + 1)
+        # With sequential modules head k's gradient also reaches modules 1..k-1.
+        cotangents = jnp.zeros_like(states).at[k].set(cotangent)
+        own_below, through_modules = pull_modules(cotangents)
+        gradient = add_trees(own, own_below)
+        if attached:
+            readout, hidden_cotangent = add_trees(through_head, through_modules)
+            gradient = {**gradient, **readout, HIDDEN: hidden_cotangent}
+        seams.append(Seam(gradient, output))
+    return seams
+
+
+def add_trees(left: Any, right: Any) -> Any:
+    """Sum of two trees, leaf by leaf."""
+    return jax.tree.map(jnp.add, left, right)

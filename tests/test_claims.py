@@ -7,7 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import claims, claims_grid, claims_report, estimator_fidelity, fidelity_report
+from experiments import (
+    claims,
+    claims_grid,
+    claims_report,
+    estimator_fidelity,
+    fidelity_report,
+    one_step,
+)
 from experiments.claims_grid import Cell
 from experiments.configs import CONFIGS
 from occ.training.calibration import build_calibration
@@ -166,3 +173,28 @@ def test_following_a_run_measures_every_estimator(at, monkeypatch):
     assert (at / "out" / "fidelity.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match="at least 17 minibatches"):
         estimator_fidelity.run(estimator_fidelity.Run(minibatches=5, workers=1))
+
+
+def test_one_step_is_predicted_and_taken(at):
+    config = CONFIGS[claims_grid.MAIN]()
+    warm = dataclasses.replace(config.warm_start, steps=150, batch_size=32, wrong_fraction=0.3)
+    rollout = dataclasses.replace(config.rollout, prompts=8, minibatches=4)
+    tiny = dataclasses.replace(config, rollouts=4, rollout=rollout, warm_start=warm)
+    CONFIGS[claims_grid.MAIN] = lambda: tiny  # `at` puts the old one back
+    arguments = one_step.Run(setting=claims_grid.MAIN, stride=2, folder=at / "rows")
+    one_step.follow(arguments)
+    rows = one_step.read_rows(at / "rows" / f"{claims_grid.MAIN}.jsonl")
+    assert [(row["rollout"], row["minibatch"]) for row in rows] == [(1, 1), (3, 2)]
+    for row in rows:
+        # The step is short, so the second order is all but exact.
+        assert row["main_realised"] == pytest.approx(row["main_second_order"], rel=0.1)
+        assert row["step_size"] > 0 and row["believed"] != row["cross_fitted"]
+    assert one_step.report(at / "rows", at / "out") == 0
+
+
+def test_slope_through_the_origin():
+    x = np.array([1.0, 2.0, -1.0])
+    value, half = one_step.slope(x, 0.5 * x)
+    assert value == pytest.approx(0.5) and half == pytest.approx(0.0, abs=1e-12)
+    value, half = one_step.slope(x, np.array([1.0, 0.0, 1.0]))
+    assert value == pytest.approx(0.0) and half > 0.5

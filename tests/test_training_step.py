@@ -259,7 +259,7 @@ def test_a_rollout_is_cut_evenly_or_not_at_all():
     [
         (
             lambda: MTPTrainingConfig(placement="fused", measure="gradients"),
-            "Use placement='exact', or measure='log_ratios'",
+            "Use placement='exact', or a measure in .*'log_ratios'",
         ),
         (lambda: MTPTrainingConfig(rule="best"), "rule must be one of .*'best'"),
         (lambda: regime("occ2"), "expected one of .*got 'occ2'"),

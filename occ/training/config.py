@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+from occ import rules
 from occ.models.config import ModelConfig
 from occ.objectives.policy import PolicyConfig
 
@@ -157,6 +158,7 @@ class MTPTrainingConfig:
         _one_of("MTPTrainingConfig", "loss", self.loss, ("none", "ce", "policy", "distill"))
         _one_of("MTPTrainingConfig", "own_loss", self.own_loss, ("same", "ce", "distill"))
         _one_of("MTPTrainingConfig", "reference", self.reference, ("main", "own"))
+        _one_of("MTPTrainingConfig", "rule", self.rule, tuple(rules.REGISTRY))
         _one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
         _one_of("MTPTrainingConfig", "measure", self.measure, get_args(MeasureName))
         _positive("MTPTrainingConfig", row_fraction=self.row_fraction, every=self.every)

@@ -347,8 +347,9 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
     )
     text += "\n\n".join(f"### {title}\n\n{table}" for title, table in sections.items()) + "\n"
     (output / "table.md").write_text(text)
-    forest_figure(results, output / "differences.png")
-    cosine_figure(results, output / "cosines.png")
+    shown = {setting: runs for setting, runs in results.items() if "policy_0.2" in runs} or results
+    forest_figure(shown, output / "differences.png")
+    cosine_figure(shown, output / "cosines.png")
     print(text)
     print(f"{output}: table.md, differences.png, cosines.png")
     return 0

@@ -313,7 +313,8 @@ def cosine_figure(results: Results, file: pathlib.Path) -> None:
         axis.tick_params(labelsize=8)
     first = np.atleast_1d(axes)[0]
     first.set_ylabel("cosine with the RL gradient", fontsize=8)
-    first.legend(fontsize=8)
+    if first.get_legend_handles_labels()[1]:
+        first.legend(fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 

@@ -348,6 +348,49 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayoutConfig:
+    """Where a run is computed, and in what portions; none of it changes a result but for rounding.
+
+    Attributes:
+      data, fsdp, tensor, expert: devices along each axis of the mesh, whose product is the number
+        of devices. Rows of a batch are cut along data, fsdp and expert; parameters along fsdp and
+        tensor, those of experts along expert too.
+      micro_batches: portions into which the backward pass of a minibatch is cut; the coefficient
+        remains that of the whole minibatch.
+      logits_chunk: columns of a batch whose logits exist at one time; 0 is all of them.
+      pack: lay several sequences into one row for training.
+      sequences_per_row: the most that one row takes when packed.
+      generation_rows: rows that are generated at one time, sorted by length of prompt; 0 is all.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    micro_batches: int = 1
+    logits_chunk: int = 0
+    pack: bool = False
+    sequences_per_row: int = 8
+    generation_rows: int = 0
+
+    def __post_init__(self):
+        _positive(
+            "LayoutConfig",
+            data=self.data,
+            fsdp=self.fsdp,
+            tensor=self.tensor,
+            expert=self.expert,
+            micro_batches=self.micro_batches,
+            sequences_per_row=self.sequences_per_row,
+        )
+
+    @property
+    def devices(self) -> int:
+        """Devices that the mesh takes."""
+        return self.data * self.fsdp * self.tensor * self.expert
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run.
 
@@ -356,7 +399,7 @@ class TrainConfig:
       model: architecture, with `model.mtp` for the modules.
       task: name of a task in `occ.tasks`.
       task_options: keyword options of that task.
-      objective, mtp, optimizer, rollout, warm_start, evaluation: see their classes.
+      objective, mtp, optimizer, rollout, warm_start, evaluation, layout: see their classes.
       rollouts: how many rollouts are trained on.
       max_prompt_tokens, max_response_tokens: tokens; None takes the task's.
       checkpoint_every: rollouts between checkpoints.
@@ -373,6 +416,7 @@ class TrainConfig:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    layout: LayoutConfig = dataclasses.field(default_factory=LayoutConfig)
     rollouts: int = 100
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None

@@ -14,6 +14,7 @@ import numpy as np
 
 from occ.training.config import TrainConfig
 
+FREE = "layout."  # fields that a resumed run may change: they change no result
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 
 
@@ -21,6 +22,7 @@ class RunFolder:
     """One run's folder.
 
         config.json        the resolved configuration; a run is only ever resumed with the same
+                           (but for the layout: another mesh may go on)
         environment.json   package versions, commit, devices
         metrics.jsonl      a row a rollout
         samples.jsonl      sample completions
@@ -50,7 +52,9 @@ class RunFolder:
             return
         before, now = _flatten(json.loads(file.read_text())), _flatten(resolved)
         different = sorted(
-            name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
+            name
+            for name in before.keys() | now.keys()
+            if before.get(name) != now.get(name) and not name.startswith(FREE)
         )
         if different:
             changes = ", ".join(

@@ -35,7 +35,7 @@ from occ import measures, trees
 from occ.models.config import ModelConfig
 from occ.training.batch import Minibatch, split
 from occ.training.config import MTPTrainingConfig, TrainConfig
-from occ.training.gradients import LossGradients, loss_gradients
+from occ.training.exact import LossGradients, loss_gradients
 from occ.training.optimizer import second_moment
 from occ.training.rollout import collect
 from occ.training.seams import Problem

@@ -42,7 +42,7 @@ from experiments.following import Followed, begin, further, problem_of
 from occ import theory
 from occ.measures import inner_product
 from occ.training.batch import Minibatch, split
-from occ.training.gradients import loss_gradients
+from occ.training.exact import loss_gradients
 from occ.training.losses import rl_loss
 from occ.training.rollout import collect
 from occ.training.run_folder import read_rows

@@ -36,7 +36,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 CHECKED = ["occ.objectives", "occ.models", "occ.generation", "occ.evaluation"]
 # Not the two trees of training: jax fills them with shapes, shardings and numpy arrays as well.
 CHECKED += [
-    f"occ.training.{name}" for name in ("losses", "gradients", "seams", "stages", "step", "rollout")
+    f"occ.training.{name}"
+    for name in ("losses", "gradients", "exact", "fused", "seams", "stages", "step", "rollout")
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 

@@ -356,7 +356,8 @@ def test_distillation_is_the_divergence_from_a_main_head_held_fixed(x64):
     batch = tiny.minibatch(config, model)
     stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
     fixed = partition(params)
-    probability = jax.nn.softmax(stages.main_logits(fixed, stages.trunk(fixed).hidden), axis=-1)
+    main_logits = stages._model(fixed).logits(stages.trunk(fixed).hidden)
+    probability = jax.nn.softmax(main_logits, axis=-1)
 
     response, segments = np.asarray(batch.response_mask), np.asarray(batch.segment_ids)
 

@@ -142,7 +142,14 @@ def _compiled(config, graphdef, calibration, sequences_per_row, options):
 def step_gradient_of(config, model, batch, calibration, start, moments=None, sequences_per_row=1):
     """`step_gradient` on a model in pieces, from a given calibration state."""
     graphdef, params, rest = model
-    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    stages = Stages(
+        graphdef,
+        rest,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        logits_chunk=config.layout.logits_chunk,
+    )
     return step_gradient(
         stages, params, batch, config, calibration, start, sequences_per_row, moments
     )

@@ -7,6 +7,8 @@ stands beside the main head's log-prob of the same token t.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -58,6 +60,23 @@ def align(values_at_source: Shaped[Array, "batch time"], depth: int) -> Shaped[A
     return _shift(values_at_source, depth + 1)
 
 
+def log_prob_at_source(
+    logits: Float[Array, "batch time vocab"], labels: Int[Array, "batch time"]
+) -> Float[Array, "batch time"]:
+    """Log-probability of each label, at the position whose logits these are.
+
+    Args:
+      logits: [B, T, V].
+      labels: int32 [B, T], from `labels_at_source`.
+
+    Returns:
+      At least float32 [B, T].
+    """
+    logits = logits.astype(accumulation_dtype(logits.dtype))
+    chosen = jnp.take_along_axis(logits, labels[:, :, None], axis=-1)[:, :, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 def token_log_prob(
     logits_at_source: Float[Array, "batch time vocab"],
     tokens: Int[Array, "batch time"],
@@ -73,11 +92,7 @@ def token_log_prob(
     Returns:
       At least float32 [B, T]; meaningless where `predictable` is False.
     """
-    dtype = accumulation_dtype(logits_at_source.dtype)
-    logits = logits_at_source.astype(dtype)
-    labels = labels_at_source(tokens, depth)
-    chosen = jnp.take_along_axis(logits, labels[:, :, None], axis=-1)[:, :, 0]
-    return align(chosen - jax.nn.logsumexp(logits, axis=-1), depth)
+    return align(log_prob_at_source(logits_at_source, labels_at_source(tokens, depth)), depth)
 
 
 def cross_entropy(
@@ -87,35 +102,40 @@ def cross_entropy(
     return -jnp.where(mask, log_prob, 0)
 
 
+def ahead(values: Shaped[Array, "batch time *rest"], depth: int) -> Any:
+    """Moves what stands `depth` positions further on to each position; 0 beyond the end.
+
+    >>> ahead(jnp.array([[1.0, 2.0, 3.0]]), 2).tolist()
+    [[3.0, 0.0, 0.0]]
+    """
+    _check_depth(depth)
+    by = min(depth, values.shape[1])
+    return jnp.pad(values[:, by:], [(0, 0), (0, by)] + [(0, 0)] * (values.ndim - 2))
+
+
 def distillation(
-    logits_at_source: Float[Array, "batch time vocab"],
-    main_logits_at_source: Float[Array, "batch time vocab"],
-    depth: int,
+    logits: Float[Array, "batch time vocab"], target_logits: Float[Array, "batch time vocab"]
 ) -> Float[Array, "batch time"]:
-    """KL(main || MTP) of the two heads' distributions for the same token, in token alignment.
+    """KL(target || head) of two distributions of the same token.
 
-        sum_v pi_main(v) (log pi_main(v) - log pi_k(v))
+        sum_v p_target(v) (log p_target(v) - log p_head(v))
 
-    No gradient reaches the main head: its distribution is the target.
+    No gradient reaches the target: the main head's distribution, which for module k stands k
+    positions further on (`ahead`).
 
     Args:
-      logits_at_source: [B, T, V] of MTP module `depth`, which at i predicts token i + depth + 1.
-      main_logits_at_source: [B, T, V] of the main head, which at i predicts token i + 1.
-      depth: k >= 1.
+      logits: [B, T, V] of the head that learns.
+      target_logits: [B, T, V] of the main head, moved to the same positions.
 
     Returns:
-      At least float32 [B, T]; meaningless where `predictable` is False.
+      At least float32 [B, T], at the positions of the logits.
 
     Reference: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
     """
-    _check_depth(depth)
-    dtype = accumulation_dtype(logits_at_source.dtype)
-    ahead = min(depth, logits_at_source.shape[1])
-    target = jax.lax.stop_gradient(main_logits_at_source).astype(dtype)
-    target = jnp.pad(target[:, ahead:], [(0, 0), (0, ahead), (0, 0)])
-    target = jax.nn.log_softmax(target, axis=-1)
-    log_prob = jax.nn.log_softmax(logits_at_source.astype(dtype), axis=-1)
-    return align(jnp.sum(jnp.exp(target) * (target - log_prob), axis=-1), depth)
+    dtype = accumulation_dtype(logits.dtype)
+    target = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
+    log_prob = jax.nn.log_softmax(logits.astype(dtype), axis=-1)
+    return jnp.sum(jnp.exp(target) * (target - log_prob), axis=-1)
 
 
 def _shift(values: jax.Array, by: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -132,29 +133,50 @@ def mtp_loss(
     return loss, jax.lax.stop_gradient(output)
 
 
-def merge_outputs(first: LossOutput, second: LossOutput) -> LossOutput:
-    """What one loss reported on two parts of a minibatch, as if of the whole.
+def loss_weights(
+    batch: Minibatch, num_modules: int, config: ObjectiveConfig, sequences_per_row: int
+) -> Float[Array, "losses"]:
+    """What the sum of token losses of each of the K+1 losses is divided by.
+
+    A minibatch's share of a larger one in a loss is its weight over the larger one's.
+    """
+    nothing = jnp.zeros_like(batch.advantages)
+    masks = [
+        batch.response_mask,
+        *(
+            mtp.aligned_mask(batch.response_mask, batch.segment_ids, depth)
+            for depth in range(1, num_modules + 1)
+        ),
+    ]
+    return jnp.stack(
+        [_aggregate(nothing, mask, batch, config, sequences_per_row).weight for mask in masks]
+    )
+
+
+def merge_outputs(
+    parts: Sequence[LossOutput], join: Callable[[Sequence[jax.Array]], jax.Array]
+) -> LossOutput:
+    """What one loss reported on parts of a minibatch, as if of the whole.
 
     Losses are means by their own aggregation, all other metrics are means over tokens.
+
+    Args:
+      parts: at least one.
+      join: makes [B, T] of the whole from those of the parts.
     """
+    weights = jnp.stack([part.weight for part in parts])
+    tokens = jnp.stack([jnp.sum(part.mask.astype(weights.dtype)) for part in parts])
 
-    def share(a, b):
-        total = a + b
-        return b / jnp.where(total > 0, total, 1)
+    def mean(name, values):
+        by = weights if name.startswith("loss/") else tokens
+        total = jnp.sum(by)
+        return jnp.sum(by / jnp.where(total > 0, total, 1) * jnp.stack(values))
 
-    by_weight = share(first.weight, second.weight)
-    dtype = first.weight.dtype
-    by_tokens = share(*(jnp.sum(part.mask.astype(dtype)) for part in (first, second)))
-    metrics = {
-        name: a
-        + (by_weight if name.startswith("loss/") else by_tokens) * (second.metrics[name] - a)
-        for name, a in first.metrics.items()
-    }
     return LossOutput(
-        log_ratio=jnp.concatenate([first.log_ratio, second.log_ratio]),
-        mask=jnp.concatenate([first.mask, second.mask]),
-        weight=first.weight + second.weight,
-        metrics=metrics,
+        log_ratio=join([part.log_ratio for part in parts]),
+        mask=join([part.mask for part in parts]),
+        weight=jnp.sum(weights),
+        metrics={name: mean(name, [p.metrics[name] for p in parts]) for name in parts[0].metrics},
     )
 
 

@@ -51,9 +51,13 @@ class Problem(NamedTuple):
     config: TrainConfig
     sequences_per_row: int
 
+    def on(self, batch: Minibatch) -> Problem:
+        """The same model on another batch."""
+        return self._replace(stages=self.stages.on(batch), batch=batch)
+
     def rows(self, rows: slice) -> Problem:
         """The same on some rows of the minibatch."""
-        return self._replace(stages=self.stages.rows(rows), batch=take_rows(self.batch, rows))
+        return self.on(take_rows(self.batch, rows))
 
 
 def trunk(problem: Problem) -> tuple[jax.Array, Any, Any]:
@@ -116,8 +120,7 @@ def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[
             scores = stages.head(head_parts, state, depth)
             divergence = None
             if config.mtp.loss == "distill":
-                main_logits = stages.main_logits(parts, hidden)
-                divergence = stages.divergence(head_parts, main_logits, state, depth)
+                divergence = stages.divergence(head_parts, (parts, hidden), state, depth)
             return mtp_loss(
                 scores,
                 batch,
@@ -144,6 +147,12 @@ def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[
             gradient = {**gradient, **readout, HIDDEN: hidden_cotangent}
         seams.append(Seam(gradient, output))
     return seams
+
+
+def scaled(seam: Seam, factor: jax.Array) -> Seam:
+    """A seam whose loss is multiplied by a factor."""
+    gradient = jax.tree.map(lambda x: (factor * x).astype(x.dtype), seam.gradient)
+    return seam._replace(gradient=gradient)
 
 
 def add_trees(left: Any, right: Any) -> Any:

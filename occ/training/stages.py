@@ -12,14 +12,17 @@ each stage linearly, so cotangents can be added, or weighted, at every seam.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from occ.models import decoder
 from occ.objectives import divergences, mtp
+from occ.training.batch import Minibatch
 
 BLOCKS = ("dense_layers", "layers")
 MODULES = ("mtp",)
@@ -74,6 +77,7 @@ class Stages:
       graphdef, rest: the model without its parameters, from `split_model`.
       tokens, positions, segment_ids: int32 [B, T], the batch's layout.
       temperature: logits are divided by it, as they were when sampling.
+      logits_chunk: columns whose logits exist at one time; 0 is all of them.
     """
 
     graphdef: nnx.GraphDef
@@ -82,14 +86,12 @@ class Stages:
     positions: Any
     segment_ids: Any
     temperature: float = 1.0
+    logits_chunk: int = 0
 
-    def rows(self, rows: slice) -> Stages:
-        """The same model on some of the batch's rows."""
+    def on(self, batch: Minibatch) -> Stages:
+        """The same model on another batch."""
         return dataclasses.replace(
-            self,
-            tokens=self.tokens[rows],
-            positions=self.positions[rows],
-            segment_ids=self.segment_ids[rows],
+            self, tokens=batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
         )
 
     def _model(self, parts: Parts) -> decoder.Decoder:
@@ -110,29 +112,28 @@ class Stages:
         self, parts: Parts, hidden: Float[Array, "batch time width"], depth: int
     ) -> TokenScores:
         """Scores of the tokens by the main head (depth 0) or MTP head `depth` >= 1."""
-        model = self._model(parts)
-        logits = model.logits(hidden) if depth == 0 else model.mtp_logits(hidden, depth - 1)
-        logits = logits / self.temperature
+
+        def score(hidden, labels):
+            logits = self._logits(parts, hidden, depth)
+            return (
+                mtp.log_prob_at_source(logits, labels),
+                divergences.token_entropy(logits),
+                jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            )
+
+        scores = self._in_chunks(score, hidden, mtp.labels_at_source(self.tokens, depth))
+        log_prob, entropy, greedy = (mtp.align(values, depth) for values in scores)
         predictable = self.predictable(depth)
-        log_prob = mtp.token_log_prob(logits, self.tokens, depth)
-        entropy = mtp.align(divergences.token_entropy(logits), depth)
-        greedy = mtp.align(jnp.argmax(logits, axis=-1).astype(jnp.int32), depth)
         return TokenScores(
             log_prob=jnp.where(predictable, log_prob, 0),
             entropy=jnp.where(predictable, entropy, 0),
             greedy=greedy,
         )
 
-    def main_logits(
-        self, parts: Parts, hidden: Float[Array, "batch time width"]
-    ) -> Float[Array, "batch time vocab"]:
-        """Logits of the main head at their source positions."""
-        return self._model(parts).logits(hidden) / self.temperature
-
     def divergence(
         self,
         parts: Parts,
-        main_logits: Float[Array, "batch time vocab"],
+        main: tuple[Parts, Float[Array, "batch time width"]],
         hidden: Float[Array, "batch time width"],
         depth: int,
     ) -> Float[Array, "batch time"]:
@@ -140,13 +141,47 @@ class Stages:
 
         Args:
           parts: the parameters of the MTP head.
-          main_logits: of the main head, the target: no gradient reaches it.
+          main: parameters and hidden state of the main head, the target: no gradient reaches it.
           hidden: the module's.
           depth: k >= 1.
         """
-        logits = self._model(parts).mtp_logits(hidden, depth - 1) / self.temperature
-        values = mtp.distillation(logits, main_logits, depth)
+        main_parts, main_hidden = main
+
+        def diverge(hidden, main_hidden):
+            target = self._logits(main_parts, main_hidden, 0)
+            return mtp.distillation(self._logits(parts, hidden, depth), target)
+
+        target_hidden = jax.lax.stop_gradient(mtp.ahead(main_hidden, depth))
+        values = mtp.align(self._in_chunks(diverge, hidden, target_hidden), depth)
         return jnp.where(self.predictable(depth), values, 0)
+
+    def _logits(self, parts: Parts, hidden: jax.Array, depth: int) -> jax.Array:
+        """Logits of the main head (depth 0) or MTP head `depth` >= 1, at their source positions."""
+        model = self._model(parts)
+        logits = model.logits(hidden) if depth == 0 else model.mtp_logits(hidden, depth - 1)
+        return logits / self.temperature
+
+    def _in_chunks(self, function: Callable[..., Any], *columns: jax.Array) -> Any:
+        """Applies a function of columns [B, T, ...] to a few columns at a time.
+
+        What the function needs in between, logits above all, exists for those columns alone: in
+        the backward pass it is computed again.
+        """
+        time, chunk = self.tokens.shape[1], self.logits_chunk
+        if not 0 < chunk < time:
+            return function(*columns)
+        count = -(-time // chunk)
+
+        def cut(values):
+            padding = [(0, 0), (0, count * chunk - time)] + [(0, 0)] * (values.ndim - 2)
+            padded = jnp.pad(values, padding)
+            return jnp.moveaxis(padded.reshape(-1, count, chunk, *values.shape[2:]), 1, 0)
+
+        def join(values):
+            return jnp.moveaxis(values, 0, 1).reshape(-1, count * chunk)[:, :time]
+
+        chunks = tuple(cut(values) for values in columns)
+        return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda c: function(*c)), chunks))
 
     def predictable(self, depth: int) -> Bool[Array, "batch time"]:
         """Which tokens the head at this depth can predict from within their own sequence."""

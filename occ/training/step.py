@@ -16,10 +16,11 @@ from occ.models.moe import update_router_bias
 from occ.training.batch import Minibatch, check
 from occ.training.calibration import build_calibration
 from occ.training.config import TrainConfig
-from occ.training.gradients import StepGradient, step_gradient
+from occ.training.gradients import step_gradient
 from occ.training.optimizer import build_optimizer, learning_rate_schedule, second_moment
 from occ.training.stages import Stages, partition
 from occ.training.state import TrainState
+from occ.training.step_gradient import StepGradient
 
 TrainStep = Callable[[TrainState, Minibatch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -51,6 +52,7 @@ def make_train_step(
             batch.positions,
             batch.segment_ids,
             config.rollout.temperature,
+            config.layout.logits_chunk,
         )
         gradient = step_gradient(
             stages,

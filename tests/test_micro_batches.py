@@ -1,0 +1,130 @@
+"""Portions change nothing: micro-batches and chunks of logits give the whole minibatch's step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from occ.training.config import (
+    LayoutConfig,
+    MTPTrainingConfig,
+    ObjectiveConfig,
+    regime,
+)
+from occ.training.micro_batches import interleave, micro_batches
+from tests import tiny
+
+
+def result(mtp, layout, *, heads=1, dtype="float64", batch=None, **changes):
+    """The step's gradient, calibration state and what the losses reported."""
+    model_config = tiny.model_config(heads, dtype, **changes.pop("model", {}))
+    model = tiny.build_model(model_config)
+    config = tiny.train_config(mtp, model_config, **changes)
+    if batch is None:
+        batch = tiny.minibatch(config, model, rows=8)
+    config = dataclasses.replace(config, layout=layout)
+    return tiny.gradient(config, model, batch)
+
+
+def assert_same(got, expected, tolerance):
+    tiny.close(got.gradient, expected.gradient, tolerance)
+    tiny.close(
+        (got.main.metrics, got.calibration, [head.metrics for head in got.heads]),
+        (expected.main.metrics, expected.calibration, [head.metrics for head in expected.heads]),
+        tolerance,
+    )
+    np.testing.assert_array_equal(got.main.mask, expected.main.mask)
+    tiny.close(got.main.log_ratio, expected.main.log_ratio, tolerance)
+
+
+MTP = {
+    "rl_only": regime("rl_only"),
+    "detach": regime("detach"),
+    "fixed_fused": regime("policy"),
+    "proxy_fused": regime("occ_paper"),
+    "readout": MTPTrainingConfig(measure="readout", placement="fused"),
+    "row_subset": MTPTrainingConfig(measure="row_subset", placement="fused", row_fraction=0.5),
+    "exact": regime("occ"),
+    "cross_fitted": MTPTrainingConfig(measure="cross_fitted"),
+    "every": MTPTrainingConfig(smoothing=0.9, every=5),
+    "every_fused": MTPTrainingConfig(measure="log_ratios", placement="fused", every=2),
+    "layers": MTPTrainingConfig(groups="layer"),
+    "distill": MTPTrainingConfig(loss="distill", own_loss="ce", placement="exact"),
+}
+
+
+@pytest.mark.parametrize("name", MTP)
+def test_micro_batches_give_the_whole_minibatchs_step(x64, name):
+    whole = result(MTP[name], LayoutConfig())
+    parts = result(MTP[name], LayoutConfig(micro_batches=4))
+    assert_same(parts, whole, 1e-9)
+
+
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum"])
+def test_micro_batches_under_other_aggregations_and_two_heads(x64, aggregation):
+    objective = ObjectiveConfig(aggregation=aggregation, kl_coefficient=0.1)
+    for name in ("exact", "proxy_fused"):
+        whole = result(MTP[name], LayoutConfig(), heads=2, objective=objective)
+        parts = result(MTP[name], LayoutConfig(micro_batches=2), heads=2, objective=objective)
+        assert_same(parts, whole, 1e-9)
+
+
+def test_micro_batches_in_float32():
+    whole = result(MTP["exact"], LayoutConfig(), dtype="float32")
+    parts = result(MTP["exact"], LayoutConfig(micro_batches=4), dtype="float32")
+    tiny.close(parts.gradient, whole.gradient, 1e-5)
+    scale = np.sqrt(whole.gram[0, 0] * whole.gram[1, 1])
+    assert abs(parts.gram[0, 1] - whole.gram[0, 1]) <= 1e-5 * scale
+
+
+def test_a_mean_of_micro_batch_coefficients_would_be_another(x64):
+    """What the tests above would miss if every micro-batch happened to agree."""
+    model_config = tiny.model_config(1, "float64")
+    model = tiny.build_model(model_config)
+    config = tiny.train_config(regime("occ"), model_config)
+    batch = tiny.minibatch(config, model, rows=8)
+    cut = micro_batches(batch, 4)
+    parts = [jax.tree.map(lambda x, j=j: x[j], cut) for j in range(4)]
+    each = [tiny.gradient(config, model, part).calibration.weights[1] for part in parts]
+    whole = tiny.gradient(config, model, batch).calibration.weights[1]
+    assert abs(np.mean(each) - whole) > 0.01 * abs(whole)
+
+
+@pytest.mark.parametrize("name", ["proxy_fused", "detach", "exact"])
+def test_a_non_finite_micro_batch_takes_its_head_out_and_is_counted_once(x64, name):
+    """Its own old log-prob of one token is broken: the MTP loss alone is not finite."""
+    mtp = dataclasses.replace(MTP[name], loss="policy", reference="own")
+    model_config = tiny.model_config(1, "float64")
+    model = tiny.build_model(model_config)
+    config = tiny.train_config(mtp, model_config)
+    batch = tiny.minibatch(config, model, rows=8)
+    broken = batch.replace(old_mtp_log_prob=batch.old_mtp_log_prob.at[0, 5, 7].set(jnp.nan))
+    assert bool(batch.response_mask[5, 7])
+    got = result(mtp, LayoutConfig(micro_batches=4), batch=broken)
+    assert got.calibration.nonfinite.tolist() == [1]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got.gradient))
+    if name != "detach":
+        whole = result(mtp, LayoutConfig(), batch=broken)
+        tiny.close(got.gradient, whole.gradient, 1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5])
+@pytest.mark.parametrize("name", ["exact", "proxy_fused", "distill"])
+def test_logits_in_chunks_give_the_same_step(x64, name, chunk):
+    objective = ObjectiveConfig(entropy_coefficient=0.01)
+    whole = result(MTP[name], LayoutConfig(), heads=2, objective=objective)
+    chunked = result(MTP[name], LayoutConfig(logits_chunk=chunk), heads=2, objective=objective)
+    assert_same(chunked, whole, 1e-9)
+
+
+def test_rows_return_to_their_places():
+    rows = jnp.arange(12).reshape(6, 2)
+    parts = [rows[j::3] for j in range(3)]
+    np.testing.assert_array_equal(interleave(parts), rows)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="8 rows cannot be cut into 3 equal parts"):
+        result(regime("occ"), LayoutConfig(micro_batches=3), dtype="float32")

@@ -20,6 +20,7 @@ from occ.models.layers import (
     causal_mask,
 )
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
+from occ.models.partitioning import ROWS, constrain
 
 
 class TrunkOutput(NamedTuple):
@@ -106,7 +107,7 @@ class Decoder(nnx.Module):
           ValueError: T exceeds `max_length`.
         """
         context = self._context(tokens, positions, segment_ids)
-        hidden, loads = self.embedding(tokens), []
+        hidden, loads = constrain(self.embedding(tokens), ROWS), []
         for stack in self._stacks():
             output = _scan(stack, hidden, context, None, self.config)
             hidden = output.hidden
@@ -132,12 +133,12 @@ class Decoder(nnx.Module):
         states = []
         for k, module in enumerate(self.mtp, start=1):
             if isinstance(module, SequentialModule):
-                ahead = self.embedding(tokens_ahead(tokens, segment_ids, k))
+                ahead = constrain(self.embedding(tokens_ahead(tokens, segment_ids, k)), ROWS)
                 hidden = _remat(module, self.config)(hidden, ahead, context).hidden
                 states.append(hidden)
             else:
                 states.append(_remat(module, self.config)(hidden, context).hidden)
-        return jnp.stack(states)
+        return constrain(jnp.stack(states), None, ROWS)
 
     def logits(self, hidden: Float[Array, "batch time width"]) -> Float[Array, "batch time vocab"]:
         """Next-token logits, at least float32, from the trunk's hidden state."""
@@ -203,7 +204,7 @@ class Decoder(nnx.Module):
         same = segment_ids[:, :, None] == filled[:, None, :]
         mask = (causal[None] & same)[:, None]
         context = Context(positions, mask, segment_ids > 0, cache.column)
-        hidden, stacks = self.embedding(tokens), []
+        hidden, stacks = constrain(self.embedding(tokens), ROWS), []
         for stack, stack_cache in zip(self._stacks(), cache.stacks, strict=True):
             output = _scan(stack, hidden, context, stack_cache, self.config)
             hidden = output.hidden
@@ -225,12 +226,13 @@ class Decoder(nnx.Module):
             kernel = self.embedding.embedding[...].T
         else:
             kernel = self.output_head.kernel[...]
-        return jax.lax.dot_general(
+        logits = jax.lax.dot_general(
             normal,
             kernel.astype(self.config.compute),
             (((2,), (0,)), ((), ())),
             preferred_element_type=wide,
         )
+        return constrain(logits, ROWS, None, "tensor")
 
 
 def _check_length(length: int, config: ModelConfig) -> None:
@@ -263,7 +265,7 @@ def _scan(
         layer_variables, layer_cache = inputs
         block = nnx.merge(graphdef, layer_variables)
         output = block(hidden, context, layer_cache)
-        return output.hidden, (output.cache, output.load)
+        return constrain(output.hidden, ROWS), (output.cache, output.load)
 
     unroll = 1 if config.scan_layers else size
     hidden, (cache, load) = jax.lax.scan(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from occ.measures import accumulation_dtype
 from occ.models.config import ModelConfig
+from occ.models.partitioning import ROWS, constrain
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -173,6 +174,7 @@ class Attention(nnx.Module):
 
         def heads(linear, norm):
             y = linear(x).reshape(batch, time, -1, config.head_dim)
+            y = constrain(y, ROWS, None, "tensor")
             return y if norm is None else norm(y)
 
         def turn(y):

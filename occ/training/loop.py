@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import time
 import warnings
@@ -10,54 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from occ.models.decoder import Decoder, split_model
 from occ.tasks import Task
 from occ.training.batch import split
-from occ.training.calibration import build_calibration
 from occ.training.checkpoints import Checkpoints
 from occ.training.config import TrainConfig
 from occ.training.evaluate import evaluate
-from occ.training.optimizer import build_optimizer
-from occ.training.rollout import Rollout, RolloutPrograms, build_programs, collect
+from occ.training.programs import Programs, build, fresh_state, init_model
+from occ.training.rollout import Rollout, collect
 from occ.training.run_folder import RunFolder, plain
-from occ.training.state import TrainState, init_state
-from occ.training.step import TrainStep, make_train_step
+from occ.training.state import TrainState
+
+__all__ = ["Programs", "build", "init_model", "run"]
 
 OnRow = Callable[[dict[str, Any]], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """What a run compiles; runs that differ by seed alone share it.
-
-    Attributes:
-      graphdef: the model without its variables.
-      rollout: generation and scoring.
-      train_step: jitted; it donates its state.
-    """
-
-    graphdef: nnx.GraphDef
-    rollout: RolloutPrograms
-    train_step: TrainStep
-
-
-def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = None) -> Programs:
-    """Builds a run's programs, around those of a rollout that another regime compiled."""
-    graphdef, _, _ = split_model(nnx.eval_shape(lambda: Decoder(config.model, nnx.Rngs(0))))
-    if rollout is None:
-        rollout = build_programs(graphdef, config, task)
-    train_step = jax.jit(make_train_step(graphdef, config), donate_argnums=0)
-    return Programs(graphdef, rollout, train_step)
-
-
-def init_model(config: TrainConfig) -> tuple[Any, Any]:
-    """Fresh parameters, and the model's other variables."""
-    _, params, rest = split_model(Decoder(config.model, nnx.Rngs(config.seed)))
-    return params, rest
 
 
 def run(
@@ -83,12 +49,25 @@ def run(
     Returns:
       The result, as in result.json; None if the run was stopped before its end.
     """
+    with jax.set_mesh(programs.mesh):
+        return _run(config, task, programs, start, folder, on_row, should_stop)
+
+
+def _run(
+    config: TrainConfig,
+    task: Task,
+    programs: Programs,
+    start: tuple[Any, Any],
+    folder: pathlib.Path,
+    on_row: OnRow,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any] | None:
     files = RunFolder(folder, config)
     done = files.result()
     if done is not None:
         return done
     checkpoints = Checkpoints(folder / "checkpoints")
-    state, first = _restore(config, start, checkpoints)
+    state, first = _restore(config, programs, start, checkpoints)
     files.keep_rows_before(first)
     reference = start[0] if config.objective.kl_coefficient else None
     try:
@@ -110,13 +89,15 @@ def run(
 
 
 def _restore(
-    config: TrainConfig, start: tuple[Any, Any], checkpoints: Checkpoints
+    config: TrainConfig, programs: Programs, start: tuple[Any, Any], checkpoints: Checkpoints
 ) -> tuple[TrainState, int]:
     """The newest state and its number of finished rollouts."""
-    calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
-    fresh = init_state(*start, build_optimizer(config.optimizer), calibration)
     # A copy, since the train step donates its state and `start` serves further runs.
-    fresh = jax.tree.map(jnp.array, fresh)
+    fresh = jax.tree.map(
+        lambda value, like: jax.device_put(value, like.sharding, may_alias=False),
+        fresh_state(config, *start),
+        programs.state,
+    )
     restored = checkpoints.restore(fresh)
     return (fresh, 0) if restored is None else (restored[1], restored[0])
 

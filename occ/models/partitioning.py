@@ -1,0 +1,29 @@
+"""Mesh axes, and constraints that keep activations where they belong.
+
+data     copies of the parameters, each with rows of the batch of its own
+fsdp     rows too, and the parameters are cut along it; gathered layer by layer
+expert   rows too; experts are cut along it, and tokens travel to them
+tensor   heads, hidden widths and vocabulary
+"""
+
+from __future__ import annotations
+
+import jax
+
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")
+"""The axes that the rows of a batch are cut along."""
+
+
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """Places an intermediate value on the mesh that is set; without a mesh, the value itself.
+
+    Args:
+      x: any array.
+      spec: mesh axes for each of its leading dimensions; the others are not cut.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec += (None,) * (x.ndim - len(spec))
+    return jax.lax.with_sharding_constraint(x, jax.P(*spec))

@@ -1,0 +1,185 @@
+"""Meshes: the table covers every parameter, and a sharded step is the single device's step."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.configs import CONFIGS
+from occ.models.config import MoEConfig
+from occ.training import programs, sharding
+from occ.training.config import LayoutConfig, MTPTrainingConfig, regime
+from tests import tiny
+
+pytestmark = pytest.mark.standard_promotion
+
+LAYOUTS = {
+    "data": LayoutConfig(data=8),
+    "fsdp": LayoutConfig(fsdp=8),
+    "fsdp-tensor": LayoutConfig(fsdp=4, tensor=2),
+    "data-fsdp-tensor": LayoutConfig(data=2, fsdp=2, tensor=2),
+    "micro-batches": LayoutConfig(data=2, fsdp=2, tensor=2, micro_batches=2, logits_chunk=4),
+}
+SIZES = {"vocab_size": 16, "num_kv_heads": 2, "mlp_width": 32}
+
+
+def setting(name, dtype, layout, moe=None):
+    model_config = tiny.model_config(1, dtype, moe=moe, tied_embeddings=False, **SIZES)
+    config = tiny.train_config(regime(name), model_config)
+    model = tiny.build_model(model_config)
+    batch = tiny.minibatch(config, model, rows=16)
+    return dataclasses.replace(config, layout=layout), model, batch
+
+
+def compiled_step(config, model, batch):
+    """The production step, compiled for its mesh, and what it is called with."""
+    graphdef, params, rest = model
+    mesh = sharding.make_mesh(config.layout)
+    with jax.set_mesh(mesh):
+        state = programs.fresh_state(config, params, rest)
+        shapes = programs.abstract_state(config, params, rest, mesh)
+        step = programs.jit_train_step(graphdef, config, mesh, shapes)
+        state = jax.tree.map(
+            lambda x, like: jax.device_put(np.asarray(x), like.sharding), state, shapes
+        )
+        batch = jax.device_put(batch, sharding.batch_shardings(mesh))
+        return step.lower(state, batch).compile(), state, batch
+
+
+def one_step(config, model, batch):
+    compiled, state, batch = compiled_step(config, model, batch)
+    return jax.device_get(compiled(state, batch))
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_parameter_of_every_configuration_has_its_place(name):
+    config = CONFIGS[name]()
+    _, params, rest = programs.abstract_model(config)
+    mesh = sharding.make_mesh(LayoutConfig())
+    placed = programs.abstract_state(config, params, rest, mesh)
+    cut = jax.tree.leaves(jax.tree.map(lambda x: x.sharding.spec != jax.P(), placed.params))
+    assert all(cut)  # a row of the table was found for each
+    moments = [x for x in jax.tree.leaves(placed.opt_state) if x.ndim]
+    assert all(x.sharding.spec != jax.P() for x in moments)
+
+
+def test_a_parameter_without_a_row_is_refused():
+    with pytest.raises(ValueError, match="none does"):
+        sharding.parameter_spec("layers/attention/sink", (2, 4))
+    with pytest.raises(ValueError, match="layer axis"):
+        sharding.parameter_spec("layers/attention/query/kernel", (4, 4))
+
+
+def test_two_rows_for_a_parameter_are_refused(monkeypatch):
+    twice = (*sharding.TABLE, sharding.Row(r".*/scale", "width", jax.P(None)))
+    monkeypatch.setattr(sharding, "TABLE", twice)
+    with pytest.raises(ValueError, match="these do"):
+        sharding.parameter_spec("final_norm/scale", (4,))
+
+
+def test_dimensions_that_do_not_divide_are_listed():
+    config, model, _ = setting("occ", "float32", LayoutConfig())
+    mesh = sharding.make_mesh(LayoutConfig(tensor=3))
+    with pytest.raises(ValueError, match=r"embedding/embedding \(16, 16\): 16 over tensor = 3"):
+        programs.abstract_state(config, *model[1:], mesh)
+
+
+def test_more_devices_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="takes 16 devices, and there are 8"):
+        sharding.make_mesh(LayoutConfig(data=2, fsdp=8))
+
+
+@functools.cache
+def single(name):
+    with jax.enable_x64(True):
+        return one_step(*setting(name, "float64", LayoutConfig()))
+
+
+@pytest.mark.parametrize(
+    ("mtp", "layout"),
+    [("occ", name) for name in LAYOUTS]
+    + [("occ_paper", "fsdp-tensor"), ("occ_paper", "micro-batches")],
+)
+def test_a_sharded_step_is_the_single_devices(x64, mtp, layout):
+    """Under Adam: moments are the gradients', parameters within a rounding of its step."""
+    expected, expected_metrics = single(mtp)
+    state, metrics = one_step(*setting(mtp, "float64", LAYOUTS[layout]))
+    tiny.close(state.opt_state, expected.opt_state, 1e-9)
+    tiny.close(state.calibration, expected.calibration, 1e-9)
+    tiny.close(metrics, expected_metrics, 1e-9)
+    rate = 1e-2
+    for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params)):
+        assert np.abs(new - old).max() <= 2 * rate
+    assert abs(expected.calibration.weights[1]) > 1e-3
+
+
+def test_parameters_are_born_where_they_live_and_do_not_depend_on_it():
+    config, _, _ = setting("occ", "float32", LayoutConfig())
+    alone = programs.init_model(config)
+    config = dataclasses.replace(config, layout=LAYOUTS["data-fsdp-tensor"])
+    born = programs.init_model(config)
+    kernel = born[0]["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.spec == jax.P(None, ("fsdp", "expert"), "tensor")
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    tiny.close(born, alone, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# What the calibration adds to the communication
+# ---------------------------------------------------------------------------------------------
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(text):
+    """(kind, number of elements) of every collective in compiled HLO."""
+    found = []
+    kinds = "|".join(COLLECTIVES)
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        sizes = [
+            np.prod([int(n) for n in dims.split(",")] if dims else [1])
+            for dims in re.findall(r"[a-z0-9]+\[([\d,]*)\]", shapes)
+        ]
+        found.append((kind, int(sum(sizes))))
+    return found
+
+
+def test_the_calibration_itself_communicates_scalars_alone():
+    """The transformation alone, on gradients that live cut up: inner products cross devices."""
+    import occ
+
+    layout = LAYOUTS["data-fsdp-tensor"]
+    config, model, _ = setting("occ", "float32", layout)
+    mesh = sharding.make_mesh(layout)
+    transformation = occ.calibrate(num_auxiliary=2)
+    with jax.set_mesh(mesh):
+        params = model[1]
+        places = sharding.tree_shardings(params, mesh)
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places
+        )
+        state = jax.eval_shape(transformation.init, params)
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding.replicated(mesh)
+            ),
+            state,
+        )
+
+        def update(gradient, state, first, second):
+            return transformation.update(gradient, state, auxiliary=(first, second))
+
+        text = jax.jit(update, out_shardings=(places, None)).lower(
+            like, state, like, like
+        ).compile().as_text()
+    found = collectives(text)
+    leaves = len(jax.tree.leaves(params))
+    assert found, "nothing crosses devices: the test looks at the wrong program"
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    # Inner products of K + 1 = 3 gradients a leaf, and whether each of them is finite.
+    assert sum(size for _, size in found) <= leaves * (9 + 3)
+    assert max(size for _, size in found) <= leaves * 9

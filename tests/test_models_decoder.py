@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from occ.models.config import MoEConfig, MTPConfig
-from occ.models.decoder import merge_model, split_model
+from occ.models.decoder import Decoder, merge_model, split_model
 from occ.models.layers import at_least_float32
+from occ.training.batch import positions_from_segments
 from tests import reference_models as reference
+from tests import tiny
 from tests.reference_models import MOE, random_model, rows, run, small_config
 
 SIZES = pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
@@ -344,3 +347,23 @@ def test_unknown_choices_raise(config, field, match):
     object.__setattr__(broken, field, "other")
     with pytest.raises(ValueError, match=match):
         broken.__post_init__()
+
+
+@pytest.mark.parametrize("chunk", [2, 5])
+def test_attention_in_chunks_of_queries_is_the_same(x64, chunk):
+    """Logits and gradients, with padding and packed rows, for lengths that chunks do not divide."""
+    config = tiny.model_config(1, "float64", num_kv_heads=2)
+    model = tiny.build_model(config)
+    segment_ids = jnp.array([[0, 1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, 0]])
+    tokens = jnp.arange(14).reshape(2, 7) % 11
+
+    def loss(params, config):
+        graphdef, _, _ = split_model(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+        decoder = merge_model(graphdef, params, model[2])
+        main, heads = decoder(tokens, positions_from_segments(segment_ids), segment_ids)
+        return jnp.sum(jnp.sin(main)) + jnp.sum(jnp.sin(heads))
+
+    chunked = dataclasses.replace(config, attention_chunk=chunk)
+    got = jax.jit(jax.value_and_grad(loss), static_argnums=1)(model[1], chunked)
+    expected = jax.jit(jax.value_and_grad(loss), static_argnums=1)(model[1], config)
+    tiny.close(got, expected, 1e-12)

@@ -5,14 +5,12 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.configs import CONFIGS
-from occ.models.config import MoEConfig
 from occ.training import programs, sharding
-from occ.training.config import LayoutConfig, MTPTrainingConfig, regime
+from occ.training.config import LayoutConfig, regime
 from tests import tiny
 
 pytestmark = pytest.mark.standard_promotion
@@ -164,18 +162,19 @@ def test_the_calibration_itself_communicates_scalars_alone():
         )
         state = jax.eval_shape(transformation.init, params)
         state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=sharding.replicated(mesh)
-            ),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)),
             state,
         )
 
         def update(gradient, state, first, second):
             return transformation.update(gradient, state, auxiliary=(first, second))
 
-        text = jax.jit(update, out_shardings=(places, None)).lower(
-            like, state, like, like
-        ).compile().as_text()
+        text = (
+            jax.jit(update, out_shardings=(places, None))
+            .lower(like, state, like, like)
+            .compile()
+            .as_text()
+        )
     found = collectives(text)
     leaves = len(jax.tree.leaves(params))
     assert found, "nothing crosses devices: the test looks at the wrong program"

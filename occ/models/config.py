@@ -123,6 +123,7 @@ class ModelConfig:
         leading layer axis either way.
       remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but
         matrix products).
+      attention_chunk: queries whose attention scores exist at one time; 0 is all of them.
       moe: mixture of experts; None is dense.
       mtp: the MTP modules.
     """
@@ -145,6 +146,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
+    attention_chunk: int = 0
     moe: MoEConfig | None = None
     mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
 

@@ -17,7 +17,6 @@ from occ.models.layers import (
     Linear,
     RMSNorm,
     at_least_float32,
-    causal_mask,
 )
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
 from occ.models.partitioning import ROWS, constrain
@@ -195,15 +194,10 @@ class Decoder(nnx.Module):
         cache: Cache,
     ) -> tuple[Float[Array, "batch time width"], Cache]:
         """Hidden states of further tokens, after those in the cache; and the cache with them."""
-        columns = cache.segment_ids.shape[1]
         filled = jax.lax.dynamic_update_slice_in_dim(
             cache.segment_ids, segment_ids, cache.column, axis=1
         )
-        query_column = cache.column + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        causal = jnp.arange(columns, dtype=jnp.int32)[None, :] <= query_column[:, None]
-        same = segment_ids[:, :, None] == filled[:, None, :]
-        mask = (causal[None] & same)[:, None]
-        context = Context(positions, mask, segment_ids > 0, cache.column)
+        context = Context(positions, segment_ids, filled, cache.column)
         hidden, stacks = constrain(self.embedding(tokens), ROWS), []
         for stack, stack_cache in zip(self._stacks(), cache.stacks, strict=True):
             output = _scan(stack, hidden, context, stack_cache, self.config)
@@ -218,7 +212,7 @@ class Decoder(nnx.Module):
 
     def _context(self, tokens, positions, segment_ids) -> Context:
         _check_length(tokens.shape[1], self.config)
-        return Context(positions, causal_mask(segment_ids), segment_ids > 0)
+        return Context(positions, segment_ids, segment_ids)
 
     def _readout(self, normal: Float[Array, "batch time width"]) -> Array:
         wide = at_least_float32(self.config.compute)

@@ -93,14 +93,6 @@ def rotary(
     return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
-def causal_mask(segment_ids: Int[Array, "batch time"]) -> Bool[Array, "batch 1 time time"]:
-    """True where a query may see a key: not later, of the same sequence (padding is its own)."""
-    time = segment_ids.shape[1]
-    causal = jnp.tril(jnp.ones((time, time), bool))
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return (causal[None] & same)[:, None]
-
-
 class LayerCache(NamedTuple):
     """Keys and values of one layer: [B, S, kv_heads, head_dim] each."""
 
@@ -109,33 +101,91 @@ class LayerCache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all layers share about the tokens that pass through.
+    """What all layers share about the T tokens that pass through, and the S columns they see.
 
     Attributes:
       positions: int32 [B, T].
-      mask: bool [B, 1, T, S], which of S keys each of T queries sees.
-      valid: bool [B, T], tokens that are not padding.
-      column: int32 [], the cache column of the first token; None without a cache.
+      segment_ids: int32 [B, T], 0 on padding.
+      key_segment_ids: int32 [B, S], of the cache, these tokens included; without a cache, theirs.
+      column: int32 [], the column of the first token among the S; None without a cache (0).
     """
 
     positions: jax.Array
-    mask: jax.Array
-    valid: jax.Array
+    segment_ids: jax.Array
+    key_segment_ids: jax.Array
     column: jax.Array | None = None
+
+    @property
+    def valid(self) -> jax.Array:
+        """bool [B, T], tokens that are not padding."""
+        return self.segment_ids > 0
+
+    @property
+    def query_columns(self) -> jax.Array:
+        """int32 [T], the columns of these tokens among the S."""
+        columns = jnp.arange(self.segment_ids.shape[1], dtype=jnp.int32)
+        return columns if self.column is None else self.column + columns
+
+
+def visible(
+    query_columns: Int[Array, "time"],
+    segment_ids: Int[Array, "batch time"],
+    key_segment_ids: Int[Array, "batch columns"],
+) -> Bool[Array, "batch 1 time columns"]:
+    """True where a query may see a key: not later, of the same sequence (padding is its own).
+
+    >>> ids = jnp.array([[1, 1, 2]])
+    >>> visible(jnp.arange(3), ids, ids)[0, 0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    columns = jnp.arange(key_segment_ids.shape[1], dtype=jnp.int32)
+    causal = columns[None, :] <= query_columns[:, None]
+    same = segment_ids[:, :, None] == key_segment_ids[:, None, :]
+    return (causal[None] & same)[:, None]
 
 
 def attend(
     query: Float[Array, "batch time heads head_dim"],
     key: Float[Array, "batch columns kv_heads head_dim"],
     value: Float[Array, "batch columns kv_heads head_dim"],
-    mask: Bool[Array, "batch 1 time columns"],
+    context: Context,
+    chunk: int = 0,
 ) -> Float[Array, "batch time heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v, softmax at least in float32.
+    """softmax(q k^T / sqrt(head_dim)) v over what each query may see, softmax at least in float32.
 
     Heads h * heads / kv_heads and those after it share key head h.
 
+    Args:
+      query, key, value: heads after rotary positions.
+      context: who sees whom.
+      chunk: queries whose scores exist at one time, recomputed in the backward pass; 0 is all.
+
     Reference: Ainslie et al., GQA, arXiv 2305.13245.
     """
+    time = query.shape[1]
+    if not 0 < chunk < time:
+        mask = visible(context.query_columns, context.segment_ids, context.key_segment_ids)
+        return _attend(query, key, value, mask)
+    count = -(-time // chunk)
+    missing = count * chunk - time
+
+    def cut(x, axis):
+        padded = jnp.pad(x, [(0, missing) if i == axis else (0, 0) for i in range(x.ndim)])
+        shape = (*x.shape[:axis], count, chunk, *x.shape[axis + 1 :])
+        return jnp.moveaxis(padded.reshape(shape), axis, 0)
+
+    @jax.checkpoint
+    def some(inputs):
+        some_query, columns, segment_ids = inputs
+        mask = visible(columns, segment_ids, context.key_segment_ids)
+        return _attend(some_query, key, value, mask)
+
+    chunks = cut(query, 1), cut(context.query_columns, 0), cut(context.segment_ids, 1)
+    mixed = jnp.moveaxis(jax.lax.map(some, chunks), 0, 1)
+    return mixed.reshape(query.shape[0], count * chunk, *query.shape[2:])[:, :time]
+
+
+def _attend(query, key, value, mask):
     if query.dtype != jnp.float64:
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     # JAX's function takes the softmax in float32 whatever it is given, which would leave float64
@@ -192,7 +242,7 @@ class Attention(nnx.Module):
                 )
             )
             key, value = cache
-        mixed = attend(query, key, value, context.mask)
+        mixed = attend(query, key, value, context, config.attention_chunk)
         return self.output(mixed.reshape(batch, time, -1)), cache
 
 

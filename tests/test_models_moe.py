@@ -74,7 +74,7 @@ class LayerOutput(NamedTuple):
 def _apply(graphdef, params, rest, x, valid):
     mixture = merge_model(graphdef, params, rest).mtp[0].block.mlp
     y, load = mixture(x[None], valid[None])
-    return LayerOutput(y[0], load, *mixture._route(x))
+    return LayerOutput(y[0], load, *mixture._route(x, mixture._weights()))
 
 
 def layer(moe, x, bias=None, valid=None):

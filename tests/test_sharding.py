@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import CONFIGS
+from occ.models.config import MoEConfig
 from occ.training import programs, sharding
 from occ.training.config import LayoutConfig, regime
 from tests import tiny
@@ -110,7 +111,9 @@ def test_a_sharded_step_is_the_single_devices(x64, mtp, layout):
     tiny.close(state.calibration, expected.calibration, 1e-9)
     tiny.close(metrics, expected_metrics, 1e-9)
     rate = 1e-2
-    for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params)):
+    for new, old in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True
+    ):
         assert np.abs(new - old).max() <= 2 * rate
     assert abs(expected.calibration.weights[1]) > 1e-3
 
@@ -151,7 +154,7 @@ def test_the_calibration_itself_communicates_scalars_alone():
     import occ
 
     layout = LAYOUTS["data-fsdp-tensor"]
-    config, model, _ = setting("occ", "float32", layout)
+    _, model, _ = setting("occ", "float32", layout)
     mesh = sharding.make_mesh(layout)
     transformation = occ.calibrate(num_auxiliary=2)
     with jax.set_mesh(mesh):
@@ -182,3 +185,50 @@ def test_the_calibration_itself_communicates_scalars_alone():
     # Inner products of K + 1 = 3 gradients a leaf, and whether each of them is finite.
     assert sum(size for _, size in found) <= leaves * (9 + 3)
     assert max(size for _, size in found) <= leaves * 9
+
+
+# ---------------------------------------------------------------------------------------------
+# Mixture of experts
+# ---------------------------------------------------------------------------------------------
+
+MOE = MoEConfig(num_experts=8, experts_per_token=2, expert_width=8, first_dense_layers=1)
+MOE_LAYOUTS = {
+    "expert": LayoutConfig(expert=8),
+    "fsdp-expert-tensor": LayoutConfig(fsdp=2, expert=2, tensor=2),
+    "data-expert": LayoutConfig(data=2, expert=4, micro_batches=2),
+    "fsdp": LayoutConfig(fsdp=8),
+}
+
+
+@functools.cache
+def single_moe():
+    with jax.enable_x64(True):
+        return one_step(*setting("occ", "float64", LayoutConfig(), MOE))
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+def test_a_sharded_mixture_of_experts_is_the_single_devices(x64, layout):
+    expected, expected_metrics = single_moe()
+    state, metrics = one_step(*setting("occ", "float64", MOE_LAYOUTS[layout], MOE))
+    tiny.close(state.opt_state, expected.opt_state, 1e-9)
+    tiny.close(state.calibration, expected.calibration, 1e-9)
+    tiny.close(metrics, expected_metrics, 1e-9)
+
+
+def test_tokens_travel_to_experts_and_are_never_gathered():
+    config, model, batch = setting("occ_paper", "float32", MOE_LAYOUTS["data-expert"], MOE)
+    config = dataclasses.replace(config, layout=LayoutConfig(data=2, expert=4))
+    found = collectives(compiled_step(config, model, batch)[0].as_text())
+    assert "all-to-all" in {kind for kind, _ in found}
+    tokens = batch.tokens.size * config.model.width
+    gathered = [size for kind, size in found if kind == "all-gather"]
+    assert gathered and max(gathered) < tokens
+
+
+def test_a_bounded_capacity_drops_and_counts(x64):
+    """One pair a device and expert group: most of the tokens find no room."""
+    tight = dataclasses.replace(MOE, capacity_factor=0.01)
+    _, metrics = one_step(*setting("occ", "float64", MOE_LAYOUTS["expert"], tight))
+    _, free = single_moe()
+    assert free["router/dropped"] == 0
+    assert 0.5 < metrics["router/dropped"] < 1

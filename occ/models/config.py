@@ -68,6 +68,9 @@ class MoEConfig:
       normalise_top_k: gates of the chosen experts are divided by their sum.
       num_groups, top_groups: experts are chosen from the best `top_groups` of `num_groups` groups,
         a group's score being the sum of its best two.
+      capacity_factor: bounds the buffers in which tokens travel between devices that share the
+        experts, as a multiple of an even spread; pairs beyond it are dropped and counted. None
+        takes the worst case, and drops nothing.
     """
 
     num_experts: int
@@ -79,6 +82,7 @@ class MoEConfig:
     normalise_top_k: bool = True
     num_groups: int = 1
     top_groups: int = 1
+    capacity_factor: float | None = None
 
     def __post_init__(self):
         _require(

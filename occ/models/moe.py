@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from occ.models.config import ModelConfig
+from occ.models.expert_parallel import ExpertWeights, Placement, on_mesh
 from occ.models.layers import MLP, at_least_float32
 
 
@@ -49,23 +52,48 @@ class MixtureOfExperts(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch time width"], valid: Bool[Array, "batch time"]
     ) -> tuple[Float[Array, "batch time width"], Float[Array, "experts"]]:
-        """The layer's output, and how many tokens each expert received."""
-        tokens_NxD = x.reshape(-1, x.shape[-1])
-        valid_N = valid.reshape(-1)
-        experts_Nxk, gates_Nxk = self._route(tokens_NxD)
-        y_NxD, load = self._dispatch(tokens_NxD, valid_N, experts_Nxk, gates_Nxk)
-        y = y_NxD.reshape(x.shape)
+        """The layer's output, and how many tokens each expert received.
+
+        On a mesh every device routes its own rows, and tokens travel to the experts' devices; see
+        `occ.models.expert_parallel`.
+        """
+        y, load = on_mesh(self._on_device, x, valid, self._weights())
+        y = y.astype(self.dtype)
         return (y if self.shared is None else y + self.shared(x)), load
 
+    def _weights(self) -> ExpertWeights:
+        kernels = (self.gate_kernel, self.up_kernel, self.down_kernel)
+        return ExpertWeights(
+            self.router[...],
+            jax.lax.stop_gradient(self.router_bias[...]),
+            *(kernel[...].astype(self.dtype) for kernel in kernels),
+        )
+
+    def _on_device(self, x, valid, weights: ExpertWeights, placement: Placement):
+        """The routed experts' sum on the rows of one device, at least float32; and the load."""
+        tokens_NxD = x.reshape(-1, x.shape[-1])
+        experts_Nxk, gates_Nxk = self._route(tokens_NxD, weights)
+        absent = self.moe.num_experts  # sorts behind every expert
+        pair_expert = jnp.where(valid.reshape(-1)[:, None], experts_Nxk, absent).reshape(-1)
+        y_NkxD, load = placement.apply_experts(
+            tokens_NxD,
+            pair_expert,
+            functools.partial(apply_experts, weights=weights),
+            self.moe,
+        )
+        y_NxkxD = y_NkxD.reshape(*experts_Nxk.shape, -1)
+        dtype = gates_Nxk.dtype
+        total = jnp.sum(y_NxkxD.astype(dtype) * gates_Nxk[:, :, None], axis=1)
+        return total.reshape(x.shape), jax.lax.stop_gradient(load).astype(jnp.float32)
+
     def _route(
-        self, tokens: Float[Array, "tokens width"]
+        self, tokens: Float[Array, "tokens width"], weights: ExpertWeights
     ) -> tuple[Int[Array, "tokens k"], Float[Array, "tokens k"]]:
         moe = self.moe
         dtype = at_least_float32(tokens.dtype)
-        logits = tokens.astype(dtype) @ self.router[...].astype(dtype)
+        logits = tokens.astype(dtype) @ weights.router.astype(dtype)
         scores = jax.nn.sigmoid(logits)
-        bias = jax.lax.stop_gradient(self.router_bias[...]).astype(dtype)
-        choice = scores + bias[None]
+        choice = scores + weights.router_bias.astype(dtype)[None]
         if moe.num_groups > 1:
             choice = self._keep_best_groups(choice)
         _, experts = jax.lax.top_k(jax.lax.stop_gradient(choice), moe.experts_per_token)
@@ -85,30 +113,26 @@ class MixtureOfExperts(nnx.Module):
         kept = jnp.any(best[:, :, None] == groups[None, None], axis=1)
         return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
 
-    def _dispatch(self, tokens_NxD, valid_N, experts_Nxk, gates_Nxk):
-        """Sorts the (token, expert) pairs by expert, applies the experts, and sums per token."""
-        moe = self.moe
-        count, k = experts_Nxk.shape
-        absent = moe.num_experts  # sorts behind every expert
-        pair_expert = jnp.where(valid_N[:, None], experts_Nxk, absent).reshape(-1)
-        order = jnp.argsort(pair_expert, stable=True)
-        load = jnp.bincount(pair_expert, length=absent + 1)[:absent].astype(jnp.int32)
-        routed = jnp.sum(load)
-        x = tokens_NxD[order // k]
-        hidden = jax.nn.silu(self._experts(x, self.gate_kernel, load)) * self._experts(
-            x, self.up_kernel, load
-        )
-        y = self._experts(hidden, self.down_kernel, load)
-        y = jnp.where((jnp.arange(count * k) < routed)[:, None], y, 0)
-        # The inverse permutation, and a sum over k in fixed order: a scatter-add would add in
-        # whatever order the device pleases.
-        y = y[jnp.argsort(order)].reshape(count, k, -1)
-        dtype = gates_Nxk.dtype
-        total = jnp.sum(y.astype(dtype) * gates_Nxk[:, :, None], axis=1)
-        return total.astype(self.dtype), jax.lax.stop_gradient(load).astype(jnp.float32)
 
-    def _experts(self, x: jax.Array, kernel: nnx.Param, load: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(x, kernel[...].astype(self.dtype), load)
+def apply_experts(
+    x: Float[Array, "pairs width"], expert: Int[Array, "pairs"], weights: ExpertWeights
+) -> Float[Array, "pairs width"]:
+    """Each row through its expert; 0 for rows of no expert (numbers beyond the last).
+
+    The result is in the order of the rows: sorted by expert, multiplied group by group, and put
+    back by the inverse permutation, since a scatter-add would add in whatever order the device
+    pleases.
+    """
+    count = weights.gate.shape[0]
+    order = jnp.argsort(expert, stable=True)
+    load = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
+    x = x[order]
+    hidden = jax.nn.silu(jax.lax.ragged_dot(x, weights.gate, load)) * jax.lax.ragged_dot(
+        x, weights.up, load
+    )
+    y = jax.lax.ragged_dot(hidden, weights.down, load)
+    y = jnp.where((jnp.arange(y.shape[0]) < jnp.sum(load))[:, None], y, 0)
+    return y[jnp.argsort(order)]
 
 
 def update_router_bias(

@@ -78,6 +78,7 @@ def make_train_step(
         metrics = {
             **_loss_metrics(gradient),
             **_gradient_metrics(gradient),
+            **_router_metrics(gradient.router_load, batch, config),
             **_batch_metrics(batch),
             **_alarms(state, new_state, gradient, batch, config, finite),
             "learning_rate": jnp.asarray(learning_rate, jnp.float32),
@@ -157,10 +158,6 @@ def _gradient_metrics(gradient: StepGradient) -> dict[str, jax.Array]:
             metrics["occ/coefficient_by_group"] = jnp.stack(groups)
     if gradient.gram is not None:
         metrics |= _true_metrics(gradient.gram)
-    if gradient.router_load is not None:
-        load = gradient.router_load
-        mean = jnp.maximum(jnp.mean(load, axis=-1), 1)
-        metrics["router/max_over_mean_load"] = jnp.max(jnp.max(load, axis=-1) / mean)
     return metrics
 
 
@@ -175,6 +172,22 @@ def _true_metrics(gram: jax.Array) -> dict[str, jax.Array]:
         "true/perturbation": perturbation,
         "true/cosine": correlation / jnp.maximum(rl_norm * mtp_norm, jnp.finfo(gram.dtype).tiny),
         "true/ratio": correlation / jnp.maximum(perturbation, jnp.finfo(gram.dtype).tiny),
+    }
+
+
+def _router_metrics(
+    load: jax.Array | None, batch: Minibatch, config: TrainConfig
+) -> dict[str, jax.Array]:
+    """How unevenly the trunk's experts are used, and the share of pairs that found no room."""
+    if load is None:
+        return {}
+    assert config.model.moe is not None
+    tokens = jnp.sum((batch.segment_ids > 0).astype(load.dtype))
+    pairs = load.shape[0] * config.model.moe.experts_per_token * tokens
+    busiest = jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1)
+    return {
+        "router/max_over_mean_load": jnp.max(busiest),
+        "router/dropped": 1 - jnp.sum(load) / jnp.maximum(pairs, 1),
     }
 
 

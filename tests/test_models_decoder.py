@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from occ.models.attention import Context, attend
 from occ.models.config import MoEConfig, MTPConfig
 from occ.models.decoder import Decoder, merge_model, split_model
 from occ.models.layers import at_least_float32
@@ -367,3 +368,26 @@ def test_attention_in_chunks_of_queries_is_the_same(x64, chunk):
     got = jax.jit(jax.value_and_grad(loss), static_argnums=1)(model[1], chunked)
     expected = jax.jit(jax.value_and_grad(loss), static_argnums=1)(model[1], config)
     tiny.close(got, expected, 1e-12)
+
+
+def test_splash_attention_is_the_compilers(unchecked):
+    """Interpreted on a CPU, in float32: values, and gradients of queries, keys and values."""
+    rng = np.random.default_rng(0)
+    time = 9
+    heads = [jnp.asarray(rng.normal(size=(2, time, n, 128)), jnp.float32) for n in (4, 2, 2)]
+    segment_ids = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2], [1] * 8 + [0]])
+    context = Context(positions_from_segments(segment_ids), segment_ids, segment_ids)
+    weight = jnp.asarray(rng.normal(size=(2, time, 4, 128)), jnp.float32)
+
+    def loss(heads, kernel):
+        mixed = attend(*heads, context, kernel=kernel)
+        return jnp.sum(jnp.where((segment_ids > 0)[:, :, None, None], mixed * weight, 0))
+
+    got = jax.jit(jax.value_and_grad(loss), static_argnums=1)(heads, "splash")
+    expected = jax.jit(jax.value_and_grad(loss), static_argnums=1)(heads, "xla")
+    tiny.close(got, expected, 1e-5)
+    other = jax.jit(jax.value_and_grad(loss), static_argnums=1)(
+        [heads[0] * 1.01, *heads[1:]], "xla"
+    )
+    with pytest.raises(AssertionError):
+        tiny.close(other, expected, 1e-5)

@@ -8,8 +8,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from occ.models.attention import Attention, Context, LayerCache
 from occ.models.config import ModelConfig
-from occ.models.layers import MLP, Attention, Context, LayerCache, RMSNorm
+from occ.models.layers import MLP, RMSNorm
 from occ.models.moe import MixtureOfExperts
 
 

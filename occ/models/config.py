@@ -127,6 +127,7 @@ class ModelConfig:
         leading layer axis either way.
       remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but
         matrix products).
+      attention: "xla" leaves attention to the compiler; "splash" is Pallas's kernel for TPUs.
       attention_chunk: queries whose attention scores exist at one time; 0 is all of them.
       moe: mixture of experts; None is dense.
       mtp: the MTP modules.
@@ -150,6 +151,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["xla", "splash"] = "xla"
     attention_chunk: int = 0
     moe: MoEConfig | None = None
     mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
@@ -175,6 +177,10 @@ class ModelConfig:
         _require(
             self.remat in ("none", "full", "dots"),
             f"ModelConfig.remat must be 'none', 'full' or 'dots', got {self.remat!r}.",
+        )
+        _require(
+            self.attention in ("xla", "splash"),
+            f"ModelConfig.attention must be 'xla' or 'splash', got {self.attention!r}.",
         )
         if self.moe is not None:
             _require(

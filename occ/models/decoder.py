@@ -9,15 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from occ.models.attention import Context, LayerCache
 from occ.models.block import Block, BlockOutput
 from occ.models.config import ModelConfig
-from occ.models.layers import (
-    Context,
-    LayerCache,
-    Linear,
-    RMSNorm,
-    at_least_float32,
-)
+from occ.models.layers import Linear, RMSNorm, at_least_float32
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
 from occ.models.partitioning import ROWS, constrain
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from occ.models.attention import Context
 from occ.models.block import Block, BlockOutput
 from occ.models.config import ModelConfig
-from occ.models.layers import Context, Linear, RMSNorm
+from occ.models.layers import Linear, RMSNorm
 
 
 class SequentialModule(nnx.Module):

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from occ.models import decoder
+from occ.models.partitioning import constrain
 from occ.objectives import divergences, mtp
 from occ.training.batch import Minibatch
 
@@ -112,6 +113,7 @@ class Stages:
         self, parts: Parts, hidden: Float[Array, "batch time width"], depth: int
     ) -> TokenScores:
         """Scores of the tokens by the main head (depth 0) or MTP head `depth` >= 1."""
+        parts = self._gathered(parts)
 
         def score(hidden, labels):
             logits = self._logits(parts, hidden, depth)
@@ -145,7 +147,8 @@ class Stages:
           hidden: the module's.
           depth: k >= 1.
         """
-        main_parts, main_hidden = main
+        parts, (main_parts, main_hidden) = self._gathered(parts), main
+        main_parts = self._gathered(main_parts)
 
         def diverge(hidden, main_hidden):
             target = self._logits(main_parts, main_hidden, 0)
@@ -161,6 +164,27 @@ class Stages:
         logits = model.logits(hidden) if depth == 0 else model.mtp_logits(hidden, depth - 1)
         return logits / self.temperature
 
+    def _gathered(self, parts: Parts) -> Parts:
+        """The output head gathered along the axes that cut parameters, once for all chunks.
+
+        Its gradient is added up over the chunks in its own dtype, and then cut once.
+        """
+        if not self._chunked:
+            return parts
+        readout = dict(parts.readout)
+        if "output_head" in readout:
+            kernel = constrain(readout["output_head"]["kernel"], None, "tensor")
+            readout["output_head"] = {**readout["output_head"], "kernel": kernel}
+        else:
+            readout["embedding"] = {
+                "embedding": constrain(readout["embedding"]["embedding"], "tensor")
+            }
+        return parts._replace(readout=readout)
+
+    @property
+    def _chunked(self) -> bool:
+        return 0 < self.logits_chunk < self.tokens.shape[1]
+
     def _in_chunks(self, function: Callable[..., Any], *columns: jax.Array) -> Any:
         """Applies a function of columns [B, T, ...] to a few columns at a time.
 
@@ -168,7 +192,7 @@ class Stages:
         the backward pass it is computed again.
         """
         time, chunk = self.tokens.shape[1], self.logits_chunk
-        if not 0 < chunk < time:
+        if not self._chunked:
             return function(*columns)
         count = -(-time // chunk)
 

@@ -1,0 +1,341 @@
+"""What a compiled program will do, read from its text: collectives, memory traffic, operations.
+
+Compilers count the body of a loop once; here everything is multiplied by how often it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+WIDTHS = {"pred": 1, "token": 0, "opaque": 0, "f8e4m3fn": 1, "f8e5m2": 1}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPERATION = re.compile(r"^((?:\([^=]*?\)|\S+)) ([a-z][\w\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
+_FREE += ("after-all", "partition-id", "iota", "call", "async-update", "async-done")
+
+
+class Instruction(NamedTuple):
+    """One line of a computation.
+
+    Attributes:
+      name: without the percent sign.
+      shape: text of the result's shape, a tuple's in parentheses.
+      operation: "fusion".
+      rest: operands and attributes, as they stand.
+      root: whether it is the computation's result.
+    """
+
+    name: str
+    shape: str
+    operation: str
+    rest: str
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of its operands."""
+        depth, inside = 1, ""
+        for letter in self.rest:
+            depth += (letter == "(") - (letter == ")")
+            if not depth:
+                break
+            inside += letter
+        return re.findall(r"%([\w.\-]+)", inside)
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled module.
+
+    Attributes:
+      computations: instructions by the computation's name.
+      entry: name of the one that runs.
+    """
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    def runs(self) -> dict[str, int]:
+        """How often each computation runs; fusions and reducers are not followed."""
+        counts: dict[str, int] = {}
+        waiting = [(self.entry, 1)]
+        while waiting:
+            name, times = waiting.pop()
+            counts[name] = counts.get(name, 0) + times
+            for instruction in self.computations[name]:
+                waiting += [(c, n * times) for c, n in self._callees(instruction)]
+        return counts
+
+    def _callees(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+        rest = instruction.rest
+        if instruction.operation == "while":
+            body = re.search(r"body=%?([\w.\-]+)", rest)
+            assert body is not None
+            yield body[1], self._trips(instruction)
+        elif instruction.operation == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
+            names = branches[1].split(",") if branches else _CALLED.findall(rest)
+            for name in names:
+                yield name.strip().lstrip("%"), 1
+        elif instruction.operation in ("call", "async-start"):
+            for name in _CALLED.findall(rest):
+                yield name, 1
+
+    def _trips(self, loop: Instruction) -> int:
+        """Iterations: known to the compiler, or the bound that the condition compares with."""
+        known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        assert condition is not None
+        bounds = [
+            int(re.match(r"(\d+)\)", i.rest)[1])  # type: ignore[index]
+            for i in self.computations[condition[1]]
+            if i.operation == "constant" and re.match(r"(\d+)\)", i.rest)
+        ]
+        return max(bounds, default=1)
+
+
+def parse(text: str) -> Program:
+    """Reads `compiled.as_text()`.
+
+    Raises:
+      ValueError: no entry computation.
+    """
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", ""
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            header = _COMPUTATION.match(line)
+            if header and "->" in line:
+                current = header[2]
+                computations[current] = []
+                entry = current if header[1] else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        parsed = _OPERATION.match(re.sub(r"/\*.*?\*/", "", found[3])) if found else None
+        if found and parsed and current:
+            computations[current].append(
+                Instruction(found[2], parsed[1], parsed[2], parsed[3], bool(found[1]))
+            )
+    if not entry:
+        raise ValueError("parse: expected the text of a compiled HLO module, found no entry in it.")
+    return Program(computations, entry)
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of a shape, or of all parts of a tuple.
+
+    >>> shape_bytes("(bf16[2,3]{1,0}, f32[])")
+    16
+    """
+    total = 0
+    for dtype, dims in _SHAPE.findall(shape):
+        width = WIDTHS.get(dtype)
+        if width is None:
+            width = max(int(re.search(r"\d+", dtype)[0]) // 8, 1)  # type: ignore[index]
+        total += width * math.prod(int(n) for n in dims.split(",") if n)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------
+# Collectives
+# ---------------------------------------------------------------------------------------------
+
+
+class Traffic(NamedTuple):
+    """Of one kind of collective, on one device.
+
+    Attributes:
+      times: how often one runs.
+      bytes: of their results (a reduce-scatter's: of its operand).
+      wire: bytes that leave the device, by ring algorithms.
+      largest: bytes of the largest.
+    """
+
+    times: int
+    bytes: int
+    wire: float
+    largest: int
+
+
+def collectives(program: Program) -> dict[str, Traffic]:
+    """Traffic by kind of collective; loops are counted as often as they run."""
+    found: dict[str, Traffic] = {}
+    for name, times in program.runs().items():
+        shapes = {i.name: i.shape for i in program.computations[name]}
+        for instruction in program.computations[name]:
+            kind = instruction.operation.removesuffix("-start")
+            if kind not in _COLLECTIVES:
+                continue
+            size = _collective_bytes(kind, instruction, shapes)
+            group = _group_size(instruction.rest)
+            before = found.get(kind, Traffic(0, 0, 0.0, 0))
+            found[kind] = Traffic(
+                before.times + times,
+                before.bytes + times * size,
+                before.wire + times * size * _wire_share(kind, group),
+                max(before.largest, size),
+            )
+    return found
+
+
+def _collective_bytes(kind: str, instruction: Instruction, shapes: dict[str, str]) -> int:
+    operands = sum(shape_bytes(shapes.get(name, "")) for name in instruction.operands)
+    if kind == "reduce-scatter":
+        return operands
+    size = shape_bytes(instruction.shape)
+    # The result of a start holds its operand as well.
+    starts = instruction.operation.endswith("-start") and instruction.shape.startswith("(")
+    return size - operands if starts and kind in ("all-gather", "collective-permute") else size
+
+
+def _group_size(rest: str) -> int:
+    """Devices that take part in one collective."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(listed[1].split(","))
+    if regular := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(regular[2])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return 2  # a permutation's pairs
+
+
+def _wire_share(kind: str, group: int) -> float:
+    """Bytes that leave a device, per byte of the collective."""
+    if kind == "collective-permute":
+        return 1.0
+    share = (group - 1) / max(group, 1)
+    return 2 * share if kind == "all-reduce" else share
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory traffic
+# ---------------------------------------------------------------------------------------------
+
+
+def memory_traffic(program: Program) -> float:
+    """Bytes read from and written to a device's memory.
+
+    Each instruction reads its operands and writes its result, a fusion what crosses its border; of
+    an array that is only sliced or updated in place, the slice counts.
+    """
+    total = 0.0
+    for name, times in program.runs().items():
+        instructions = program.computations[name]
+        shapes = {i.name: i.shape for i in instructions}
+        total += times * sum(
+            _touched(program, instruction, shapes)
+            for instruction in instructions
+            if instruction.operation not in _FREE
+        )
+    return total
+
+
+def _touched(program: Program, instruction: Instruction, shapes: dict[str, str]) -> int:
+    sizes = [shape_bytes(shapes.get(name, "")) for name in instruction.operands]
+    result = shape_bytes(instruction.shape)
+    if instruction.operation in ("dynamic-slice", "slice", "gather"):
+        return 2 * result
+    if instruction.operation == "dynamic-update-slice":
+        return 2 * (sizes[1] if len(sizes) > 1 else 0)
+    if instruction.operation == "fusion":
+        called = _CALLED.search(instruction.rest)
+        if called:
+            return _fusion_bytes(program.computations[called[1]], sizes, result)
+    return sum(sizes) + result
+
+
+def _fusion_bytes(inside: list[Instruction], sizes: list[int], result: int) -> int:
+    shapes = {i.name: i.shape for i in inside}
+    total = result
+    for instruction in inside:
+        if instruction.root and instruction.operation == "dynamic-update-slice":
+            total = shape_bytes(shapes.get(instruction.operands[1], ""))
+    for parameter in inside:
+        number = re.match(r"(\d+)\)", parameter.rest)
+        if parameter.operation != "parameter" or number is None:
+            continue
+        uses = [i for i in inside if parameter.name in i.operands]
+        parts = [_part(use, parameter.name, shapes) for use in uses]
+        whole = sizes[int(number[1])] if int(number[1]) < len(sizes) else 0
+        known = [part for part in parts if part is not None]
+        total += sum(known) if len(known) == len(parts) and parts else whole
+    return total
+
+
+def _part(use: Instruction, name: str, shapes: dict[str, str]) -> int | None:
+    """Bytes that an instruction takes of an operand, if that is a part; None for all of it."""
+    if use.operation == "dynamic-slice" and use.operands[0] == name:
+        return shape_bytes(use.shape)
+    if use.operation == "dynamic-update-slice" and use.operands[0] == name:
+        return shape_bytes(shapes.get(use.operands[1], ""))
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Operations
+# ---------------------------------------------------------------------------------------------
+
+
+def matrix_flops(jaxpr: Any, while_trips: int = 1) -> float:
+    """Operations of all matrix products of a traced program, on all devices together.
+
+    Args:
+      jaxpr: `jax.make_jaxpr(f)(...)`, or `jax.jit(f).trace(...).jaxpr`.
+      while_trips: iterations of loops of unknown length (generation's).
+
+    Of branches the dearer one counts.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            total += 2.0 * np.prod(eqn.outvars[0].aval.shape, dtype=float) * depth
+        elif name.startswith("ragged_dot"):
+            total += _ragged_flops(eqn)
+        else:
+            inside = [matrix_flops(sub, while_trips) for sub in _inner(eqn)]
+            times = 1.0
+            if name == "scan":
+                times = eqn.params["length"]
+            elif name == "while":
+                times = while_trips
+            elif name == "shard_map":
+                times = eqn.params["mesh"].size
+            if inside:
+                total += times * (max(inside) if name == "cond" else sum(inside))
+    return total
+
+
+def _inner(eqn: Any) -> Iterator[Any]:
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+                yield item
+
+
+def _ragged_flops(eqn: Any) -> float:
+    """Every row meets one group's matrix."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batched) = numbers.dot_dimension_numbers
+    rows, other = (var.aval.shape for var in eqn.invars[:2])
+    taken = {*contracted, *batched, *numbers.rhs_group_dimensions}
+    free = math.prod(size for i, size in enumerate(other) if i not in taken)
+    return 2.0 * math.prod(rows) * free

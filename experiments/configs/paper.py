@@ -14,6 +14,7 @@ from occ.models.config import ModelConfig, MoEConfig, MTPConfig
 from occ.objectives.policy import PolicyConfig, gspo
 from occ.training.config import (
     EvaluationConfig,
+    LayoutConfig,
     ObjectiveConfig,
     OptimizerConfig,
     RolloutConfig,
@@ -23,6 +24,10 @@ from occ.training.config import (
 
 PROMPT_TOKENS = 2048
 RESPONSE_TOKENS = 8192
+
+# For 128 TPU v5p chips; `python -m experiments.plan` shows what they need.
+MIMO_LAYOUT = LayoutConfig(fsdp=32, tensor=4, micro_batches=4, logits_chunk=512)
+GLM_LAYOUT = LayoutConfig(fsdp=8, expert=16, micro_batches=4, logits_chunk=512)
 
 
 def mimo_7b() -> ModelConfig:
@@ -45,6 +50,7 @@ def mimo_7b() -> ModelConfig:
         tied_embeddings=False,
         compute_dtype="bfloat16",
         remat="full",
+        attention="splash",
         mtp=MTPConfig(num_modules=1, concatenation="hidden_embedding"),
     )
 
@@ -70,6 +76,7 @@ def glm_4_5_air() -> ModelConfig:
         tied_embeddings=False,
         compute_dtype="bfloat16",
         remat="full",
+        attention="splash",
         moe=MoEConfig(
             num_experts=128,
             experts_per_token=8,
@@ -83,7 +90,7 @@ def glm_4_5_air() -> ModelConfig:
     )
 
 
-def _dapo(name: str, model: ModelConfig) -> TrainConfig:
+def _dapo(name: str, model: ModelConfig, layout: LayoutConfig) -> TrainConfig:
     """What both models share; every figure is the paper's."""
     return TrainConfig(
         name=name,
@@ -119,17 +126,18 @@ def _dapo(name: str, model: ModelConfig) -> TrainConfig:
         # The paper's proxy: known before the backward pass, so it costs nothing over Detach.
         mtp=regime("occ_paper"),
         evaluation=EvaluationConfig(every=20, prompts=30, samples=32, top_p=0.7),
+        layout=layout,
     )
 
 
 def mimo_7b_dapo() -> TrainConfig:
     """MiMo-7B-RL with DAPO."""
-    return _dapo("mimo_7b_dapo", mimo_7b())
+    return _dapo("mimo_7b_dapo", mimo_7b(), MIMO_LAYOUT)
 
 
 def mimo_7b_gspo() -> TrainConfig:
     """MiMo-7B-RL with GSPO: sequence ratios, and the clip range of the GSPO paper."""
-    dapo = _dapo("mimo_7b_gspo", mimo_7b())
+    dapo = _dapo("mimo_7b_gspo", mimo_7b(), MIMO_LAYOUT)
     objective = dataclasses.replace(
         dapo.objective, policy=gspo(), aggregation="seq-mean-token-mean"
     )
@@ -138,4 +146,4 @@ def mimo_7b_gspo() -> TrainConfig:
 
 def glm_4_5_air_dapo() -> TrainConfig:
     """GLM-4.5-Air with DAPO."""
-    return _dapo("glm_4_5_air_dapo", glm_4_5_air())
+    return _dapo("glm_4_5_air_dapo", glm_4_5_air(), GLM_LAYOUT)

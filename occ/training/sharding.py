@@ -150,6 +150,25 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return shardings
 
 
+def for_generation(params: Any) -> Any:
+    """Parameters gathered along the axes that cut them for training, once for a whole rollout.
+
+    Otherwise every new token would gather them again. Matrices come in no wider dtype than they are
+    computed in; experts stay on their devices, and "tensor" still cuts everything. Without a mesh,
+    the parameters themselves.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return params
+
+    def gather(path, leaf):
+        spec = parameter_spec(path_string(path), leaf.shape)
+        kept = [axes if axes in ("tensor", "expert") else None for axes in spec]
+        return jax.lax.with_sharding_constraint(leaf, P(*kept))
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
 def _parameters(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's variables by path; those of a training state's `params` and `rest`."""
     variables = tree

@@ -1,0 +1,76 @@
+"""Accelerators and the meshes that they come in, for plans.
+
+Figures are the makers': Google Cloud's pages on TPU v5e, v5p and v6e, NVIDIA's H100 SXM data sheet;
+link speeds of TPUs from Austin et al., How to Scale Your Model, jax-ml.github.io/scaling-book.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Chip(NamedTuple):
+    """One device.
+
+    Attributes:
+      memory: bytes.
+      flops: bf16 operations a second.
+      bandwidth: of its memory, bytes a second.
+      link: bytes a second that leave it in a ring with its neighbours, one way.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+
+
+CHIPS = {
+    "v5e": Chip(16 * 2**30, 197e12, 819e9, 90e9),
+    "v5p": Chip(95 * 2**30, 459e12, 2765e9, 180e9),
+    "v6e": Chip(32 * 2**30, 918e12, 1640e9, 180e9),
+    "h100": Chip(80e9, 989e12, 3350e9, 50e9),  # 450e9 among the eight of a node
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of "v5p:4x4x8" or "h100:128".
+
+    Raises:
+      ValueError: none of `CHIPS`.
+    """
+    kind = topology.split(":")[0]
+    if kind not in CHIPS:
+        raise ValueError(
+            f"chip_of: expected a topology of one of {sorted(CHIPS)}, such as 'v5p:4x4x8' or "
+            f"'h100:128', got {topology!r}."
+        )
+    return CHIPS[kind]
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Devices of a pod slice that is not there, to compile for.
+
+    Raises:
+      RuntimeError: the TPU compiler is not installed.
+    """
+    # The compiler alone is wanted: no machine to ask, and no TPU that others must not use.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.split(':')[0]}-8")
+    # Otherwise JAX would look for TPUs to run on.
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except (RuntimeError, ImportError) as error:
+        raise RuntimeError(
+            f"tpu_devices: no compiler for topology {topology!r} ({error}). Install it with "
+            "pip install '.[plan]'; names are like v5e:4x4, v5p:4x4x8, v6e:16x16."
+        ) from error
+    return list(found.devices)

@@ -12,6 +12,7 @@ import re
 MAX_CHARACTERS = 512  # of an answer; competition answers have fewer than 200
 MAX_DIGITS = 60  # of one number
 MAX_DEPTH = 12  # of brackets
+MAX_FUNCTIONS = 16  # roots, logarithms, sines
 
 # -- where the answer is ----------------------------------------------------------------------
 
@@ -159,7 +160,7 @@ _COMMANDS = frozenset(
         \leq \geq \neq \circ \lt \gt \to \binom \dbinom \tbinom \lfloor \rfloor \lceil \rceil
         \overline \bar \ln \log \lg \exp \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan
         \sinh \cosh \tanh \mathbb \alpha \beta \gamma \delta \epsilon \varepsilon \theta \lambda
-        \mu \nu \rho \sigma \tau \phi \varphi \omega \Delta \Omega \Gamma \Phi \angle \triangle
+        \mu \nu \rho \sigma \tau \phi \varphi \omega \Delta \Omega \Phi \angle \triangle
         \begin \end \imath \{ \} \| \% \$ \\
         """,
     )
@@ -167,6 +168,10 @@ _COMMANDS = frozenset(
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{([a-zA-Z]*)\}")
 _MATRICES = frozenset(["pmatrix", "bmatrix", "vmatrix", "matrix"])
 _IN_BASE = re.compile(r"-?[0-9]+_\{[0-9]{1,2}\}")
+_SIGNS = re.compile(r"[+-]{3}|\|{3}")
+_FUNCTION = re.compile(
+    r"\\(?:sqrt|log|ln|lg|exp|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)(?![A-Za-z])"
+)
 _NUMBER_RUN = re.compile(r"[0-9]+")
 
 
@@ -188,8 +193,8 @@ def unreadable(text: str) -> str | None:
         return f"more than {MAX_CHARACTERS} characters"
     if not text:
         return "nothing"
-    if _CHARACTERS.fullmatch(text) is None or "__" in text:
-        return "a character that no formula has"
+    if _CHARACTERS.fullmatch(text) is None or "__" in text or "**" in text:
+        return "characters that no formula has"
     for token in TOKEN.findall(text):
         if token[0] == "\\" and token not in _COMMANDS:
             return f"the command {token}"
@@ -202,6 +207,8 @@ def unreadable(text: str) -> str | None:
         return "a binomial coefficient of large numbers"
     if re.search("[0-9]_", text) and _IN_BASE.fullmatch(text) is None:
         return "a subscript on a number"  # which sympy's reader would drop
+    if _SIGNS.search(text) or len(_FUNCTION.findall(text)) > MAX_FUNCTIONS:
+        return "a chain of signs or functions"
     return _brackets(text) or _factorials(text) or _powers(text)
 
 
@@ -230,8 +237,13 @@ def _factorials(text: str) -> str | None:
     return "a factorial of more than a number of three digits"
 
 
+_DOUBLE_POWER = re.compile(r"\^\{[^{}]*\}\^")
+
+
 def _powers(text: str) -> str | None:
     """Bounds exponents: of four digits, of two on a bracket, and powers of letters inside."""
+    if _DOUBLE_POWER.search(text):
+        return "two exponents in a row"
     size = 1
     for start in (i for i, character in enumerate(text) if character == "^"):
         exponent = _argument(text, start + 1)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments import verifier_speed
 from occ.tasks import Problem, VerifierError
 from occ.tasks.math_answers import extract_answer_line, extract_boxed, normalise, unreadable
 from occ.tasks.math_task import MathTask, MathVerifier
@@ -448,3 +449,11 @@ def test_the_other_form_of_final_answers():
     with MathVerifier(extract_answer_line, workers=1) as verifier:
         verdicts = verifier.judge(["12"] * 3, ["Answer: $12$", r"\boxed{12}", "Answer: 13"])
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0]
+
+
+def test_the_benchmark_judges_a_batch_and_its_answers_alike():
+    arguments = verifier_speed.Arguments(answers=40, costly=0)
+    result = verifier_speed.measure(arguments)
+    assert sum(map(len, result["latencies"].values())) == 40
+    assert {"value", "symbolic"} <= set(result["latencies"]) and result["replaced_workers"] == 0
+    assert "| all | 40 | 100.0% |" in verifier_speed.table(result)

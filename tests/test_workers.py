@@ -3,8 +3,10 @@
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -155,3 +157,38 @@ def test_closing_leaves_no_process():
         [process_id] = pool.map([("process id",)])
     with pytest.raises(ProcessLookupError):
         os.kill(process_id, 0)
+
+
+ORPHANING = """
+import importlib.util, pathlib, sys, threading
+spec = importlib.util.spec_from_file_location("workers", sys.argv[1])
+workers = importlib.util.module_from_spec(spec)
+sys.modules["workers"] = workers
+spec.loader.exec_module(workers)
+limits = workers.Limits(wall_seconds=1.0)
+pool = workers.WorkerPool(pathlib.Path(sys.argv[2]), "check", workers=1, limits=limits)
+print(*pool.map([("process id",)]), flush=True)
+pool.map([("sleep",)])
+"""
+
+
+def running(process):
+    try:
+        state = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # ended, in a container whose first process collects nobody
+
+
+def test_a_busy_worker_does_not_outlive_a_program_that_is_killed():
+    """That program loads one file of the package: a pool needs nothing else of it."""
+    command = [sys.executable, "-c", ORPHANING, workers.__file__, str(SOURCE)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        worker = int(program.stdout.readline().strip("[]\n"))
+        time.sleep(0.3)  # for the call to begin; an idle worker would end at once
+        program.kill()
+    assert running(worker)
+    deadline = time.monotonic() + 10
+    while running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(worker)

@@ -163,7 +163,7 @@ class _Worker:
     """One place in the pool: a process, or none until it is next needed."""
 
     def __init__(self, source: pathlib.Path, function: str, limits: Limits):
-        self._arguments = [str(source), function, str(limits.cpu_seconds), str(limits.memory_mib)]
+        self._arguments = [str(source), function, json.dumps(dataclasses.asdict(limits))]
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: mp_connection.Connection | None = None
@@ -337,27 +337,30 @@ def _load(source: str) -> types.ModuleType:
     return module
 
 
-def _serve(descriptor: str, source: str, name: str, cpu_seconds: str, memory_mib: str) -> None:
+def _serve(descriptor: str, source: str, name: str, limits_json: str) -> None:
     """Answers requests until the other end is closed."""
+    limits = Limits(**json.loads(limits_json))
     connection = mp_connection.Connection(int(descriptor))
-    module, seconds = _load(source), float(cpu_seconds)
+    module = _load(source)
     function = getattr(module, name)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the start is over; libraries may warn
-    _confine(int(memory_mib), getattr(module, "PROGRAMS", None))
+    _confine(limits.memory_mib, getattr(module, "PROGRAMS", None))
     connection.send_bytes(b"ready")
     while True:
         try:
             request = connection.recv_bytes()
         except EOFError:
             return
-        # Nobody handles SIGPROF, so the kernel ends the process, even inside a long operation of
-        # the interpreter, and even if the process that asked is gone.
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        # Nobody handles these signals, so the kernel ends the process, even inside a long operation
+        # of the interpreter. The second is for a process that outlives the one that asked.
+        signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
+        signal.setitimer(signal.ITIMER_REAL, 2 * limits.wall_seconds)
         try:
             reply = {"result": function(*json.loads(request))}
         except _RAISED as error:
             reply = {"raised": f"{type(error).__name__}: {error}"[:1000]}
         connection.send_bytes(json.dumps(reply).encode())
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,11 @@ x\in[2,5] | [2,5]
 90^\circ | 90°
 90 | 90^{\circ}
 90^\circ | 90\text{ degrees}
+50\% | 50\text{ percent}
+-\frac{3}{2} | -1\frac{1}{2}
+30^\circ | \frac{\pi}{6}
+\frac{\pi}{6} | 30^\circ
+12 | 2\cdot 6=12
 2\sqrt{3} | \sqrt{12}
 \frac{\sqrt{2}}{2} | \frac{1}{\sqrt{2}}
 \sqrt[3]{16} | 2\sqrt[3]{2}
@@ -137,6 +142,13 @@ UNEQUAL = r"""
 \sqrt{2} | 1.414
 x^2+2x+1 | x^2+1
 x=5 | x=6
+x=5 | y=5
+2\leq x\leq 5 | (2,5)
+\sqrt{2} | \pm\sqrt{2}
+12 | 13,12
+12 | x>12
+10\% | 0.1\%
+90^\circ | 90\pi
 y=2x+1 | y=2x
 2xy | 2
 3t | 3
@@ -253,20 +265,27 @@ def test_a_balanced_answer_comes_out_as_it_went_in(inner):
 # -- equality ---------------------------------------------------------------------------------
 
 
-def test_equal_answers_are_right(verifier):
-    references, answers = zip(*pairs(EQUAL), strict=True)
-    verdicts = verifier.judge(references, boxed(answers))
-    wrong = [(p, v) for p, v in zip(pairs(EQUAL), verdicts, strict=True) if v.reward != 1.0]
-    assert not wrong
-    assert {verdict.tier for verdict in verdicts} == {"text", "value", "symbolic"}
+@pytest.fixture(scope="module")
+def verdicts(verifier):
+    """Of the two tables, in one batch."""
+    table = pairs(EQUAL) + pairs(UNEQUAL)
+    return dict(zip(table, verifier.judge(*split(table)), strict=True))
 
 
-def test_unequal_answers_are_wrong(verifier):
-    references, answers = zip(*pairs(UNEQUAL), strict=True)
-    verdicts = verifier.judge(references, boxed(answers))
-    wrong = [(p, v) for p, v in zip(pairs(UNEQUAL), verdicts, strict=True) if v.reward != 0.0]
-    assert not wrong
-    assert {verdict.tier for verdict in verdicts} == {"value", "symbolic"}
+def split(table):
+    return [reference for reference, _ in table], boxed(answer for _, answer in table)
+
+
+def test_equal_answers_are_right(verdicts):
+    found = {pair: verdicts[pair] for pair in pairs(EQUAL)}
+    assert {pair: verdict for pair, verdict in found.items() if verdict.reward != 1.0} == {}
+    assert {verdict.tier for verdict in found.values()} == {"text", "value", "symbolic"}
+
+
+def test_unequal_answers_are_wrong(verdicts):
+    found = {pair: verdicts[pair] for pair in pairs(UNEQUAL)}
+    assert {pair: verdict for pair, verdict in found.items() if verdict.reward != 0.0} == {}
+    assert {verdict.tier for verdict in found.values()} == {"value", "symbolic"}
 
 
 def test_references_of_the_tables_can_be_verified(verifier):
@@ -377,14 +396,10 @@ def test_any_text_is_compared_without_an_error(reference, answer):
     assert unreadable(left) is None or isinstance(unreadable(left), str)
 
 
-def test_order_and_number_of_workers_do_not_change_the_verdicts(verifier):
-    table = pairs(EQUAL) + pairs(UNEQUAL)
-    expected = verifier.judge([r for r, _ in table], boxed(a for _, a in table))
-    order = random.Random(0).sample(range(len(table)), len(table))
-    shuffled = [table[i] for i in order]
+def test_order_and_number_of_workers_do_not_change_the_verdicts(verdicts):
+    table = random.Random(0).sample(list(verdicts), len(verdicts))
     with MathVerifier(workers=1) as alone:
-        found = alone.judge([r for r, _ in shuffled], boxed(a for _, a in shuffled))
-    assert found == [expected[i] for i in order]
+        assert alone.judge(*split(table)) == [verdicts[pair] for pair in table]
 
 
 def test_no_answer_and_a_long_answer_are_wrong(verifier):

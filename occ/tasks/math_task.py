@@ -155,10 +155,12 @@ class MathVerifier:
         equal = compare(expected, found)
         if equal is not None:
             return Verdict(float(equal), "value")
-        (expected, unit), (found, found_unit) = split_unit(expected), split_unit(found)
+        (bare, unit), (found_bare, found_unit) = split_unit(expected), split_unit(found)
         if unit and found_unit and unit != found_unit:
             return Verdict(0.0, "value")
-        return expected, found
+        if "degree" in (unit, found_unit) and r"\pi" in bare + found_bare:
+            return expected, found  # an angle in degrees and in radians
+        return bare, found_bare
 
 
 def _symbolic_verdict(result: bool | Failure | None) -> Verdict:

@@ -18,17 +18,19 @@ MAX_PARTS = 12  # of a set that is compared part by part, each with each
 
 _INTEGER = rf"[0-9]{{1,{MAX_DIGITS}}}"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]{{0,{MAX_DIGITS}}})?|\.[0-9]{{1,{MAX_DIGITS}}})"
+_REPEATING = r"(?:\\overline\{(?P<repeat>[0-9]{1,20})\})?"
+_SCIENTIFIC = r"(?:(?:\\times|\\cdot)10\^\{(?P<power>-?[0-9]{1,2})\})?"
 _QUANTITY = re.compile(
-    rf"(?P<currency>\\\$)?(?P<sign>[+-]?)(?P<currency2>\\\$)?(?:"
-    rf"(?P<whole>{_INTEGER})?\\frac\{{(?P<minus>-?)(?P<over>{_INTEGER})\}}\{{(?P<under>{_INTEGER})\}}"
+    r"(?P<currency>\\\$)?(?P<sign>[+-]?)(?P<currency_after_sign>\\\$)?(?:"
+    rf"(?P<whole>{_INTEGER})?"
+    rf"\\frac\{{(?P<minus>-?)(?P<over>{_INTEGER})\}}\{{(?P<under>{_INTEGER})\}}"
     rf"|(?P<numerator>{_INTEGER})/(?P<denominator>{_INTEGER})"
-    rf"|(?P<decimal>{_DECIMAL})(?:\\overline\{{(?P<repeat>[0-9]{{1,20}})\}})?(?:(?:\\times|\\cdot)10\^\{{?(?P<power>-?[0-9]{{1,2}})\}}?)?"
-    r")(?:_\{?(?P<base>[0-9]{1,2})\}?)?(?P<unit>.*)",
+    rf"|(?P<decimal>{_DECIMAL}){_REPEATING}{_SCIENTIFIC}"
+    r")(?:_\{(?P<base>[0-9]{1,2})\})?(?P<unit>.*)",
     re.DOTALL,
 )
 _UNIT = re.compile(
-    r"(?P<percent>\\?%|\\text\{percent\})"
-    r"|(?P<degree>\^\\circ|\\text\{degrees?\})"
+    r"(?P<percent>\\?%)|(?P<degree>\^\\circ)"
     r"|\\text\{(?P<name>[A-Za-z./]+)(?:\^\{(?P<inner>[23])\}\}|\}(?:\^\{(?P<outer>[23])\})?)"
     r"|(?P<plain>[a-z]{2,})(?:\^\{(?P<plain_power>[23])\})?"
 )
@@ -55,6 +57,7 @@ _UNITS = {
     "kilogram": "kg",
     "liter": "l",
     "litre": "l",
+    "percent": "%",
     "squareunit": "unit^2",
     "cubicunit": "unit^3",
     "squarecm": "cm^2",
@@ -66,7 +69,7 @@ _UNITS = {
     "squaremeter": "m^2",
 }
 # Units that are known as such without being marked as text.
-_PLAIN = {*_UNITS, *_UNITS.values(), "cent", "degree", "dollar", "mph", "percent", "unit", "year"}
+_PLAIN = {*_UNITS, *_UNITS.values(), "cent", "degree", "dollar", "mph", "unit", "year"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +101,15 @@ def quantity(text: str) -> Quantity | None:
     if int(under) == 0 or (match["whole"] and match["minus"]):
         return None
     if match["decimal"]:
-        value = _decimal(match["decimal"], match["repeat"]) * Fraction(10) ** int(
-            match["power"] or 0
-        )
+        value = _decimal(match["decimal"], match["repeat"])
+        value *= Fraction(10) ** int(match["power"] or 0)
     else:
         value = Fraction(int(match["over"] or match["numerator"]), int(under))
         value = int(match["whole"] or 0) + (-value if match["minus"] else value)
     unit = _unit(match["unit"])
     if unit is None or (unit and match["base"]):
         return None
-    if match["currency"] or match["currency2"]:
+    if match["currency"] or match["currency_after_sign"]:
         unit = unit or "dollar"
     return Quantity(
         -value if match["sign"] == "-" else value,

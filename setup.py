@@ -17,6 +17,7 @@ EXPERIMENTS = [
     "tqdm",
     "tyro",
 ]
+MATH = ["math-verify"]
 TEST = [
     "beartype",
     "hypothesis",
@@ -51,7 +52,8 @@ setuptools.setup(
     ],
     extras_require={
         "experiments": EXPERIMENTS,
-        "test": EXPERIMENTS + TEST + NOTEBOOKS,
+        "math": MATH,
+        "test": EXPERIMENTS + MATH + TEST + NOTEBOOKS,
         "notebooks": EXPERIMENTS + NOTEBOOKS,
         "parity": PARITY,
     },

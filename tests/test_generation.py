@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from occ.generation.bucketing import COLUMN_RUNGS, Bucketed, padding_waste, portions
 from occ.generation.sampling import SamplingConfig, check_fits, generate, restrict, sample_token
 from occ.models.decoder import merge_model
 from tests.reference_models import MOE, random_model, rows, small_config
@@ -322,3 +323,62 @@ def test_generation_past_the_context_raises():
 def test_bad_settings_raise(settings, match):
     with pytest.raises(ValueError, match=match):
         SamplingConfig(**({"max_new_tokens": 3} | settings))
+
+
+# -- portions ---------------------------------------------------------------------------------
+
+
+def portioned(model, config, rows_at_a_time):
+    program = jax.jit(functools.partial(generate, model[0], config=config))
+    return Bucketed(program, rows_at_a_time, config.pad_token)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 4, 99])
+def test_portions_sample_the_same_tokens(rows_at_a_time):
+    """Seven prompts of very different length, some of whose responses stop."""
+    config = small_config(dtype="float32")
+    model = random_model(config)
+    tokens, mask = prompts(config, (5, 1, 8, 3, 1, 8, 2), columns=8)
+    sampling = SamplingConfig(NEW, stop_tokens=(3, 5), pad_token=12)
+    expected = sample(*model, tokens, mask, KEY, config=sampling)
+    bucketed = portioned(model, sampling, rows_at_a_time)
+    got = bucketed(*model[1:], tokens, mask, KEY)
+    for name in ("tokens", "response_mask", "finished", "lengths"):
+        assert getattr(got, name).dtype == getattr(expected, name).dtype
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    np.testing.assert_allclose(got.log_prob, expected.log_prob, atol=1e-5)
+    assert len(set(np.asarray(expected.lengths).tolist())) > 1
+    assert bucketed.program._cache_size() <= COLUMN_RUNGS
+
+
+def test_portions_are_sorted_whole_and_narrow():
+    rng = np.random.default_rng(3)
+    for batch, columns, size in ((1, 5, 3), (7, 9, 2), (20, 30, 6), (20, 2, 20)):
+        lengths = rng.integers(1, columns + 1, batch)
+        cut = portions(lengths, columns, size)
+        assert {portion.rows.size for portion in cut} == {min(size, batch)}
+        assert set(np.concatenate([portion.rows for portion in cut])) == set(range(batch))
+        step = -(-columns // COLUMN_RUNGS)
+        for portion in cut:
+            longest = lengths[portion.rows].max()
+            assert longest <= portion.columns <= min(longest + step - 1, columns)
+        widths = [portion.columns for portion in cut]
+        assert widths == sorted(widths) and len(set(widths)) <= COLUMN_RUNGS
+
+
+def test_padding_waste_counts_what_is_computed():
+    """By hand: four prompts of eight columns, in portions of two or at once."""
+    lengths = np.array([8, 2, 7, 1])
+    mask = np.arange(8)[None] >= 8 - lengths[:, None]
+    responses = np.array([4, 1, 2, 3])
+    real = 8 + 2 + 7 + 1 + 4 + 1 + 2 + 3
+    assert padding_waste(mask, responses, 0) == pytest.approx(1 - real / (4 * (8 + 4)))
+    computed = 2 * (2 + 3) + 2 * (8 + 4)  # rows 3 and 1 in two columns, rows 2 and 0 in eight
+    assert padding_waste(mask, responses, 2) == pytest.approx(1 - real / computed)
+    computed = 3 * (8 + 3) + 3 * (8 + 4)  # rows 3, 1 and 2; row 0, twice more to fill up
+    assert padding_waste(mask, responses, 3) == pytest.approx(1 - real / computed)
+
+
+def test_a_negative_number_of_rows_is_refused():
+    with pytest.raises(ValueError, match="rows_at_a_time >= 0.*got -1"):
+        Bucketed(sample, -1, 0)

@@ -11,7 +11,7 @@ from occ import tasks
 from occ.objectives.advantages import group_advantages
 from occ.tasks import VerifierError
 from occ.training import loop
-from occ.training.config import EvaluationConfig, RolloutConfig, TrainConfig, regime
+from occ.training.config import EvaluationConfig, LayoutConfig, RolloutConfig, TrainConfig, regime
 from occ.training.evaluate import evaluate
 from occ.training.rollout import build_programs, collect
 from tests import tiny
@@ -87,6 +87,31 @@ def test_what_a_minibatch_holds(model, programs):
     )
     np.testing.assert_allclose(batch.advantages, np.where(mask, expected, 0), atol=1e-5)
     assert not mask[:, :COLUMNS].any() and not mask[segment_ids == 0].any()
+
+
+def test_portions_make_the_same_rollout(model):
+    """Prompts of two lengths in many more columns than they need."""
+    task = dataclasses.replace(
+        tasks.load("arithmetic", digits=2, train_size=40, test_size=10), verifier=by_length
+    )
+    config = config_for(max_prompt_tokens=16)
+    whole = collect(build_programs(model[0], config, task), *model[1:], config, task, 0)
+    layout = LayoutConfig(generation_rows=4)
+    config = dataclasses.replace(config, layout=layout)
+    programs = build_programs(model[0], config, task)
+    parts = collect(programs, *model[1:], config, task, 0)
+    for name in ("tokens", "segment_ids", "response_mask", "advantages"):
+        np.testing.assert_array_equal(getattr(parts.batch, name), getattr(whole.batch, name))
+    np.testing.assert_allclose(
+        parts.batch.rollout_log_prob, whole.batch.rollout_log_prob, atol=1e-5
+    )
+    waste = "rollout/padding_waste"
+    assert 0 < parts.metrics[waste] < whole.metrics[waste] < 1
+    present, steps = np.asarray(whole.batch.segment_ids) > 0, task.max_response_tokens
+    assert np.asarray(whole.batch.response_mask)[:, -1].any()  # some response went on to the end
+    assert whole.metrics[waste] == pytest.approx(1 - present.sum() / (16 * (16 + steps)))
+    accuracy = evaluate(programs, *model[1:], config, task)
+    assert 0 <= accuracy["greedy"] <= 1
 
 
 def test_groups_without_variance_are_counted_and_dropped_if_asked(model, programs):

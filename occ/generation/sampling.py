@@ -106,10 +106,11 @@ def generate(
     key: jax.Array,
     *,
     config: SamplingConfig,
+    rows: Int[Array, "batch"] | None = None,
 ) -> Generation:
     """Samples one response to each prompt; stops early when all have ended.
 
-    A row's random numbers depend on the key, the row's index and the step alone, so a response
+    A row's random numbers depend on the key, the row's number and the step alone, so a response
     does not change with the other rows or with the padding.
 
     Args:
@@ -118,6 +119,8 @@ def generate(
       prompt_mask: bool [B, P], False on padding. `check_fits` checks concrete ones.
       key: PRNG key.
       config: sampling; static under jit.
+      rows: int32 [B], each row's number, where these are some rows of a larger batch; None numbers
+        them from 0.
     """
     model = merge_model(graphdef, params, rest)
     batch, _ = prompts.shape
@@ -126,7 +129,8 @@ def generate(
     cache = model.empty_cache(batch, prompts.shape[1] + config.max_new_tokens)
     hidden, cache = model.extend(prompts, positions, segment_ids, cache)
     lengths = jnp.sum(segment_ids, axis=1)
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+    numbers = jnp.arange(batch) if rows is None else rows
+    row_keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
     stop = jnp.asarray(config.stop_tokens, jnp.int32)
 
     def body(progress: _Progress) -> _Progress:

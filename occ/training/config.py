@@ -360,7 +360,8 @@ class LayoutConfig:
       logits_chunk: columns of a batch whose logits exist at one time; 0 is all of them.
       pack: lay several sequences into one row for training.
       sequences_per_row: the most that one row takes when packed.
-      generation_rows: rows that are generated at one time, sorted by length of prompt; 0 is all.
+      generation_rows: rows that are generated at one time, sorted by length of prompt; best a
+        divisor of prompts x samples, since the last portion is filled up. 0 is all at once.
     """
 
     data: int = 1
@@ -428,4 +429,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: MTP loss {self.mtp.loss!r} with K = 0 modules. Give the model "
                 "modules (model.mtp.num_modules >= 1), or train with regime('rl_only')."
+            )
+        if self.layout.pack and self.mtp.looks and self.mtp.measure == "released_unmasked":
+            raise ValueError(
+                "TrainConfig: measure 'released_unmasked' is a mean over all positions, padding "
+                "included, and layout.pack=True leaves most of the padding out: the coefficient "
+                "would be another. Use layout.pack=False, or another measure ('released_masked' is "
+                "the same mean over response tokens)."
             )

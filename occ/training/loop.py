@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from occ.tasks import Task
-from occ.training.batch import split
 from occ.training.checkpoints import Checkpoints
 from occ.training.config import TrainConfig
 from occ.training.evaluate import evaluate
+from occ.training.packing import minibatches, padding_waste
 from occ.training.programs import Programs, build, fresh_state, init_model
 from occ.training.rollout import Rollout, collect
 from occ.training.run_folder import RunFolder, plain
@@ -120,7 +120,8 @@ def _train_on_rollout(
     rollout = collect(programs.rollout, state.params, state.rest, config, task, number, reference)
     sampled = time.perf_counter()
     steps = []
-    for minibatch in split(rollout.batch, config.rollout.minibatches):
+    batches = minibatches(rollout.batch, config)
+    for minibatch in batches:
         state, metrics = programs.train_step(state, minibatch)
         steps.append(metrics)
     steps = jax.device_get(steps)  # the only wait for the device within a rollout's updates
@@ -129,6 +130,7 @@ def _train_on_rollout(
         "rollout": number,
         **rollout.metrics,
         **plain(_mean_over_steps(steps)),
+        "batch/padding_waste": padding_waste(batches),
         **evaluated,
         "seconds/rollout": sampled - started,
         "seconds/updates": time.perf_counter() - sampled,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from occ.generation.bucketing import Bucketed, padding_waste
 from occ.generation.sampling import Generation, SamplingConfig, check_fits, generate
 from occ.objectives import advantages
 from occ.tasks import Problem, Task
@@ -34,23 +36,21 @@ class Scores(NamedTuple):
     mtp_agrees: jax.Array
 
 
-Generate = Callable[..., Generation]
-
-
 @dataclasses.dataclass(frozen=True)
 class RolloutPrograms:
     """The compiled programs of a rollout; they are the same in every regime and for every seed.
 
     Attributes:
-      sample: `(params, rest, prompts, prompt_mask, key) -> Generation` as in training.
+      sample: `(params, rest, prompts, prompt_mask, key) -> Generation` as in training; in portions
+        if the layout says so.
       greedy: the same with the most likely tokens.
       evaluation: the same as `EvaluationConfig` says, at temperature 1.
       score: `(params, rest, tokens, segment_ids) -> Scores`.
     """
 
-    sample: Generate
-    greedy: Generate
-    evaluation: Generate
+    sample: Bucketed
+    greedy: Bucketed
+    evaluation: Bucketed
     score: Callable[..., Scores]
 
 
@@ -81,7 +81,8 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
     evaluation = dataclasses.replace(plain, top_p=config.evaluation.top_p)
 
     def program(sampling):
-        return jax.jit(lambda *arguments: generate(graphdef, *arguments, config=sampling))
+        compiled = jax.jit(functools.partial(generate, graphdef, config=sampling))
+        return Bucketed(compiled, config.layout.generation_rows, task.tokenizer.pad_id)
 
     def score(params, rest, tokens, segment_ids):
         positions = positions_from_segments(segment_ids)
@@ -176,6 +177,9 @@ def collect(
         reference = programs.score(reference_params, rest, batch.tokens, batch.segment_ids)
         batch = batch.replace(reference_log_prob=reference.log_prob)
     metrics = _metrics(batch, sampled, rewards, valid, kept)
+    metrics["rollout/padding_waste"] = padding_waste(
+        prompt_mask, sampled.lengths, programs.sample.rows_at_a_time
+    )
     examples = [
         (problems[i].prompt, completions[i], float(rewards[i]))
         for i in range(0, len(problems), rollout.samples)

@@ -4,7 +4,8 @@ For example
 
     python -m experiments.train laptop --regime occ_paper --config.seed 1 --config.rollouts 40
 
-Ctrl-C ends after the rollout in hand; the same command goes on from there.
+Ctrl-C or SIGTERM ends after the rollout in hand; the same command goes on from there, as it does
+after a crash.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Arguments:
 
 
 def train(arguments: Arguments) -> int:
-    """Runs it; returns the exit status, 130 if it was interrupted."""
+    """Runs it; returns the exit status: 0, also after SIGTERM, or 130 after Ctrl-C."""
     config = arguments.config
     if arguments.regime is not None:
         config = dataclasses.replace(config, mtp=regime(arguments.regime))
@@ -55,7 +56,7 @@ def train(arguments: Arguments) -> int:
         result = runs.run(label, config, task, programs, start, folder, should_stop)
     if result is None:
         print(f"stopped; the same command goes on from the checkpoint in {folder}")
-        return 130
+        return should_stop.status
     final = result["final"]
     print(
         f"{folder}: greedy {final['greedy']:.3f}, sampled {final['sampled']:.3f}, MTP acceptance "

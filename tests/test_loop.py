@@ -71,7 +71,7 @@ def final_state(folder):
         build_calibration(CONFIG.mtp, 1),
     )
     checkpoints = Checkpoints(folder / "checkpoints")
-    number, restored = checkpoints.restore(state)
+    number, restored, _ = checkpoints.restore(state)
     checkpoints.close()
     return number, restored
 

@@ -13,6 +13,8 @@ import numpy as np
 import tqdm
 from tensorboardX import SummaryWriter
 
+from occ.training.disk import is_full
+
 
 class Interrupt:
     """Turns the first Ctrl-C or SIGTERM into a wish to stop; a second one stops at once.
@@ -80,9 +82,14 @@ class RunReporter:
                 self._writer.add_scalar(name + suffix, scalar, number)
 
     def close(self) -> None:
-        """Ends the bar and flushes the events."""
+        """Ends the bar and flushes the events; those that find the disk full are lost."""
         self._bar.close()
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            tqdm.tqdm.write("the last TensorBoard events are lost: the disk is full")
 
 
 def summary(row: dict[str, Any]) -> str:

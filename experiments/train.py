@@ -11,6 +11,7 @@ after a crash.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import pathlib
 import sys
 from typing import Literal
@@ -22,6 +23,7 @@ from experiments.configs import CONFIGS
 from experiments.progress import interrupt
 from occ.training import loop
 from occ.training.config import TrainConfig, regime
+from occ.training.disk import DiskFullError
 
 RegimeName = Literal["rl_only", "detach", "ce", "policy", "occ", "occ_paper", "occ_released"]
 
@@ -42,7 +44,7 @@ class Arguments:
 
 
 def train(arguments: Arguments) -> int:
-    """Runs it; returns the exit status: 0, also after SIGTERM, or 130 after Ctrl-C."""
+    """Runs it; returns the exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1, disk full."""
     config = arguments.config
     if arguments.regime is not None:
         config = dataclasses.replace(config, mtp=regime(arguments.regime))
@@ -52,8 +54,16 @@ def train(arguments: Arguments) -> int:
     task = runs.load_task(config)
     programs = loop.build(config, task)
     start = runs.starting_point(config, task, programs, root / "starts")
-    with interrupt() as should_stop:
-        result = runs.run(label, config, task, programs, start, folder, should_stop)
+    full_disk = None
+    try:
+        with interrupt() as should_stop:
+            result = runs.run(label, config, task, programs, start, folder, should_stop)
+    except DiskFullError as error:
+        full_disk = str(error)
+    if full_disk is not None:
+        gc.collect()  # with it goes what Orbax still has to say, so that ours is the last word
+        print(full_disk, file=sys.stderr)
+        return 1
     if result is None:
         print(f"stopped; the same command goes on from the checkpoint in {folder}")
         return should_stop.status

@@ -34,9 +34,10 @@ CONFIG = TrainConfig(
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--keep", type=int, default=2)
+    parser.add_argument("--keep", type=int, default=CONFIG.keep_checkpoints)
+    parser.add_argument("--every", type=int, default=CONFIG.checkpoint_every)
     given = parser.parse_args()
-    config = dataclasses.replace(CONFIG, keep_checkpoints=given.keep)
+    config = dataclasses.replace(CONFIG, keep_checkpoints=given.keep, checkpoint_every=given.every)
     return train.train(train.Arguments(config, folder=given.folder))
 
 

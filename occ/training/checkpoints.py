@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
@@ -68,7 +69,7 @@ class Checkpoints:
         """Starts to save the state after `number` finished rollouts; returns at once.
 
         Raises:
-          OSError: the disk is full, now or since the last save began.
+          DiskFullError: now, or in writing the one before.
         """
         if number in self._manager.all_steps():
             return
@@ -131,7 +132,7 @@ class Checkpoints:
         """Waits for what is being written.
 
         Raises:
-          OSError: the disk is full.
+          DiskFullError: the last one could not be written.
         """
         with self._full_disk_explained():
             try:
@@ -150,9 +151,14 @@ class Checkpoints:
     ) -> None:
         try:
             self.close()
-        except OSError:
+        except disk.DiskFullError:
             if error is None:  # else the first error tells more
                 raise
+        finally:
+            if kind is not None:
+                # At the next start they would go anyway; a full disk needs the space now.
+                for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
 
     def _full_disk_explained(self) -> contextlib.AbstractContextManager[None]:
         return disk.explained(self._folder.parent, self._bytes)

@@ -9,6 +9,11 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+
+class DiskFullError(OSError):
+    """A disk or quota is full; the message says what was needed and what can be deleted."""
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -59,7 +64,7 @@ def explained(run: pathlib.Path, needed: int) -> Iterator[None]:
       needed: bytes that the block writes.
 
     Raises:
-      OSError: ENOSPC, in place of any error that means it.
+      DiskFullError: in place of any error that means it.
     """
     try:
         yield
@@ -67,17 +72,21 @@ def explained(run: pathlib.Path, needed: int) -> Iterator[None]:
         if not is_full(error):
             raise
         free = shutil.disk_usage(run).free
-        raise OSError(
+        raise DiskFullError(
             errno.ENOSPC,
-            f"no space left for {run}: up to {needed:,} bytes are needed, {free:,} are free. "
-            "What was saved before is whole; make space and give the same command again. "
-            f"In this folder the run can do without {_dispensable(run)}.",
+            f"no space left for {run}: {needed:,} bytes and their index were to be written, "
+            f"{free:,} are free. What was saved before is whole: make space, and give the same "
+            f"command again. In this folder the run can do without {_dispensable(run)}.",
         ) from error
 
 
 def _dispensable(run: pathlib.Path) -> str:
     """What is not needed to go on, the largest first."""
-    checkpoints = [path for path in (run / "checkpoints").glob("*") if path.is_dir()]
+    checkpoints = [
+        path
+        for path in (run / "checkpoints").glob("*")
+        if path.name.isdigit() or ".damaged" in path.name
+    ]
     newest = max((int(path.name) for path in checkpoints if path.name.isdigit()), default=None)
     candidates = [path for path in checkpoints if path.name != str(newest)]
     candidates += [path for path in (run / "tensorboard", run / "samples.jsonl") if path.exists()]

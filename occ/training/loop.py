@@ -92,7 +92,7 @@ def run(
     Raises:
       ValueError: the folder holds a run with another configuration.
       DamagedError: it holds checkpoints, and none can be read.
-      OSError: the disk is full; the message says what can be deleted.
+      DiskFullError: the message says what can be deleted.
       FloatingPointError: `config.max_bad_updates` updates in a row were not finite.
     """
     began = time.perf_counter()

@@ -65,12 +65,12 @@ def finish(start, at):
 def outcome(at):
     """All that a run leaves, but for the clock; the final state by its arrays' fingerprints."""
     run = at / "run"
-    rows = read_rows(run / "metrics.jsonl")
+    metrics = read_rows(run / "metrics.jsonl")
     record = json.loads((run / "checkpoints" / str(ROLLOUTS) / "record" / "metadata").read_text())
     result = json.loads((run / "result.json").read_text())
     record["history"].pop("seconds")
     return {
-        "rows": [{k: v for k, v in row.items() if "seconds" not in k} for row in rows],
+        "rows": [{k: v for k, v in row.items() if "seconds" not in k} for row in metrics],
         "samples": (run / "samples.jsonl").read_text(),
         "state": record["fingerprint"],
         "history": record["history"],
@@ -78,41 +78,52 @@ def outcome(at):
     }
 
 
-def phase(run):
-    """Where a run was when it was killed, by what it left."""
-    rows = len(read_rows(run / "metrics.jsonl"))
+def phase(run, began):
+    """Where the process that was started at `began` was killed, by what it left."""
+    metrics = run / "metrics.jsonl"
     if (run / "result.json").exists():
         return "after the result"
-    if any("tmp" in path.name for path in run.glob("checkpoints/*")):
+    if saving(run, began):
         return "inside a save"
-    if rows == 0:
-        return "before the first row"
-    return "after the last row" if rows == ROLLOUTS else "between rows"
+    if not metrics.exists() or metrics.stat().st_mtime < began:
+        return "starting"
+    return "after the last row" if count_lines(metrics) == ROLLOUTS else "between rows"
+
+
+def saving(run, since):
+    """Whether a checkpoint was begun since, and not finished."""
+    try:
+        return any(path.stat().st_mtime > since for path in run.glob("checkpoints/*tmp*"))
+    except FileNotFoundError:  # finished while we looked
+        return False
 
 
 def kill(start, at, when, delay):
-    """Kills a run `delay` seconds after `when()` holds; the phase, or None if it had ended."""
+    """Kills a run `delay` seconds after `when(began)` holds; the phase, or None if it had ended."""
+    began = time.time()
     process = start(at)
     deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and not when() and time.monotonic() < deadline:
+    while process.poll() is None and not when(began) and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(delay)
     process.kill()
-    return phase(at / "run") if process.wait(PATIENCE) == -signal.SIGKILL else None
+    return phase(at / "run", began) if process.wait(PATIENCE) == -signal.SIGKILL else None
 
 
 def moment(generator, at, seconds):
     """A condition and a delay: at any time, after some row, or while a checkpoint is written."""
     run = at / "run"
-    seen = len(read_rows(run / "metrics.jsonl"))
     kind = generator.choice(["any time", "a row", "a save"])
     if kind == "any time":
-        return lambda: True, generator.uniform(0, seconds)
-    if kind == "a row":
-        row = generator.randint(seen + 1, ROLLOUTS) if seen < ROLLOUTS else ROLLOUTS
-        return lambda: count_lines(run / "metrics.jsonl") >= row, generator.uniform(0, 0.1)
-    checkpoints = run / "checkpoints"
-    return lambda: any(checkpoints.glob("*tmp*")), generator.uniform(0, 0.05)
+        return lambda began: True, generator.uniform(0, seconds)
+    if kind == "a save":
+        return lambda began: saving(run, began), generator.uniform(0, 0.05)
+    row = generator.randint(min(rows(run) + 1, ROLLOUTS), ROLLOUTS)
+    return lambda began: rows(run) >= row, generator.uniform(0, 0.1)
+
+
+def rows(run):
+    return count_lines(run / "metrics.jsonl")
 
 
 def count_lines(file):
@@ -122,10 +133,10 @@ def count_lines(file):
 def test_a_run_killed_and_terminated_ends_as_the_whole_one(whole, start, tmp_path):
     generator = random.Random(0)
     run = tmp_path / "run"
-    assert kill(start, tmp_path, lambda: any(run.glob("checkpoints/*tmp*")), 0.002)
-    row = generator.randint(2, 5)
-    delay = generator.uniform(0, 0.1)
-    assert kill(start, tmp_path, lambda: count_lines(run / "metrics.jsonl") >= row, delay)
+    delay = generator.uniform(0, 0.01)
+    assert kill(start, tmp_path, lambda began: saving(run, began), delay)
+    row, delay = generator.randint(2, 5), generator.uniform(0, 0.05)
+    assert kill(start, tmp_path, lambda began: rows(run) >= row, delay)
 
     process = start(tmp_path)
     changed = (run / "metrics.jsonl").stat().st_mtime_ns
@@ -134,8 +145,7 @@ def test_a_run_killed_and_terminated_ends_as_the_whole_one(whole, start, tmp_pat
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 0
     assert "the same command goes on from the checkpoint in run" in (tmp_path / "log").read_text()
-    rows = count_lines(run / "metrics.jsonl")
-    assert rows < ROLLOUTS and (run / "checkpoints" / str(rows)).is_dir()
+    assert rows(run) < ROLLOUTS and (run / "checkpoints" / str(rows(run))).is_dir()
 
     finish(start, tmp_path)
     assert outcome(tmp_path) == whole[0]

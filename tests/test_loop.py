@@ -204,12 +204,16 @@ def test_bad_updates_in_a_row_end_the_run_and_leave_the_state_before(programs, s
     with pytest.raises(FloatingPointError, match=message):
         loop.run(config, TASK, poisoned(programs, range(100)), start, run)
     number, state, history = newest(run)
-    assert number == 4 and history.bad_updates == 4 and state.skipped == 4
+    assert number == 4 and history.bad_updates == 3 and state.skipped == 4
+    with pytest.raises(FloatingPointError, match=message):  # as long as the limit is the same
+        loop.run(config, TASK, programs, start, run)
+    further = dataclasses.replace(config, max_bad_updates=5)
+    assert loop.run(further, TASK, programs, start, run)["skipped"] == 4
     chex.assert_trees_all_equal(
         (state.params, state.opt_state),
         (final_state(sound)[1].params, final_state(sound)[1].opt_state),
     )
-    assert [row["skipped"] for row in rows_of(run)] == [0, 0, 2, 4]
+    assert [row["skipped"] for row in rows_of(run)] == [0, 0, 2, 4, 4, 4]
 
 
 def test_a_good_update_between_bad_ones_breaks_the_row(programs, start, tmp_path):

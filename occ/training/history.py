@@ -16,12 +16,14 @@ class History:
 
     Attributes:
       bad_updates: updates in a row, up to now, that were skipped for a non-finite loss or gradient.
+      last_bad_update: the words for the last one.
       best_rollout: finished rollouts when sampled accuracy was highest; None before an evaluation.
       best_sampled: that accuracy, avg@k in [0, 1].
       seconds: wall-clock time spent on this run, in all the processes that worked on it.
     """
 
     bad_updates: int = 0
+    last_bad_update: str = ""
     best_rollout: int | None = None
     best_sampled: float | None = None
     seconds: float = 0.0

@@ -97,15 +97,18 @@ def run(
     """
     began = time.perf_counter()
     files = RunFolder(folder, config)
-    done = files.result()
-    if done is not None:
-        return done
+    result = files.result()
+    if result is not None:
+        return result
     reference = start[0] if config.objective.kl_coefficient else None
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         first, state, history = _restore(config, start, checkpoints)
         files.keep_rows_before(first)
         began -= history.seconds
-        bad_updates = BadUpdates(config.max_bad_updates, history.bad_updates)
+        bad_updates = BadUpdates(
+            config.max_bad_updates, history.bad_updates, history.last_bad_update
+        )
+        bad_updates.check()
         for number in range(first, config.rollouts):
             evaluated = {}
             if number % config.evaluation.every == 0:
@@ -119,10 +122,13 @@ def run(
             row |= evaluated
             _log(files, rollout, row)
             on_row(row)
-            history = dataclasses.replace(history, bad_updates=bad_updates.in_a_row)
+            history = dataclasses.replace(
+                history, bad_updates=bad_updates.in_a_row, last_bad_update=bad_updates.last
+            )
             done = number + 1
             last = done == config.rollouts
-            stop = should_stop() or checkpoints.reached_preemption(done) or bad_updates.too_many
+            # Preemption first: all processes of a job must ask after every rollout.
+            stop = checkpoints.reached_preemption(done) or should_stop() or bad_updates.too_many
             if stop or last or done % config.checkpoint_every == 0:
                 checkpoints.save(done, state, _now(history, began))
             bad_updates.check()

@@ -37,17 +37,23 @@ def leaf_name(params: Any, index: int) -> str:
 
 
 class BadUpdates:
-    """Counts the updates in a row that were skipped, and says when it is enough.
+    """Counts the updates in a row that were skipped, until it is enough.
 
     Args:
       limit: so many in a row end the run.
       in_a_row: how many there were when counting begins.
+      last: the words for the last of them.
     """
 
-    def __init__(self, limit: int, in_a_row: int = 0):
+    def __init__(self, limit: int, in_a_row: int = 0, last: str = ""):
         self.limit = limit
         self.in_a_row = in_a_row
-        self._reason: str | None = None
+        self.last = last
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the run must end."""
+        return self.in_a_row >= self.limit
 
     def see(self, steps: list[dict[str, np.ndarray]], params: Any, rollout: int) -> None:
         """Counts those among the updates of one rollout, and warns of each.
@@ -58,6 +64,8 @@ class BadUpdates:
           rollout: for the texts.
         """
         for minibatch, metrics in enumerate(steps):
+            if self.too_many:
+                return
             index = int(metrics[LEAF])
             if index < 0:
                 self.in_a_row = 0
@@ -68,18 +76,11 @@ class BadUpdates:
                 for name, value in metrics.items()
                 if name.startswith("loss/")
             )
-            text = (
+            self.last = (
                 f"the first non-finite leaf is {leaf_name(params, index)} "
                 f"(rollout {rollout}, minibatch {minibatch}; {losses})"
             )
-            warnings.warn(f"update skipped: {text}", RuntimeWarning, stacklevel=2)
-            if self.in_a_row >= self.limit and self._reason is None:
-                self._reason = f"{self.in_a_row} updates in a row were skipped; in the last, {text}"
-
-    @property
-    def too_many(self) -> bool:
-        """Whether the run must end."""
-        return self._reason is not None
+            warnings.warn(f"update skipped: {self.last}", RuntimeWarning, stacklevel=2)
 
     def check(self) -> None:
         """Ends a run that has seen too many.
@@ -89,7 +90,8 @@ class BadUpdates:
         """
         if self.too_many:
             raise FloatingPointError(
-                f"{self._reason}. Parameters and optimizer are as before the first of them, in "
-                "the newest checkpoint. Look at that leaf and at samples.jsonl; a lower learning "
-                f"rate needs a new folder. max_bad_updates is {self.limit}."
+                f"{self.in_a_row} updates in a row were skipped; in the last, {self.last}. "
+                "Parameters and optimizer are as before the first of them, in the newest "
+                f"checkpoint. max_bad_updates is {self.limit}; a larger one goes on from there. "
+                "Anything else that would help, as a lower learning rate, needs a new folder."
             )

@@ -63,10 +63,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=True, cleanup_tmp_directories=True, preservation_policy=self._policy
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        with self._full_disk_explained():
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, number: int, state: TrainState, history: History) -> None:
-        """Starts to save the state after `number` finished rollouts; returns at once.
+        """Starts to save the state after `number` finished rollouts.
+
+        Returns when the state is copied, and may then be donated; writing goes on behind.
 
         Raises:
           DiskFullError: now, or in writing the one before.
@@ -75,7 +78,7 @@ class Checkpoints:
             return
         leaves = _as_dict(state)
         prints = jax.device_get(fingerprint(leaves))
-        record = {
+        record: dict[str, Any] = {
             "history": dataclasses.asdict(history),
             "fingerprint": {name: int(value) for name, value in prints.items()},
         }

@@ -68,7 +68,7 @@ def base_config(arguments: Arguments) -> TrainConfig:
 
 
 def compare(arguments: Arguments) -> int:
-    """Runs every regime with every seed; returns the exit status, 130 if interrupted."""
+    """Runs every regime with every seed; returns the exit status, 130 after Ctrl-C."""
     started = time.perf_counter()
     config = base_config(arguments)
     seeds = range(1 if arguments.smoke else arguments.seeds)
@@ -100,7 +100,7 @@ def compare(arguments: Arguments) -> int:
                 )
                 if result is None:
                     print(f"stopped; the same command goes on from {path}")
-                    return 130
+                    return should_stop.status
                 paths[name].append(path)
                 results[name].append(result)
     _write(folder, results, paths)

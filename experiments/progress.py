@@ -8,35 +8,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 from tensorboardX import SummaryWriter
 
+from occ.training.disk import is_full
+
 
 class Interrupt:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish to stop; a second one stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop; a second one stops at once.
+
+    Attributes:
+      status: exit status of a run that stopped: 130 after Ctrl-C, as shells have it, and 0 after
+        SIGTERM, by which a machine is taken away: everything was saved, and nothing failed.
+    """
 
     def __init__(self) -> None:
         self.wished = False
+        self.status = 0
 
     def __call__(self) -> bool:
-        """Whether Ctrl-C was pressed."""
+        """Whether to stop."""
         return self.wished
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.wished:
             raise KeyboardInterrupt
         self.wished = True
+        self.status = 130 if number == signal.SIGINT else 0
         tqdm.tqdm.write("stopping after this rollout; once more to stop at once")
 
 
 @contextmanager
 def interrupt() -> Iterator[Interrupt]:
-    """Catches Ctrl-C and SIGTERM while the block runs."""
+    """Catches Ctrl-C and SIGTERM while the block runs.
+
+    Under `jax.distributed` SIGTERM stays with its preemption service, which tells all processes
+    and lets them stop after the same rollout.
+    """
     wish = Interrupt()
-    before = {
-        number: signal.signal(number, wish._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (
+        [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
+    )
+    before = {number: signal.signal(number, wish._on_signal) for number in numbers}
     try:
         yield wish
     finally:
@@ -67,9 +82,14 @@ class RunReporter:
                 self._writer.add_scalar(name + suffix, scalar, number)
 
     def close(self) -> None:
-        """Ends the bar and flushes the events."""
+        """Ends the bar and flushes the events; those that find the disk full are lost."""
         self._bar.close()
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            tqdm.tqdm.write("the last TensorBoard events are lost: the disk is full")
 
 
 def summary(row: dict[str, Any]) -> str:

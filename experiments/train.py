@@ -4,12 +4,14 @@ For example
 
     python -m experiments.train laptop --regime occ_paper --config.seed 1 --config.rollouts 40
 
-Ctrl-C ends after the rollout in hand; the same command goes on from there.
+Ctrl-C or SIGTERM ends after the rollout in hand; the same command goes on from there, as it does
+after a crash.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import pathlib
 import sys
 from typing import Literal
@@ -21,6 +23,7 @@ from experiments.configs import CONFIGS
 from experiments.progress import interrupt
 from occ.training import loop
 from occ.training.config import TrainConfig, regime
+from occ.training.disk import DiskFullError
 
 RegimeName = Literal["rl_only", "detach", "ce", "policy", "occ", "occ_paper", "occ_released"]
 
@@ -41,7 +44,7 @@ class Arguments:
 
 
 def train(arguments: Arguments) -> int:
-    """Runs it; returns the exit status, 130 if it was interrupted."""
+    """Runs it; returns the exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1, disk full."""
     config = arguments.config
     if arguments.regime is not None:
         config = dataclasses.replace(config, mtp=regime(arguments.regime))
@@ -51,11 +54,19 @@ def train(arguments: Arguments) -> int:
     task = runs.load_task(config)
     programs = loop.build(config, task)
     start = runs.starting_point(config, task, programs, root / "starts")
-    with interrupt() as should_stop:
-        result = runs.run(label, config, task, programs, start, folder, should_stop)
+    full_disk = None
+    try:
+        with interrupt() as should_stop:
+            result = runs.run(label, config, task, programs, start, folder, should_stop)
+    except DiskFullError as error:
+        full_disk = str(error)
+    if full_disk is not None:
+        gc.collect()  # with it goes what Orbax still has to say, so that ours is the last word
+        print(full_disk, file=sys.stderr)
+        return 1
     if result is None:
         print(f"stopped; the same command goes on from the checkpoint in {folder}")
-        return 130
+        return should_stop.status
     final = result["final"]
     print(
         f"{folder}: greedy {final['greedy']:.3f}, sampled {final['sampled']:.3f}, MTP acceptance "

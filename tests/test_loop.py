@@ -1,6 +1,7 @@
 """Whole runs: resumed ones equal uninterrupted ones; folders refuse other configurations."""
 
 import dataclasses
+import itertools
 import json
 import warnings
 
@@ -22,6 +23,7 @@ from occ.training.config import (
     WarmStartConfig,
     regime,
 )
+from occ.training.nonfinite import first_nonfinite, leaf_name
 from occ.training.optimizer import build_optimizer
 from occ.training.run_folder import RunFolder, read_rows
 from occ.training.start import load_start, save_start
@@ -64,16 +66,19 @@ def rows_of(folder):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-def final_state(folder):
+def newest(folder):
     state = init_state(
         *loop.init_model(CONFIG),
         build_optimizer(CONFIG.optimizer),
         build_calibration(CONFIG.mtp, 1),
     )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    number, restored = checkpoints.restore(state)
-    checkpoints.close()
-    return number, restored
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return checkpoints.restore(state)
+
+
+def final_state(folder):
+    number, state, _ = newest(folder)
+    return number, state
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,98 @@ def test_another_configuration_in_the_same_folder_is_refused(whole):
     )
     with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 -> 0.5, seed: 0 -> 1"):
         RunFolder(whole[0], other)
+
+
+def test_fields_that_change_no_result_may_change(whole):
+    layout = dataclasses.replace(CONFIG.layout, generation_rows=4)
+    free = dataclasses.replace(CONFIG, layout=layout, keep_checkpoints=5, checkpoint_every=1)
+    assert RunFolder(whole[0], free).result() == whole[1]
+    RunFolder(whole[0], CONFIG)
+
+
+def test_the_best_is_kept_and_the_clock_goes_on(whole):
+    folder, result = whole
+    scores = {row["rollout"]: row["eval/sampled"] for row in rows_of(folder)[::2]}
+    scores[4] = result["final"]["sampled"]
+    best = max(scores, key=scores.get)
+    assert result["best"] == {"rollout": best, "sampled": scores[best]}
+    kept = {int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()}
+    assert best in kept and 4 in kept
+    assert 0 < newest(folder).history.seconds < result["wall_seconds"]
+
+
+# -- updates that are not finite --------------------------------------------------------------
+
+
+def poisoned(programs, calls):
+    """With NaN for advantages in the given calls of the train step."""
+    count = itertools.count()
+
+    def train_step(state, batch):
+        if next(count) in calls:
+            batch = batch.replace(advantages=batch.advantages * jnp.nan)
+        return programs.train_step(state, batch)
+
+    return dataclasses.replace(programs, train_step=train_step)
+
+
+def bad_updates(limit):
+    return dataclasses.replace(CONFIG, max_bad_updates=limit, rollouts=6, checkpoint_every=100)
+
+
+@pytest.mark.filterwarnings("ignore:update skipped:RuntimeWarning")
+def test_bad_updates_in_a_row_end_the_run_and_leave_the_state_before(programs, start, tmp_path):
+    """The third in a row is the first minibatch of the rollout after a resume."""
+    before = []
+
+    def stop_after(count):
+        return lambda: len(before) == count
+
+    config = bad_updates(3)
+    sound = tmp_path / "sound"
+    loop.run(config, TASK, programs, start, sound, before.append, stop_after(2))
+    before.clear()
+    run = tmp_path / "run"
+    bad = poisoned(programs, range(4, 100))
+    loop.run(config, TASK, bad, start, run, before.append, stop_after(3))
+    assert newest(run).history.bad_updates == 2
+    message = (
+        r"3 updates in a row were skipped; in the last, the first non-finite leaf is the gradient "
+        r"of embedding\S* \(rollout 3, minibatch 0; .*loss/rl = nan.*max_bad_updates is 3"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        loop.run(config, TASK, poisoned(programs, range(100)), start, run)
+    number, state, history = newest(run)
+    assert number == 4 and history.bad_updates == 3 and state.skipped == 4
+    with pytest.raises(FloatingPointError, match=message):  # as long as the limit is the same
+        loop.run(config, TASK, programs, start, run)
+    further = dataclasses.replace(config, max_bad_updates=5)
+    assert loop.run(further, TASK, programs, start, run)["skipped"] == 4
+    chex.assert_trees_all_equal(
+        (state.params, state.opt_state),
+        (final_state(sound)[1].params, final_state(sound)[1].opt_state),
+    )
+    assert [row["skipped"] for row in rows_of(run)] == [0, 0, 2, 4, 4, 4]
+
+
+def test_a_good_update_between_bad_ones_breaks_the_row(programs, start, tmp_path):
+    config = dataclasses.replace(bad_updates(2), rollouts=3)
+    with pytest.warns(RuntimeWarning, match="update skipped: the first non-finite leaf") as caught:
+        result = loop.run(config, TASK, poisoned(programs, {1, 3, 5}), start, tmp_path)
+    assert result["skipped"] == 3 == len(caught)
+
+
+def test_the_first_bad_leaf_is_named():
+    params = {"b": [jnp.ones(2), jnp.ones(3)], "c": jnp.ones(())}
+    for leaf, name in enumerate(["b.0", "b.1", "c"]):
+        gradient = jax.tree.unflatten(
+            jax.tree.structure(params),
+            [x * (jnp.inf if i >= leaf else 1) for i, x in enumerate(jax.tree.leaves(params))],
+        )
+        index = int(first_nonfinite((gradient, jnp.nan)))
+        assert index == leaf and leaf_name(params, index) == f"the gradient of {name}"
+    assert "RL loss" in leaf_name(params, int(first_nonfinite((params, jnp.asarray(jnp.nan)))))
+    assert first_nonfinite((params, jnp.asarray(1.0))) == -1
 
 
 def test_training_leaves_the_starting_point_as_it_was(programs, start, tmp_path):

@@ -404,6 +404,10 @@ class TrainConfig:
       rollouts: how many rollouts are trained on.
       max_prompt_tokens, max_response_tokens: tokens; None takes the task's.
       checkpoint_every: rollouts between checkpoints.
+      keep_checkpoints: how many of the newest are kept, beside the best by sampled accuracy; with
+        2, a damaged one has one before it.
+      max_bad_updates: so many updates in a row that are skipped, for a loss or gradient that is
+        not finite, end the run.
       seed: of initialisation, data order and sampling.
     """
 
@@ -422,9 +426,17 @@ class TrainConfig:
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
     checkpoint_every: int = 25
+    keep_checkpoints: int = 2
+    max_bad_updates: int = 10
     seed: int = 0
 
     def __post_init__(self):
+        _positive(
+            "TrainConfig",
+            checkpoint_every=self.checkpoint_every,
+            keep_checkpoints=self.keep_checkpoints,
+            max_bad_updates=self.max_bad_updates,
+        )
         if self.mtp.loss != "none" and self.model.mtp.num_modules < 1:
             raise ValueError(
                 f"TrainConfig: MTP loss {self.mtp.loss!r} with K = 0 modules. Give the model "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import time
 import warnings
@@ -12,9 +13,11 @@ import jax
 import numpy as np
 
 from occ.tasks import Task
-from occ.training.checkpoints import Checkpoints
+from occ.training.checkpoints import Checkpoints, Restored
 from occ.training.config import TrainConfig
 from occ.training.evaluate import evaluate
+from occ.training.history import History
+from occ.training.nonfinite import LEAF, BadUpdates
 from occ.training.packing import minibatches, padding_waste
 from occ.training.programs import Programs, build, fresh_state, init_model
 from occ.training.rollout import Rollout, collect
@@ -23,6 +26,7 @@ from occ.training.state import TrainState
 
 __all__ = ["Programs", "build", "init_model", "run"]
 
+SECONDS = "seconds/"  # beginning of the names of timings, which no two runs share
 OnRow = Callable[[dict[str, Any]], None]
 
 
@@ -37,6 +41,9 @@ def run(
 ) -> dict[str, Any] | None:
     """Trains to the end, from the newest checkpoint in the folder if there is one.
 
+    Killed at any moment, the same call goes on as if nothing had been: rows of rollouts after the
+    newest checkpoint are dropped and written again, to the same bits on the same layout.
+
     Args:
       config: of the run.
       task: prompts and verifier.
@@ -48,6 +55,12 @@ def run(
 
     Returns:
       The result, as in result.json; None if the run was stopped before its end.
+
+    Raises:
+      ValueError: the folder holds a run with another configuration.
+      DamagedError: it holds checkpoints, and none can be read.
+      DiskFullError: the message says what can be deleted.
+      FloatingPointError: `config.max_bad_updates` updates in a row were not finite.
     """
     with jax.set_mesh(programs.mesh):
         return _run(config, task, programs, start, folder, on_row, should_stop)
@@ -62,36 +75,62 @@ def _run(
     on_row: OnRow,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any] | None:
+    began = time.perf_counter()
     files = RunFolder(folder, config)
-    done = files.result()
-    if done is not None:
-        return done
-    checkpoints = Checkpoints(folder / "checkpoints")
-    state, first = _restore(config, programs, start, checkpoints)
-    files.keep_rows_before(first)
+    result = files.result()
+    if result is not None:
+        return result
     reference = start[0] if config.objective.kl_coefficient else None
-    try:
+    with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+        first, state, history = _restore(config, programs, start, checkpoints)
+        files.keep_rows_before(first)
+        began -= history.seconds
+        bad_updates = BadUpdates(
+            config.max_bad_updates, history.bad_updates, history.last_bad_update
+        )
+        bad_updates.check()
         for number in range(first, config.rollouts):
-            row, state = _train_on_rollout(config, task, programs, state, number, files, reference)
-            files.append(row)
+            evaluated = {}
+            if number % config.evaluation.every == 0:
+                evaluated = _evaluate(config, task, programs, state)
+                history = history.evaluated(number, evaluated["eval/sampled"])
+                if history.best_rollout == number:
+                    checkpoints.save(number, state, _now(history, began))
+            rollout, row, state = _train_on_rollout(
+                config, task, programs, state, number, reference, bad_updates
+            )
+            row |= evaluated
+            _log(files, rollout, row)
             on_row(row)
-            stop = should_stop()
-            last = number + 1 == config.rollouts
-            if stop or last or (number + 1) % config.checkpoint_every == 0:
-                checkpoints.save(number + 1, state)
+            history = dataclasses.replace(
+                history, bad_updates=bad_updates.in_a_row, last_bad_update=bad_updates.last
+            )
+            done = number + 1
+            last = done == config.rollouts
+            # Preemption first: all processes of a job must ask after every rollout.
+            stop = checkpoints.reached_preemption(done) or should_stop() or bad_updates.too_many
+            if stop or last or done % config.checkpoint_every == 0:
+                checkpoints.save(done, state, _now(history, began))
+            bad_updates.check()
             if stop and not last:
                 return None
-        result = _result(files, evaluate(programs.rollout, state.params, state.rest, config, task))
-    finally:
-        checkpoints.close()
+        final = evaluate(programs.rollout, state.params, state.rest, config, task)
+        history = _now(history.evaluated(config.rollouts, final["sampled"]), began)
+    # Not before the last checkpoint is whole, since a finished run is never opened again.
+    result = _result(files, final, history)
     files.finish(result)
     return result
 
 
+def _now(history: History, began: float) -> History:
+    """With the wall-clock time up to now."""
+    return dataclasses.replace(history, seconds=time.perf_counter() - began)
+
+
 def _restore(
     config: TrainConfig, programs: Programs, start: tuple[Any, Any], checkpoints: Checkpoints
-) -> tuple[TrainState, int]:
-    """The newest state and its number of finished rollouts."""
+) -> Restored:
+    """The newest checkpoint, or a beginning."""
     # A copy, since the train step donates its state and `start` serves further runs.
     fresh = jax.tree.map(
         lambda value, like: jax.device_put(value, like.sharding, may_alias=False),
@@ -99,7 +138,17 @@ def _restore(
         programs.state,
     )
     restored = checkpoints.restore(fresh)
-    return (fresh, 0) if restored is None else (restored[1], restored[0])
+    return Restored(0, fresh, History()) if restored is None else restored
+
+
+def _evaluate(
+    config: TrainConfig, task: Task, programs: Programs, state: TrainState
+) -> dict[str, Any]:
+    """Metrics of the held-out accuracy, for a row."""
+    started = time.perf_counter()
+    accuracy = evaluate(programs.rollout, state.params, state.rest, config, task)
+    metrics = {f"eval/{name}": value for name, value in accuracy.items()}
+    return metrics | {"seconds/evaluation": time.perf_counter() - started}
 
 
 def _train_on_rollout(
@@ -108,15 +157,11 @@ def _train_on_rollout(
     programs: Programs,
     state: TrainState,
     number: int,
-    files: RunFolder,
     reference: Any,
-) -> tuple[dict[str, Any], TrainState]:
-    """One rollout and its gradient steps; returns the row of metrics and the new state."""
+    bad_updates: BadUpdates,
+) -> tuple[Rollout, dict[str, Any], TrainState]:
+    """One rollout and its gradient steps: with a row of metrics, and the new state."""
     started = time.perf_counter()
-    evaluated: dict[str, Any] = {}
-    if number % config.evaluation.every == 0:
-        accuracy = evaluate(programs.rollout, state.params, state.rest, config, task)
-        evaluated = {f"eval/{name}": value for name, value in accuracy.items()}
     rollout = collect(programs.rollout, state.params, state.rest, config, task, number, reference)
     sampled = time.perf_counter()
     steps = []
@@ -126,23 +171,22 @@ def _train_on_rollout(
         steps.append(metrics)
     steps = jax.device_get(steps)  # the only wait for the device within a rollout's updates
     _sound_alarms(steps, number)
+    bad_updates.see(steps, state.params, number)
     row = {
         "rollout": number,
         **rollout.metrics,
         **plain(_mean_over_steps(steps)),
         "batch/padding_waste": padding_waste(batches),
-        **evaluated,
         "seconds/rollout": sampled - started,
         "seconds/updates": time.perf_counter() - sampled,
     }
-    _log_samples(files, rollout, number)
-    return row, state
+    return rollout, row, state
 
 
 def _mean_over_steps(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Mean over a rollout's minibatches; counts are the last, alarms the number of steps."""
     means = {}
-    for name in steps[0]:
+    for name in (name for name in steps[0] if name != LEAF):
         values = np.stack([np.asarray(step[name]) for step in steps])
         if name.startswith("alarm/"):
             means[name] = values.sum(axis=0)
@@ -186,19 +230,26 @@ def _sound_alarms(steps: list[dict[str, np.ndarray]], number: int) -> None:
                 )
 
 
-def _log_samples(files: RunFolder, rollout: Rollout, number: int) -> None:
-    for prompt, completion, reward in rollout.examples:
-        row = {"rollout": number, "prompt": prompt, "completion": completion, "reward": reward}
-        files.append(row, "samples.jsonl")
+def _log(files: RunFolder, rollout: Rollout, row: dict[str, Any]) -> None:
+    samples = [
+        {"rollout": row["rollout"], "prompt": prompt, "completion": completion, "reward": reward}
+        for prompt, completion, reward in rollout.examples
+    ]
+    files.append(*samples, name="samples.jsonl")
+    files.append(row)
 
 
-def _result(files: RunFolder, final: dict[str, Any]) -> dict[str, Any]:
-    """Final accuracies, and the area under the reward curve (its mean over rollouts)."""
+def _result(files: RunFolder, final: dict[str, Any], history: History) -> dict[str, Any]:
+    """Final and best accuracies, and the area under the reward curve (its mean over rollouts)."""
     rows = files.rows()
     return {
         "final": final,
+        "best": {"rollout": history.best_rollout, "sampled": history.best_sampled},
         "reward_area": float(np.mean([row["reward"] for row in rows])),
         "rollouts": len(rows),
         "skipped": rows[-1]["skipped"],
-        "seconds": float(sum(row["seconds/rollout"] + row["seconds/updates"] for row in rows)),
+        "seconds": float(
+            sum(row[name] for row in rows for name in row if name.startswith(SECONDS))
+        ),
+        "wall_seconds": history.seconds,
     }

@@ -7,14 +7,17 @@ import importlib.metadata
 import json
 import pathlib
 import subprocess
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from occ.training import disk
 from occ.training.config import TrainConfig
 
-FREE = "layout."  # fields that a resumed run may change: they change no result
+FREE = ("layout.", "checkpoint_every", "keep_checkpoints", "max_bad_updates")
+"""Fields, or beginnings of their names, that a resumed run may change: they change no result."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 
 
@@ -22,9 +25,9 @@ class RunFolder:
     """One run's folder.
 
         config.json        the resolved configuration; a run is only ever resumed with the same
-                           (but for the layout: another mesh may go on)
+                           (but for `FREE`: another mesh may go on)
         environment.json   package versions, commit, devices
-        metrics.jsonl      a row a rollout
+        metrics.jsonl      a row a rollout; on disk before a checkpoint that follows it
         samples.jsonl      sample completions
         result.json        written once, at the end
         checkpoints/       Orbax
@@ -42,9 +45,9 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         resolved = json.loads(json.dumps(dataclasses.asdict(config)))
         self._check_same(resolved)
-        _write_json(path / "config.json", resolved)
+        self._write_json("config.json", resolved)
         if not (path / "environment.json").exists():
-            _write_json(path / "environment.json", environment())
+            self._write_json("environment.json", environment())
 
     def _check_same(self, resolved: dict[str, Any]) -> None:
         file = self.path / "config.json"
@@ -71,25 +74,43 @@ class RunFolder:
         return json.loads(file.read_text()) if file.exists() else None
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Writes the result."""
-        _write_json(self.path / "result.json", result)
+        """Writes the result; the end of a run, after its last checkpoint is whole."""
+        self._write_json("result.json", result)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl."""
         return read_rows(self.path / "metrics.jsonl")
 
     def keep_rows_before(self, rollout: int) -> None:
-        """Drops rows from `rollout` on, which a resumed run writes again."""
+        """Drops rows from `rollout` on, which a resumed run writes again, and lines cut short.
+
+        Raises:
+          ValueError: of the rollouts before, not each has its row.
+        """
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.path / name
+            kept = [row for row in read_rows(file) if row["rollout"] < rollout]
+            if name == "metrics.jsonl" and [row["rollout"] for row in kept] != list(range(rollout)):
+                raise ValueError(
+                    f"{file} should hold a row for each of the {rollout} rollouts before the "
+                    f"newest checkpoint, and holds {len(kept)}. Put the file back, or start the "
+                    "run again in another folder."
+                )
             if file.exists():
-                kept = [row for row in read_rows(file) if row["rollout"] < rollout]
-                _replace(file, "".join(json.dumps(row) + "\n" for row in kept))
+                self._replace(name, _lines(kept))
 
-    def append(self, row: dict[str, Any], name: str = "metrics.jsonl") -> None:
-        """Adds one row."""
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def append(self, *rows: dict[str, Any], name: str = "metrics.jsonl") -> None:
+        """Adds rows, all in one write."""
+        text = _lines(rows)
+        with disk.explained(self.path, len(text)):
+            disk.append_text(self.path / name, text)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        self._replace(name, json.dumps(value, indent=2) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        with disk.explained(self.path, len(text)):
+            disk.replace_text(self.path / name, text)
 
 
 def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
@@ -136,12 +157,5 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_json(file: pathlib.Path, value: Any) -> None:
-    _replace(file, json.dumps(value, indent=2) + "\n")
-
-
-def _replace(file: pathlib.Path, text: str) -> None:
-    """Writes beside the file, then renames: a reader sees the old text or the new."""
-    beside = file.with_name(file.name + ".new")
-    beside.write_text(text)
-    beside.replace(file)
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -17,6 +17,7 @@ from occ.training.batch import Minibatch, check
 from occ.training.calibration import build_calibration
 from occ.training.config import TrainConfig
 from occ.training.gradients import step_gradient
+from occ.training.nonfinite import LEAF, first_nonfinite
 from occ.training.optimizer import build_optimizer, learning_rate_schedule, second_moment
 from occ.training.stages import Stages, partition
 from occ.training.state import TrainState
@@ -64,7 +65,8 @@ def make_train_step(
             sequences_per_row,
             second_moment(state.opt_state, config.optimizer),
         )
-        finite = _all_finite((gradient.gradient, gradient.main.metrics["loss/rl"]))
+        bad_leaf = first_nonfinite((gradient.gradient, gradient.main.metrics["loss/rl"]))
+        finite = bad_leaf < 0
         params, opt_state = _apply(state, gradient.gradient, optimizer, config, finite)
         new_state = state.replace(
             step=state.step + 1,
@@ -83,6 +85,7 @@ def make_train_step(
             **_alarms(state, new_state, gradient, batch, config, finite),
             "learning_rate": jnp.asarray(learning_rate, jnp.float32),
             "skipped": new_state.skipped,
+            LEAF: bad_leaf,
         }
         return new_state, metrics
 
@@ -118,10 +121,6 @@ def _balance(rest: Any, load: jax.Array | None, config: TrainConfig, finite: jax
     bias = layers["mlp"]["router_bias"]
     moved = jnp.where(finite, update_router_bias(bias, load, rate), bias)
     return {**rest, "layers": {**layers, "mlp": {**layers["mlp"], "router_bias": moved}}}
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 # ---------------------------------------------------------------------------------------------

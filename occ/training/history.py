@@ -1,0 +1,36 @@
+"""What a run remembers beside its `TrainState`; saved with every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The past of a run, as far as its future depends on it.
+
+    Prompts and random keys are functions of the seed and the rollout's number, and a checkpoint
+    is numbered by its finished rollouts: that number is the state of the data order and of
+    sampling, so neither is stored.
+
+    Attributes:
+      bad_updates: updates in a row, up to now, that were skipped for a non-finite loss or gradient.
+      last_bad_update: the words for the last one.
+      best_rollout: finished rollouts when sampled accuracy was highest; None before an evaluation.
+      best_sampled: that accuracy, avg@k in [0, 1].
+      seconds: wall-clock time spent on this run, in all the processes that worked on it.
+    """
+
+    bad_updates: int = 0
+    last_bad_update: str = ""
+    best_rollout: int | None = None
+    best_sampled: float | None = None
+    seconds: float = 0.0
+
+    def evaluated(self, rollout: int, sampled: float) -> History:
+        """With the accuracy after `rollout` finished rollouts; of equal ones the first is best."""
+        best = -math.inf if self.best_sampled is None else self.best_sampled
+        if not sampled > best:  # nor if it is NaN, when no response could be judged
+            return self
+        return dataclasses.replace(self, best_rollout=rollout, best_sampled=sampled)

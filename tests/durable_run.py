@@ -1,0 +1,45 @@
+"""One tiny run in a process of its own, to be killed: `python -m tests.durable_run FOLDER`."""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+from experiments import train
+from occ.training.config import (
+    EvaluationConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    TrainConfig,
+    WarmStartConfig,
+    regime,
+)
+from tests import tiny
+
+CONFIG = TrainConfig(
+    name="durable",
+    model=tiny.model_config(1, vocab_size=14),
+    task="arithmetic",
+    task_options={"digits": 1, "train_size": 40, "test_size": 10},
+    mtp=regime("occ_paper"),
+    rollout=RolloutConfig(prompts=4, samples=4, minibatches=2),
+    evaluation=EvaluationConfig(every=3, prompts=6, samples=2),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    warm_start=WarmStartConfig(steps=20, batch_size=16, learning_rate=1e-2),
+    rollouts=8,
+    checkpoint_every=2,
+)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--keep", type=int, default=CONFIG.keep_checkpoints)
+    parser.add_argument("--every", type=int, default=CONFIG.checkpoint_every)
+    given = parser.parse_args()
+    config = dataclasses.replace(CONFIG, keep_checkpoints=given.keep, checkpoint_every=given.every)
+    return train.train(train.Arguments(config, folder=given.folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Checkpoints alone: what is kept, and what becomes of damaged ones and of a full disk."""
+
+import errno
+import gc
+import json
+import os
+import re
+import shutil
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from occ.training import checkpoints as checkpoints_module
+from occ.training import disk
+from occ.training.checkpoints import Checkpoints, DamagedError
+from occ.training.config import regime
+from occ.training.fingerprint import fingerprint
+from occ.training.history import History
+from occ.training.run_folder import RunFolder, read_rows
+from tests import tiny
+
+# Orbax gives up at the first array that it cannot read; its reads of others then end unheard.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+CONFIG = tiny.train_config(regime("occ_paper"))
+MODEL = tiny.build_model(CONFIG.model)
+
+
+def state_after(steps):
+    state = tiny.state(CONFIG, MODEL)
+    moved = jax.tree.map(lambda x: x + jnp.asarray(steps, x.dtype), state.params)
+    rest = {"key": jax.random.key(steps)}
+    return state.replace(step=state.step + steps, params=moved, rest=rest)
+
+
+def numbers(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_reads_left():
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints 1 and 2; copied before any damage."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        for number in (1, 2):
+            checkpoints.save(number, state_after(number), History(seconds=float(number)))
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def restore(folder):
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(state_after(0))
+
+
+def test_the_newest_comes_back_with_its_history(folder):
+    number, state, history = restore(folder)
+    assert number == 2 and history == History(seconds=2.0)
+    chex.assert_trees_all_equal(state, state_after(2))
+
+
+def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
+    assert restore(tmp_path / "checkpoints") is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    accuracies = [0.1, 0.7, 0.3, 0.7, float("nan"), 0.2]
+    history = History()
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        for number, sampled in enumerate(accuracies):
+            history = history.evaluated(number, sampled)
+            checkpoints.save(number, state_after(number), history)
+    assert (history.best_rollout, history.best_sampled) == (1, 0.7)  # the first of equal ones
+    assert numbers(tmp_path / "checkpoints") == [1, 4, 5]
+
+
+def array_file(checkpoint):
+    """The file that holds most of the arrays."""
+    files = (checkpoint / "state" / "ocdbt.process_0" / "d").iterdir()
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def empty(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def change_the_history(checkpoint):
+    file = checkpoint / "record" / "metadata"
+    record = json.loads(file.read_text())
+    record["history"]["bad_updates"] += 1
+    file.write_text(json.dumps(record))
+
+
+DAMAGES = {
+    "arrays cut": lambda at: cut(array_file(at)),
+    "arrays deleted": lambda at: array_file(at).unlink(),
+    "a bit of an array flipped": lambda at: flip_a_bit(array_file(at)),
+    "index deleted": lambda at: (at / "state" / "manifest.ocdbt").unlink(),
+    "index emptied": lambda at: (at / "state" / "manifest.ocdbt").write_bytes(b""),
+    "metadata cut": lambda at: cut(at / "state" / "_METADATA"),
+    "dtypes deleted": lambda at: (at / "state" / "array_metadatas" / "process_0").unlink(),
+    "state deleted": lambda at: shutil.rmtree(at / "state"),
+    "record cut": lambda at: cut(at / "record" / "metadata"),
+    "record deleted": lambda at: (at / "record" / "metadata").unlink(),
+    "history changed": change_the_history,
+    "folder empty": empty,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(damage, folder):
+    DAMAGES[damage](folder / "2")
+    with Checkpoints(folder) as checkpoints:
+        with pytest.warns(RuntimeWarning, match=r"checkpoints/2 is damaged .* goes on from .* 1"):
+            number, state, _ = checkpoints.restore(state_after(0))
+        assert number == 1
+        chex.assert_trees_all_equal(state, state_after(1))
+        checkpoints.save(2, state_after(2), History())
+    assert (folder / "2.damaged").is_dir()
+    number, state, _ = restore(folder)
+    assert number == 2
+    chex.assert_trees_all_equal(state, state_after(2))
+
+
+def test_the_same_number_may_be_damaged_twice(folder):
+    for name in ("2.damaged", "2.damaged-2"):
+        empty(folder / "2") if (folder / "2").exists() else (folder / "2").mkdir()
+        with pytest.warns(RuntimeWarning, match=f"it is now {name}"):
+            restore(folder)
+
+
+def test_with_none_left_nothing_is_started_and_nothing_renamed(folder):
+    for number in ("1", "2"):
+        cut(array_file(folder / number))
+    with pytest.raises(DamagedError, match=r"none of the checkpoints in .* \(2: .*; 1: "):
+        restore(folder)
+    assert numbers(folder) == [1, 2]
+
+
+def test_other_errors_are_no_damage(folder, monkeypatch):
+    """A folder that may not be read, for one, is left as it is."""
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "refused")
+
+    with Checkpoints(folder) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+        with pytest.raises(PermissionError):
+            checkpoints.restore(state_after(0))
+    assert numbers(folder) == [1, 2]
+
+
+# -- fingerprints -----------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_the_weighted_sum_of_the_words():
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    words = [int(word) for word in x.view(np.uint32).ravel()]
+    expected = sum((2 * i + 1) * word for i, word in enumerate(words)) % 2**32
+    assert int(fingerprint(x)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "bfloat16", "float32", "float64"])
+def test_a_fingerprint_sees_every_entry(dtype, x64):
+    bits = np.arange(6).reshape(2, 3) % 2
+    prints = {int(fingerprint(jnp.asarray(bits, dtype)))}
+    for index in np.ndindex(2, 3):
+        changed = bits.copy()
+        changed[index] = 1 - changed[index]
+        prints.add(int(fingerprint(jnp.asarray(changed, dtype))))
+    assert len(prints) == 7
+
+
+def test_a_fingerprint_does_not_depend_on_the_layout():
+    x = jax.random.normal(jax.random.key(0), (8, 6))
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a", "b")))
+    assert int(fingerprint(sharded)) == int(fingerprint(x))
+    key = jax.random.key(3)
+    assert int(fingerprint(key)) == int(fingerprint(jax.random.key_data(key)))
+
+
+# -- files and the disk -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every wait for the disk fails as on a full one."""
+
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+def test_a_full_disk_says_what_to_delete(tmp_path, full_disk):
+    for name, size in {"3": 10, "6": 10, "9.orbax-checkpoint-tmp": 30, "4.damaged": 20}.items():
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "file").write_bytes(bytes(size))
+    with pytest.raises(disk.DiskFullError) as caught:
+        RunFolder(tmp_path, CONFIG)
+    assert caught.value.errno == errno.ENOSPC
+    assert re.search(r": [\d,]+ bytes .* written, [\d,]+ are free", str(caught.value))
+    assert str(caught.value).endswith(
+        "In this folder the run can do without checkpoints/4.damaged (20 bytes), "
+        "checkpoints/3 (10 bytes)."
+    )
+
+
+def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    disk.replace_text(file, "old")
+
+    def refuse(descriptor):
+        raise OSError(errno.EIO, "cable pulled")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="cable pulled"):
+        disk.replace_text(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_full_is_full_in_the_words_of_each_library():
+    assert disk.is_full(OSError(errno.EDQUOT, "quota"))
+    assert disk.is_full(ValueError("RESOURCE_EXHAUSTED: ...: No space left on device [...]"))
+    assert not disk.is_full(PermissionError(errno.EACCES, "refused"))
+    assert not disk.is_full(ValueError("NOT_FOUND"))
+
+
+def test_a_failed_save_is_explained_and_the_first_error_wins(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
+
+    with (
+        pytest.raises(disk.DiskFullError, match="bytes and their index"),
+        Checkpoints(tmp_path / "c") as saving,
+    ):
+        monkeypatch.setattr(saving._manager, "save", refuse)
+        saving.save(1, state_after(1), History())
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path / "c") as saving:
+        monkeypatch.setattr(saving._manager, "wait_until_finished", refuse)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoints_module.ocp.CheckpointManager, "wait_until_finished", refuse)
+    with (
+        pytest.raises(disk.DiskFullError, match="bytes and their index"),
+        Checkpoints(tmp_path / "c"),
+    ):
+        pass
+
+
+def rows(*rollouts):
+    return [{"rollout": rollout, "reward": 0.5} for rollout in rollouts]
+
+
+@pytest.mark.parametrize("tail", ['{"rollout": 2, "rew', '{"rollout": 2, "reward": 0.5}', "\0\0"])
+def test_rows_after_a_cut_line_are_whole(tail, tmp_path):
+    files = RunFolder(tmp_path, CONFIG)
+    files.append(*rows(0, 1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    files.keep_rows_before(2)
+    files.append(*rows(2))
+    assert read_rows(tmp_path / "metrics.jsonl") == rows(0, 1, 2)
+
+
+def test_rows_that_a_checkpoint_counts_must_be_there(tmp_path):
+    files = RunFolder(tmp_path, CONFIG)
+    files.append(*rows(0, 2))
+    with pytest.raises(ValueError, match="row for each of the 3 rollouts .* and holds 2"):
+        files.keep_rows_before(3)
+    assert read_rows(tmp_path / "metrics.jsonl") == rows(0, 2)
+
+
+def test_no_warnings_without_damage(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        restore(folder)

@@ -37,7 +37,6 @@ from occ.training.sharding import (
     for_generation,
     make_mesh,
     replicated,
-    row_parts,
     rows_sharding,
 )
 
@@ -196,7 +195,7 @@ def estimated_cost(config: TrainConfig, traced: Any, state: Any, devices: int) -
     params = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state.params))
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     batch = minibatch_shapes(config, make_mesh_like(layout))
-    rows = batch.tokens.shape[0] / row_parts(layout) / layout.micro_batches
+    rows = batch.tokens.shape[0] / layout.row_parts / layout.micro_batches
     length = batch.tokens.shape[1]
     tokens = rows * length
     hidden = model.mlp_width if model.moe is None else _active_width(model)

@@ -16,6 +16,7 @@ from experiments.progress import RunReporter
 from occ import tasks
 from occ.training import loop
 from occ.training.config import TrainConfig
+from occ.training.processes import is_first
 from occ.training.start import load_start, save_start
 from occ.training.warm_start import warm_start
 
@@ -44,7 +45,11 @@ def starting_point(
     if cached is not None:
         return cached
     started = time.perf_counter()
-    with tqdm.tqdm(total=settings.steps, desc="warm start", unit="step") as bar:
+    quiet = not is_first()
+    with (
+        jax.set_mesh(programs.mesh),
+        tqdm.tqdm(total=settings.steps, desc="warm start", unit="step", disable=quiet) as bar,
+    ):
 
         def show(step: int, losses: list[float]) -> None:
             bar.update(step + 1 - bar.n)
@@ -53,7 +58,8 @@ def starting_point(
         params = warm_start(programs.graphdef, *fresh, config, task, show)
     params = jax.block_until_ready(params)
     save_start(folder, decides, (params, fresh[1]))
-    tqdm.tqdm.write(f"warm start: {time.perf_counter() - started:.0f} s")
+    if not quiet:
+        tqdm.tqdm.write(f"warm start: {time.perf_counter() - started:.0f} s")
     return params, fresh[1]
 
 
@@ -68,8 +74,8 @@ def run(
 ) -> dict[str, Any] | None:
     """One training run with a progress bar; a finished one is not repeated."""
     result_file = folder / "result.json"
-    if result_file.exists():
-        return loop.run(config, task, programs, start, folder)
+    if result_file.exists() or not is_first():
+        return loop.run(config, task, programs, start, folder, should_stop=should_stop)
     reporter = RunReporter(title, folder, config.rollouts)
     try:
         return loop.run(config, task, programs, start, folder, reporter, should_stop)

@@ -1,8 +1,14 @@
-"""One training run: `python -m experiments.train CONFIG [--regime NAME] [--config.FIELD VALUE]`.
+r"""One training run: `python -m experiments.train CONFIG [--regime NAME] [--config.FIELD VALUE]`.
 
 For example
 
     python -m experiments.train laptop --regime occ_paper --config.seed 1 --config.rollouts 40
+
+On several hosts, with the same command on each (experiments/launch has both for clusters):
+
+    python -m experiments.train mimo_7b_dapo --distributed
+    python -m experiments.train laptop --distributed --coordinator 10.0.0.1:1234 \
+        --processes 2 --index 0 --config.layout.data 2
 
 Ctrl-C or SIGTERM ends after the rollout in hand; the same command goes on from there, as it does
 after a crash.
@@ -24,6 +30,7 @@ from experiments.progress import interrupt
 from occ.training import loop
 from occ.training.config import TrainConfig, regime
 from occ.training.disk import DiskFullError
+from occ.training.processes import is_first, join
 
 RegimeName = Literal["rl_only", "detach", "ce", "policy", "occ", "occ_paper", "occ_released"]
 
@@ -36,15 +43,25 @@ class Arguments:
       config: the configuration; every field can be given.
       regime: a named training regime in place of `config.mtp`.
       folder: for the run; default runs/CONFIG/REGIME-seedN.
+      distributed: one of several processes, on a file system that all of them share.
+      coordinator: host:port of process 0; on TPU pods and under SLURM the cluster knows.
+      processes: how many; likewise.
+      index: of this process, from 0; likewise.
     """
 
     config: TrainConfig
     regime: RegimeName | None = None
     folder: pathlib.Path | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    index: int | None = None
 
 
 def train(arguments: Arguments) -> int:
     """Runs it; returns the exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1, disk full."""
+    if arguments.distributed:
+        join(arguments.coordinator, arguments.processes, arguments.index)
     config = arguments.config
     if arguments.regime is not None:
         config = dataclasses.replace(config, mtp=regime(arguments.regime))
@@ -64,6 +81,8 @@ def train(arguments: Arguments) -> int:
         gc.collect()  # with it goes what Orbax still has to say, so that ours is the last word
         print(full_disk, file=sys.stderr)
         return 1
+    if not is_first():
+        return 0 if result is not None else should_stop.status
     if result is None:
         print(f"stopped; the same command goes on from the checkpoint in {folder}")
         return should_stop.status

@@ -53,7 +53,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
         """Rows of the table, in the compute dtype."""
-        return self.embedding[...].astype(self.dtype)[tokens]
+        # Gathered where it is cut for training; else activations would be, after the lookup.
+        table = constrain(self.embedding[...].astype(self.dtype), "tensor")
+        return table[tokens]
 
 
 class Decoder(nnx.Module):
@@ -172,7 +174,8 @@ class Decoder(nnx.Module):
         shape = (batch, columns, config.num_kv_heads, config.head_dim)
 
         def zeros(layers):
-            return jnp.zeros((layers, *shape), config.compute)
+            empty = jnp.zeros((layers, *shape), config.compute)
+            return constrain(empty, None, ROWS, None, "tensor")
 
         sizes = [jax.tree.leaves(nnx.state(stack))[0].shape[0] for stack in self._stacks()]
         return Cache(

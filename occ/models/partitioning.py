@@ -8,6 +8,9 @@ tensor   heads, hidden widths and vocabulary
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import jax
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -20,10 +23,25 @@ def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
 
     Args:
       x: any array.
-      spec: mesh axes for each of its leading dimensions; the others are not cut.
+      spec: mesh axes for each of its leading dimensions; the others are not cut, nor is one that
+        its axes do not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     spec += (None,) * (x.ndim - len(spec))
-    return jax.lax.with_sharding_constraint(x, jax.P(*spec))
+    fitting = [
+        axes if size % parts(mesh.shape, axes) == 0 else None
+        for size, axes in zip(x.shape, spec, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, jax.P(*fitting))
+
+
+def parts(sizes: Mapping[str, int], axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts a dimension is cut along some axes.
+
+    >>> parts({"data": 2, "fsdp": 4}, ("data", "fsdp"))
+    8
+    """
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(sizes[name] for name in names)

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from occ.training import disk
 from occ.training.fingerprint import fingerprint
 from occ.training.history import History
+from occ.training.processes import is_first, wait_for_all
 from occ.training.state import TrainState
 
 UNREADABLE = (ValueError, LookupError, TypeError, FileNotFoundError)
@@ -158,7 +159,7 @@ class Checkpoints:
             if error is None:  # else the first error tells more
                 raise
         finally:
-            if kind is not None:
+            if kind is not None and is_first():
                 # At the next start they would go anyway; a full disk needs the space now.
                 for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(unfinished, ignore_errors=True)
@@ -201,7 +202,10 @@ class Checkpoints:
         while target.exists():
             copies += 1
             target = self._folder / f"{number}.damaged-{copies}"
-        source.rename(target)
+        wait_for_all(f"{source} is damaged")
+        if is_first():
+            source.rename(target)
+        wait_for_all(f"{source} is set aside")
         self._manager.reload()
         warnings.warn(
             f"checkpoint {source} is damaged ({reason}); it is now {target.name}, and the run "

@@ -386,6 +386,11 @@ class LayoutConfig:
         )
 
     @property
+    def row_parts(self) -> int:
+        """Into how many parts the rows of a batch are cut."""
+        return self.data * self.fsdp * self.expert
+
+    @property
     def devices(self) -> int:
         """Devices that the mesh takes."""
         return self.data * self.fsdp * self.tensor * self.expert
@@ -441,6 +446,13 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: MTP loss {self.mtp.loss!r} with K = 0 modules. Give the model "
                 "modules (model.mtp.num_modules >= 1), or train with regime('rl_only')."
+            )
+        rows = self.rollout.prompts * self.rollout.samples // self.rollout.minibatches
+        if rows % (self.layout.row_parts * self.layout.micro_batches):
+            raise ValueError(
+                f"TrainConfig: a minibatch of {rows} sequences cannot be cut evenly into "
+                f"{self.layout.micro_batches} micro-batches on {self.layout.row_parts} devices "
+                "(data x fsdp x expert). Change RolloutConfig or LayoutConfig."
             )
         if self.layout.pack and self.mtp.looks and self.mtp.measure == "released_unmasked":
             raise ValueError(

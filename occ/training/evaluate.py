@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from occ.tasks import Task
 from occ.tasks.prompts import encode_prompts
 from occ.training.config import TrainConfig
+from occ.training.processes import key_on_mesh, to_host
 from occ.training.rollout import RolloutPrograms, judge, lengths
 
 SAMPLING_KEY = 2**31 - 1  # apart from the keys of rollouts, which count from 0
@@ -36,13 +35,15 @@ def evaluate(
         )
     columns, _ = lengths(config, task)
     prompts, mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
-    key = jax.random.fold_in(jax.random.key(config.seed), SAMPLING_KEY)
+    key = key_on_mesh(config.seed, SAMPLING_KEY)
 
-    greedy = programs.greedy(params, rest, prompts, mask, key)
+    greedy = to_host(programs.greedy(params, rest, prompts, mask, key))
     _, greedy_rewards, greedy_valid = judge(task, problems, greedy, columns)
     repeated = [problem for problem in problems for _ in range(k)]
-    sampled = programs.evaluation(
-        params, rest, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
+    sampled = to_host(
+        programs.evaluation(
+            params, rest, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
+        )
     )
     _, rewards, valid = judge(task, repeated, sampled, columns)
     return {
@@ -59,7 +60,6 @@ def _share(rewards: np.ndarray, valid: np.ndarray) -> float:
 def _acceptance(programs, params, rest, greedy, prompt_mask) -> list[float]:
     in_prompt = np.zeros(greedy.tokens.shape, bool)
     in_prompt[:, : prompt_mask.shape[1]] = prompt_mask
-    segment_ids = (jnp.asarray(in_prompt) | greedy.response_mask).astype(jnp.int32)
-    scores = programs.score(params, rest, greedy.tokens, segment_ids)
-    mask = np.asarray(greedy.response_mask)
-    return [float(np.asarray(agrees)[mask].mean()) for agrees in scores.mtp_agrees]
+    segment_ids = (in_prompt | greedy.response_mask).astype(np.int32)
+    scores = to_host(programs.score(params, rest, greedy.tokens, segment_ids))
+    return [float(agrees[greedy.response_mask].mean()) for agrees in scores.mtp_agrees]

@@ -19,9 +19,11 @@ from occ.training.evaluate import evaluate
 from occ.training.history import History
 from occ.training.nonfinite import LEAF, BadUpdates
 from occ.training.packing import minibatches, padding_waste
-from occ.training.programs import Programs, build, fresh_state, init_model
+from occ.training.processes import any_of_all, to_host, to_mesh
+from occ.training.programs import Programs, build, copy_state, init_model
 from occ.training.rollout import Rollout, collect
 from occ.training.run_folder import RunFolder, plain
+from occ.training.sharding import batch_shardings
 from occ.training.state import TrainState
 
 __all__ = ["Programs", "build", "init_model", "run"]
@@ -108,7 +110,8 @@ def _run(
             done = number + 1
             last = done == config.rollouts
             # Preemption first: all processes of a job must ask after every rollout.
-            stop = checkpoints.reached_preemption(done) or should_stop() or bad_updates.too_many
+            stop = checkpoints.reached_preemption(done)
+            stop = stop or any_of_all(should_stop()) or bad_updates.too_many
             if stop or last or done % config.checkpoint_every == 0:
                 checkpoints.save(done, state, _now(history, began))
             bad_updates.check()
@@ -132,11 +135,7 @@ def _restore(
 ) -> Restored:
     """The newest checkpoint, or a beginning."""
     # A copy, since the train step donates its state and `start` serves further runs.
-    fresh = jax.tree.map(
-        lambda value, like: jax.device_put(value, like.sharding, may_alias=False),
-        fresh_state(config, *start),
-        programs.state,
-    )
+    fresh = copy_state(config, programs, start)
     restored = checkpoints.restore(fresh)
     return Restored(0, fresh, History()) if restored is None else restored
 
@@ -167,9 +166,10 @@ def _train_on_rollout(
     steps = []
     batches = minibatches(rollout.batch, config)
     for minibatch in batches:
+        minibatch = to_mesh(minibatch, batch_shardings(programs.mesh))
         state, metrics = programs.train_step(state, minibatch)
         steps.append(metrics)
-    steps = jax.device_get(steps)  # the only wait for the device within a rollout's updates
+    steps = to_host(steps)  # the only wait for the device within a rollout's updates
     _sound_alarms(steps, number)
     bad_updates.see(steps, state.params, number)
     row = {

@@ -19,7 +19,6 @@ import numpy as np
 
 from occ.training.batch import Minibatch, split, take_rows
 from occ.training.config import MTPTrainingConfig, TrainConfig
-from occ.training.sharding import row_parts
 
 RUNGS = 8
 
@@ -217,7 +216,7 @@ def padding_waste(batches: Sequence[Minibatch]) -> float:
 def _divisor(config: TrainConfig) -> int:
     """What rows are cut into: devices and micro-batches, of each half where there are halves."""
     halves = 2 if config.mtp.measure == "cross_fitted" else 1
-    return halves * config.layout.micro_batches * row_parts(config.layout)
+    return halves * config.layout.micro_batches * config.layout.row_parts
 
 
 def _sequences(minibatch: Minibatch, keep_uncounted: bool) -> list[tuple[int, np.ndarray]]:

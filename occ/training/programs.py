@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -83,6 +84,17 @@ def fresh_state(config: TrainConfig, params: Any, rest: Any) -> TrainState:
     """The state in which a run begins, around given variables of the model."""
     calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
     return init_state(params, rest, build_optimizer(config.optimizer), calibration)
+
+
+def copy_state(config: TrainConfig, programs: Programs, start: tuple[Any, Any]) -> TrainState:
+    """A fresh state on the mesh around a copy of given variables, which serve further runs."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, programs.state)
+
+    def create(params, rest):
+        # Without a copy the very arrays would come out that went in.
+        return fresh_state(config, *jax.tree.map(jnp.copy, (params, rest)))
+
+    return jax.jit(create, out_shardings=shardings)(*start)
 
 
 def init_model(config: TrainConfig) -> tuple[Any, Any]:

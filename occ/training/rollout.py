@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,8 @@ from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
 from occ.training.batch import Minibatch, positions_from_segments
 from occ.training.config import TrainConfig
+from occ.training.processes import collect_shares, key_on_mesh, my_share, to_host
+from occ.training.sharding import for_generation
 from occ.training.stages import Stages
 
 
@@ -81,12 +82,26 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
     evaluation = dataclasses.replace(plain, top_p=config.evaluation.top_p)
 
     def program(sampling):
-        compiled = jax.jit(functools.partial(generate, graphdef, config=sampling))
+        def sample(params, rest, prompts, prompt_mask, key, rows=None):
+            params = for_generation(params)
+            return generate(
+                graphdef, params, rest, prompts, prompt_mask, key, config=sampling, rows=rows
+            )
+
+        compiled = jax.jit(sample)
         return Bucketed(compiled, config.layout.generation_rows, task.tokenizer.pad_id)
 
     def score(params, rest, tokens, segment_ids):
         positions = positions_from_segments(segment_ids)
-        stages = Stages(graphdef, rest, tokens, positions, segment_ids, rollout.temperature)
+        stages = Stages(
+            graphdef,
+            rest,
+            tokens,
+            positions,
+            segment_ids,
+            rollout.temperature,
+            config.layout.logits_chunk,
+        )
         main, *heads = stages.score(params)
         if not heads:
             nothing = jnp.zeros((0, *tokens.shape), main.log_prob.dtype)
@@ -152,8 +167,8 @@ def collect(
     indices = prompt_indices(config.seed, step, rollout.prompts, len(task.train))
     problems = [task.train[i] for i in indices for _ in range(rollout.samples)]
     prompts, prompt_mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-    sampled = programs.sample(params, rest, prompts, prompt_mask, key)
+    key = key_on_mesh(config.seed, step)
+    sampled = to_host(programs.sample(params, rest, prompts, prompt_mask, key))
     completions, rewards, valid = judge(task, problems, sampled, columns)
 
     grouped = (rollout.prompts, rollout.samples)
@@ -170,12 +185,12 @@ def collect(
     if rollout.dynamic_sampling:
         counted &= np.repeat(np.asarray(kept), rollout.samples)
     if rollout.overlong_filter:
-        counted &= np.asarray(sampled.finished)
+        counted &= sampled.finished
 
     batch = _batch(programs, params, rest, sampled, prompt_mask, counted, advantage)
     if reference_params is not None:
         reference = programs.score(reference_params, rest, batch.tokens, batch.segment_ids)
-        batch = batch.replace(reference_log_prob=reference.log_prob)
+        batch = batch.replace(reference_log_prob=to_host(reference.log_prob))
     metrics = _metrics(batch, sampled, rewards, valid, kept)
     metrics["rollout/padding_waste"] = padding_waste(
         prompt_mask, sampled.lengths, programs.sample.rows_at_a_time
@@ -190,12 +205,20 @@ def collect(
 def judge(
     task: Task, problems: list[Problem], sampled: Generation, columns: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Texts of the responses, their rewards, and which of them could be judged."""
+    """Texts of the responses, their rewards, and which of them could be judged.
+
+    Several processes divide the verifying between them.
+    """
     tokens = np.asarray(sampled.tokens)[:, columns:]
     mask = np.asarray(sampled.response_mask)[:, columns:]
     completions = task.tokenizer.decode_batch(tokens, mask)
-    rewards, valid = task.verify_batch(problems, completions)
-    return completions, rewards, valid
+    mine = my_share(len(problems))
+    rewards, valid = task.verify_batch(problems[mine], completions[mine])
+    return (
+        completions,
+        collect_shares(rewards, len(problems)),
+        collect_shares(valid, len(problems)),
+    )
 
 
 def _length_penalty(sampled: Generation, config: TrainConfig, response: int) -> np.ndarray:
@@ -204,7 +227,7 @@ def _length_penalty(sampled: Generation, config: TrainConfig, response: int) -> 
         return np.zeros(sampled.lengths.shape, np.float32)
     return np.asarray(
         advantages.overlong_penalty(
-            sampled.lengths,
+            jnp.asarray(sampled.lengths),
             max_length=response,
             buffer=rollout.overlong_buffer,
             penalty=rollout.overlong_penalty,
@@ -217,19 +240,19 @@ def _batch(programs, params, rest, sampled, prompt_mask, counted, advantage) -> 
     rows, time = sampled.tokens.shape
     in_prompt = np.zeros((rows, time), bool)
     in_prompt[:, : prompt_mask.shape[1]] = prompt_mask
-    segment_ids = (jnp.asarray(in_prompt) | sampled.response_mask).astype(jnp.int32)
-    response_mask = sampled.response_mask & jnp.asarray(counted)[:, None]
-    old = programs.score(params, rest, sampled.tokens, segment_ids)
+    segment_ids = (in_prompt | sampled.response_mask).astype(np.int32)
+    response_mask = sampled.response_mask & counted[:, None]
+    old = to_host(programs.score(params, rest, sampled.tokens, segment_ids))
     return Minibatch(
         tokens=sampled.tokens,
         segment_ids=segment_ids,
-        positions=positions_from_segments(segment_ids),
+        positions=np.asarray(positions_from_segments(jnp.asarray(segment_ids))),
         response_mask=response_mask,
-        advantages=jnp.where(response_mask, advantage.reshape(rows, 1), 0),
+        advantages=np.where(response_mask, np.asarray(advantage).reshape(rows, 1), np.float32(0)),
         old_log_prob=old.log_prob,
         old_mtp_log_prob=old.mtp_log_prob,
         rollout_log_prob=sampled.log_prob,
-        reference_log_prob=jnp.zeros_like(old.log_prob),
+        reference_log_prob=np.zeros_like(old.log_prob),
     )
 
 

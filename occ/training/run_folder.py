@@ -15,6 +15,7 @@ import numpy as np
 
 from occ.training import disk
 from occ.training.config import TrainConfig
+from occ.training.processes import is_first
 
 FREE = ("layout.", "checkpoint_every", "keep_checkpoints", "max_bad_updates")
 """Fields, or beginnings of their names, that a resumed run may change: they change no result."""
@@ -31,6 +32,8 @@ class RunFolder:
         samples.jsonl      sample completions
         result.json        written once, at the end
         checkpoints/       Orbax
+
+    Of several processes the first writes, and all read.
 
     Args:
       path: the folder; made if missing.
@@ -102,15 +105,17 @@ class RunFolder:
     def append(self, *rows: dict[str, Any], name: str = "metrics.jsonl") -> None:
         """Adds rows, all in one write."""
         text = _lines(rows)
-        with disk.explained(self.path, len(text)):
-            disk.append_text(self.path / name, text)
+        if is_first():
+            with disk.explained(self.path, len(text)):
+                disk.append_text(self.path / name, text)
 
     def _write_json(self, name: str, value: Any) -> None:
         self._replace(name, json.dumps(value, indent=2) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
-        with disk.explained(self.path, len(text)):
-            disk.replace_text(self.path / name, text)
+        if is_first():
+            with disk.explained(self.path, len(text)):
+                disk.replace_text(self.path / name, text)
 
 
 def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from occ.models.partitioning import AXES, ROWS
+from occ.models.partitioning import AXES, ROWS, parts
 from occ.training.batch import Minibatch
 from occ.training.config import LayoutConfig
 from occ.trees import path_string
@@ -197,26 +196,15 @@ def _parameter_path(
 def _misfits(name: str, shape: tuple[int, ...], spec: jax.P, mesh: Mesh) -> list[str]:
     found = []
     for size, axes in zip(shape, spec, strict=True):
-        cut = math.prod(mesh.shape[axis] for axis in _names(axes))
+        cut = parts(mesh.shape, axes)
         if size % cut:
             found.append(f"{name} {shape}: {size} over {axes} = {cut}")
     return found
 
 
-def _names(axes: Any) -> tuple[str, ...]:
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
 # ---------------------------------------------------------------------------------------------
 # Rows of batches
 # ---------------------------------------------------------------------------------------------
-
-
-def row_parts(layout: LayoutConfig) -> int:
-    """Into how many parts the rows of a batch are cut."""
-    return math.prod(getattr(layout, axis) for axis in ROWS)
 
 
 def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from occ.training.processes import is_first, wait_for_all
+
 
 def _folder(folder: pathlib.Path, decides: dict[str, Any]) -> pathlib.Path:
     text = json.dumps(decides, sort_keys=True)
@@ -27,7 +29,9 @@ def save_start(folder: pathlib.Path, decides: dict[str, Any], start: tuple[Any, 
     target = _folder(folder, decides)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target / "variables", {"params": start[0], "rest": start[1]}, force=True)
-    (target / "decides.json").write_text(json.dumps(decides, indent=2) + "\n")
+    if is_first():
+        (target / "decides.json").write_text(json.dumps(decides, indent=2) + "\n")
+    wait_for_all(f"{target} is saved")
 
 
 def load_start(

@@ -1,0 +1,41 @@
+"""One process of a tiny run on four devices: `python -m tests.process_run FOLDER DEVICES [...]`."""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+import jax
+
+from experiments import train
+from occ.training.config import LayoutConfig
+from tests.durable_run import CONFIG
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("devices", type=int)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--index", type=int)
+    parser.add_argument("--rollouts", type=int, default=4)
+    given = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", given.devices)
+    config = dataclasses.replace(
+        CONFIG, layout=LayoutConfig(data=2, fsdp=2), rollouts=given.rollouts, checkpoint_every=2
+    )
+    arguments = train.Arguments(
+        config,
+        folder=given.folder,
+        distributed=given.processes is not None,
+        coordinator=given.coordinator,
+        processes=given.processes,
+        index=given.index,
+    )
+    return train.train(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

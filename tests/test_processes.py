@@ -1,0 +1,105 @@
+"""Two processes as one run: the rows of one process, an end for all when one is killed."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from occ.training import processes
+from occ.training.run_folder import read_rows
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def start(folder, devices, *options):
+    """One process; what it says goes to a file beside the folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "cache")
+    number = len(list(folder.parent.glob("log-*")))
+    command = [sys.executable, "-m", "tests.process_run", str(folder), str(devices), *options]
+    with (folder.parent / f"log-{folder.name}-{number}").open("w") as log:
+        # In a folder of the test's own, where starting points are kept.
+        return subprocess.Popen(
+            command, cwd=folder.parent, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def start_two(folder, *options):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            folder,
+            2,
+            *("--coordinator", f"localhost:{port}", "--processes", "2", "--index", str(index)),
+            *options,
+        )
+        for index in range(2)
+    ]
+
+
+def said(folder):
+    return "\n".join(log.read_text() for log in sorted(folder.glob("log-*")))
+
+
+def rows_of(folder):
+    """Metrics without the clock."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+LONGER = ("--rollouts", "60")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_and_end_together(tmp_path):
+    """Four devices in one process or two in each of two: the same rewards, and losses to rounding.
+
+    Then one of two is killed: the other ends by itself, with a word, and the run goes on.
+    """
+    one = start(tmp_path / "one", 4)
+    assert one.wait(300) == 0, said(tmp_path)
+    two = start_two(tmp_path / "two")
+    assert [process.wait(300) for process in two] == [0, 0], said(tmp_path)
+    alone, together = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert len(alone) == len(together) == 4
+    for expected, got in zip(alone, together, strict=True):
+        assert got["reward"] == expected["reward"]
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+    killed = tmp_path / "killed"
+    two = start_two(killed, *LONGER)
+    deadline = time.monotonic() + 300
+    while len(read_rows(killed / "metrics.jsonl")) < 3:
+        assert time.monotonic() < deadline and two[0].poll() is None, said(tmp_path)
+        time.sleep(0.1)
+    two[1].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    assert two[0].wait(60) != 0
+    assert time.monotonic() - died < 60
+    assert two[1].wait() == -signal.SIGKILL
+    assert "another task died" in said(tmp_path)
+    two = start_two(killed, *LONGER)
+    assert [process.wait(300) for process in two] == [0, 0], said(tmp_path)
+    rows = rows_of(killed)
+    assert [row["rollout"] for row in rows] == list(range(60))
+    assert rows[:4] == together
+
+
+def test_shares_cover_all_rows_once():
+    rows = np.arange(10)
+    np.testing.assert_array_equal(processes.collect_shares(rows[processes.my_share(10)], 10), rows)
+
+
+def test_an_incomplete_address_is_refused():
+    with pytest.raises(ValueError, match="together"):
+        processes.join("localhost:1", 2, None)

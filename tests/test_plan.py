@@ -1,0 +1,149 @@
+"""Plans: what is read from programs, against programs whose cost is known."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from experiments import hlo, plan
+from experiments.chips import CHIPS, chip_of
+from experiments.configs import CONFIGS
+from occ.training.config import LayoutConfig, RolloutConfig
+
+pytestmark = pytest.mark.standard_promotion
+P = jax.P
+
+
+def small_config(**layout):
+    config = CONFIGS["laptop"]()
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=128, remat="full"),
+        rollout=RolloutConfig(prompts=8, samples=4, minibatches=2),
+        max_prompt_tokens=8,
+        max_response_tokens=8,
+        layout=LayoutConfig(**layout),
+    )
+
+
+def test_collectives_in_a_loop_count_as_often_as_they_run():
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+
+    def body(x, w):
+        return jnp.tanh(x @ w), None
+
+    def run(x, ws):
+        return jax.lax.scan(body, x, ws)[0]
+
+    x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P("a", "b")))
+    ws = jax.ShapeDtypeStruct(
+        (5, 32, 32), jnp.float32, sharding=NamedSharding(mesh, P(None, "b", None))
+    )
+    compiled = jax.jit(run, out_shardings=NamedSharding(mesh, P("a", None))).lower(x, ws).compile()
+    found = hlo.collectives(hlo.parse(compiled.as_text()))
+    # Each product is a sum over the four parts of the contracted dimension: [16 / 2, 32] floats.
+    assert found["all-reduce"].times == 5
+    assert found["all-reduce"].largest == 8 * 32 * 4
+    assert found["all-reduce"].bytes == 5 * 8 * 32 * 4
+    assert found["all-reduce"].wire == pytest.approx(2 * 3 / 4 * 5 * 8 * 32 * 4)
+
+
+def test_operations_of_loops_branches_and_recomputation():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    once = 2 * 4 * 8 * 8
+
+    def looped(x):
+        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=3)[0]
+
+    def branched(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
+
+    def waiting(x):
+        return jax.lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ w, x)
+
+    def recomputed(x):
+        return jnp.sum(jax.checkpoint(lambda x: jnp.sin(jnp.sin(x @ w) @ w))(x))
+
+    assert hlo.matrix_flops(jax.make_jaxpr(looped)(x)) == 3 * once
+    assert hlo.matrix_flops(jax.make_jaxpr(branched)(x)) == 2 * once
+    assert hlo.matrix_flops(jax.make_jaxpr(waiting)(x), while_trips=7) == 7 * once
+    # Two products forward, both again for the backward pass, and two cotangents.
+    assert hlo.matrix_flops(jax.make_jaxpr(jax.grad(recomputed))(x)) == 6 * once
+
+
+def test_operations_of_experts_are_those_of_the_rows():
+    x, w = jnp.ones((6, 4)), jnp.ones((3, 4, 5))
+    sizes = jnp.array([2, 3, 1], jnp.int32)
+
+    def experts(x, w):
+        return jnp.sum(jnp.sin(jax.lax.ragged_dot(x, w, sizes)))
+
+    once = 2 * 6 * 4 * 5
+    assert hlo.matrix_flops(jax.make_jaxpr(experts)(x, w)) == once
+    both = jax.make_jaxpr(jax.grad(experts, argnums=(0, 1)))(x, w)
+    assert hlo.matrix_flops(both) == 3 * once
+
+
+def test_traffic_of_a_loop_over_slices_is_that_of_the_slices():
+    """Each of 16 iterations reads one matrix of the stack, and not the stack."""
+    ws = jnp.ones((16, 64, 64))
+
+    def run(x):
+        return jax.lax.scan(lambda c, w: (c @ w, None), x, ws)[0]
+
+    text = jax.jit(run).lower(jnp.ones((64, 64))).compile().as_text()
+    traffic = hlo.memory_traffic(hlo.parse(text))
+    matrix = 64 * 64 * 4
+    assert 16 * 3 * matrix <= traffic < 16 * 10 * matrix
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no entry"):
+        hlo.parse("nothing")
+
+
+def test_a_plan_for_gpus_adds_up(tmp_path):
+    config = small_config(fsdp=4, tensor=2)
+    lines = []
+    arguments = plan.Arguments(config, topology="h100:8", folder=tmp_path)
+    result = plan.plan(arguments, lines.append)
+    json.dumps(result)
+    costs = result["costs"]
+    assert costs["OCC exact"]["flops"] > costs["OCC fused"]["flops"] > costs["Detach"]["flops"]
+    # Parameters and two moments in float32, cut in 8, but for norms and biases.
+    whole = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(plan.abstract_model(config)[1]))
+    assert 3 * 4 * whole / 8 < costs["Detach"]["arguments"] < 1.2 * 3 * 4 * whole / 8
+    assert "| OCC fused |" in result["table"]
+    assert any("fits" in line for line in lines)
+
+
+def test_a_layout_for_another_number_of_devices_is_refused(tmp_path):
+    arguments = plan.Arguments(small_config(fsdp=4), topology="h100:8", folder=tmp_path)
+    with pytest.raises(ValueError, match="has 8 devices, the layout takes 4"):
+        plan.plan(arguments)
+    with pytest.raises(ValueError, match="expected a topology of one of"):
+        chip_of("v1:2")
+
+
+def test_advice_names_what_to_change():
+    cost = plan.Cost(10.0, 2e13, 3e13, 1.0, 1.0, {}, 1.0)
+    (line,) = plan.advice(cost, CHIPS["v5p"], small_config())
+    assert "does not fit" in line and "micro_batches" in line
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is not installed: pip install '.[plan]'",
+)
+def test_a_small_slice_compiles_for_tpus(tmp_path):
+    config = small_config(fsdp=2, tensor=2)
+    arguments = plan.Arguments(config, "v5e:2x2", ("OCC fused",), folder=tmp_path)
+    result = plan.plan(arguments, lambda line: None)
+    cost = result["costs"]["OCC fused"]
+    assert 0 < cost["temporaries"] < 2**30
+    assert cost["collectives"]

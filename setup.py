@@ -27,6 +27,7 @@ TEST = [
     "ruff",
 ]
 NOTEBOOKS = ["ipykernel", "matplotlib", "nbclient", "nbmake"]
+PLAN = ["jax[tpu]"]  # the TPU compiler; no TPU needed
 PARITY = ["torch", "torchjd[cagrad,nash-mtl]"]
 
 setuptools.setup(
@@ -56,5 +57,6 @@ setuptools.setup(
         "test": EXPERIMENTS + MATH + TEST + NOTEBOOKS,
         "notebooks": EXPERIMENTS + NOTEBOOKS,
         "parity": PARITY,
+        "plan": EXPERIMENTS + PLAN,
     },
 )

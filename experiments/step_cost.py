@@ -34,7 +34,7 @@ from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.training.batch import Minibatch, positions_from_segments
 from occ.training.calibration import build_calibration
-from occ.training.config import MTPTrainingConfig, TrainConfig, regime
+from occ.training.config import LayoutConfig, MTPTrainingConfig, TrainConfig, regime
 from occ.training.optimizer import build_optimizer
 from occ.training.run_folder import environment
 from occ.training.state import init_state
@@ -59,6 +59,8 @@ class Arguments:
       repeats: timed steps a regime; 0 leaves the clock out.
       remat: rematerialisation settings to measure.
       dtype: of computation.
+      logits_chunk: measure every regime again with the logits of so many columns at a time (whose
+        operations the compiler counts for one chunk alone); 0 leaves that out.
       folder: for result.json and table.md.
     """
 
@@ -70,6 +72,7 @@ class Arguments:
     repeats: int = 40
     remat: tuple[str, ...] = ("none", "full")
     dtype: str = "float32"
+    logits_chunk: int = 0
     folder: pathlib.Path = pathlib.Path("runs/step_cost")
 
 
@@ -115,9 +118,12 @@ def minibatch(arguments: Arguments, seed: int = 0) -> Minibatch:
     )
 
 
-def compile_step(model: ModelConfig, mtp: MTPTrainingConfig, batch: Minibatch) -> tuple[Any, Any]:
+def compile_step(
+    model: ModelConfig, mtp: MTPTrainingConfig, batch: Minibatch, logits_chunk: int = 0
+) -> tuple[Any, Any]:
     """The compiled step, which donates its state, and a state for it."""
-    config = TrainConfig(name="step_cost", model=model, task="arithmetic", mtp=mtp)
+    layout = LayoutConfig(logits_chunk=logits_chunk)
+    config = TrainConfig(name="step_cost", model=model, task="arithmetic", mtp=mtp, layout=layout)
     graphdef, params, rest = split_model(Decoder(model, nnx.Rngs(0)))
     calibration = build_calibration(mtp, model.mtp.num_modules)
     state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
@@ -130,9 +136,13 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     batch = minibatch(arguments)
     model = model_config(arguments, remat)
     compiled, states = {}, {}
-    for name, mtp in tqdm.tqdm(REGIMES.items(), desc=f"compile, remat {remat}"):
-        compiled[name], states[name] = compile_step(model, mtp, batch)
-    seconds: dict[str, list[float]] = {name: [] for name in REGIMES}
+    variants = {(name, 0): mtp for name, mtp in REGIMES.items()}
+    if arguments.logits_chunk:
+        variants |= {(name, arguments.logits_chunk): mtp for name, mtp in REGIMES.items()}
+    for (name, chunk), mtp in tqdm.tqdm(variants.items(), desc=f"compile, remat {remat}"):
+        label = f"{name}, logits of {chunk} columns" if chunk else name
+        compiled[label], states[label] = compile_step(model, mtp, batch, chunk)
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
     for repeat in tqdm.trange(arguments.repeats + 2, desc="time", disable=not arguments.repeats):
         for name, step in compiled.items():
             started = time.perf_counter()

@@ -55,7 +55,12 @@ MTP = {
 }
 
 
-@pytest.mark.parametrize("name", MTP)
+SLOW = ("fixed_fused", "every_fused", "layers", "distill", "readout")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MTP]
+)
 def test_micro_batches_give_the_whole_minibatchs_step(x64, name):
     whole = result(MTP[name], LayoutConfig())
     parts = result(MTP[name], LayoutConfig(micro_batches=4))
@@ -110,8 +115,9 @@ def test_a_non_finite_micro_batch_takes_its_head_out_and_is_counted_once(x64, na
         tiny.close(got.gradient, whole.gradient, 1e-9)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5])
-@pytest.mark.parametrize("name", ["exact", "proxy_fused", "distill"])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("exact", 1), ("exact", 4), ("proxy_fused", 5), ("distill", 4)]
+)
 def test_logits_in_chunks_give_the_same_step(x64, name, chunk):
     objective = ObjectiveConfig(entropy_coefficient=0.01)
     whole = result(MTP[name], LayoutConfig(), heads=2, objective=objective)

@@ -100,8 +100,15 @@ def single(name):
 
 @pytest.mark.parametrize(
     ("mtp", "layout"),
-    [("occ", name) for name in LAYOUTS]
-    + [("occ_paper", "fsdp-tensor"), ("occ_paper", "micro-batches")],
+    [
+        ("occ", "fsdp-tensor"),
+        ("occ", "micro-batches"),
+        ("occ_paper", "micro-batches"),
+        *(
+            pytest.param("occ", name, marks=pytest.mark.slow)
+            for name in ("data", "fsdp", "data-fsdp-tensor")
+        ),
+    ],
 )
 def test_a_sharded_step_is_the_single_devices(x64, mtp, layout):
     """Under Adam: moments are the gradients', parameters within a rounding of its step."""
@@ -206,7 +213,15 @@ def single_moe():
         return one_step(*setting("occ", "float64", LayoutConfig(), MOE))
 
 
-@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "fsdp-expert-tensor",
+        "data-expert",
+        pytest.param("expert", marks=pytest.mark.slow),
+        pytest.param("fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_a_sharded_mixture_of_experts_is_the_single_devices(x64, layout):
     expected, expected_metrics = single_moe()
     state, metrics = one_step(*setting("occ", "float64", MOE_LAYOUTS[layout], MOE))

@@ -1,7 +1,6 @@
 """One training step beside TRL's on torch and Tunix's on JAX: same model, data and machine.
 
-Claim: RL alone costs here what it costs there, and a regime with an MTP module what the module's
-layer and its second pass through the output head add.
+Question: does RL alone cost here what it costs there, and what does an MTP module add to it?
 Command, after which --trl-python and --tunix-python may be given:
 
     python3.11 -m venv envs/trl && envs/trl/bin/pip install torch==2.13.0 trl==1.16.0
@@ -9,7 +8,8 @@ Command, after which --trl-python and --tunix-python may be given:
     python -m experiments.peers.compare --trl-python envs/trl/bin/python \
         --tunix-python envs/tunix/bin/python
 
-Cost: four minutes on two idle CPU cores, for both vocabularies; Linux.
+Cost: Linux; a gigabyte of memory for each of the seven programs, which all stay alive. Without that
+much to spare they time the machine's paging.
 
 Every program is a process that has been warmed up, and the programs take one step each in turn. A
 step is forward and backward pass, clipping and AdamW on 16 sequences of 256 tokens; sampling,
@@ -56,6 +56,7 @@ class Arguments:
     Attributes:
       trl_python, tunix_python: interpreters of the peers' environments; without one, that peer is
         left out.
+      trl_modes: "eager", and "compile" by torch.compile, which takes a C++ compiler and a minute.
       vocabs: vocabularies to measure with.
       sizes: of everything else.
       rounds: timed steps of each program.
@@ -65,6 +66,7 @@ class Arguments:
 
     trl_python: pathlib.Path | None = None
     tunix_python: pathlib.Path | None = None
+    trl_modes: tuple[str, ...] = ("eager", "compile")
     vocabs: tuple[int, ...] = (2048, 16384)
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     rounds: int = 15
@@ -80,7 +82,7 @@ def commands(arguments: Arguments, file: pathlib.Path) -> dict[str, list[str]]:
 
     programs = {name: module(sys.executable, "occ_step", key) for name, key in OURS.items()}
     if arguments.trl_python is not None:
-        for mode in ("eager", "compile"):
+        for mode in arguments.trl_modes:
             programs[f"TRL, {mode}"] = module(arguments.trl_python, "trl_step", mode)
     if arguments.tunix_python is not None:
         programs["Tunix"] = module(arguments.tunix_python, "tunix_step")

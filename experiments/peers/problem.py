@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,8 @@ class Problem:
         sizes = {f"sizes/{name}": value for name, value in dataclasses.asdict(self.sizes).items()}
         weights = {f"weights/{name}": value for name, value in self.weights.items()}
         batch = {name: getattr(self, name) for name in ("tokens", "advantages", "old_log_prob")}
-        np.savez(file, **sizes, **weights, **batch)
+        arrays: dict[str, Any] = {**sizes, **weights, **batch}  # savez's own options are bools
+        np.savez(file, **arrays)
 
 
 def load(file: pathlib.Path) -> Problem:

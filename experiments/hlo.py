@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 WIDTHS = {"pred": 1, "token": 0, "opaque": 0, "f8e4m3fn": 1, "f8e5m2": 1}
 
@@ -23,7 +23,7 @@ _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
-_FREE += ("after-all", "partition-id", "iota", "call", "async-update", "async-done")
+_FREE_TOO = ("after-all", "partition-id", "iota", "call", "async-update", "async-done")
 
 
 class Instruction(NamedTuple):
@@ -240,7 +240,7 @@ def memory_traffic(program: Program) -> float:
         total += times * sum(
             _touched(program, instruction, shapes)
             for instruction in instructions
-            if instruction.operation not in _FREE
+            if instruction.operation not in _FREE + _FREE_TOO
         )
     return total
 
@@ -327,7 +327,7 @@ def matrix_flops(jaxpr: Any, while_trips: int = 1) -> float:
 def _inner(eqn: Any) -> Iterator[Any]:
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+            if isinstance(item, ClosedJaxpr | Jaxpr):
                 yield item
 
 

@@ -72,7 +72,12 @@ def layouts() -> dict[str, LayoutConfig]:
         found[f"1 device, {parts} micro-batches"] = LayoutConfig(micro_batches=parts)
     found["1 device, packed"] = LayoutConfig(pack=True, sequences_per_row=4)
     found["1 device, logits of 5 columns"] = LayoutConfig(logits_chunk=5)
-    together = {"micro_batches": 2, "logits_chunk": 5, "pack": True, "sequences_per_row": 4}
+    together: dict[str, Any] = {
+        "micro_batches": 2,
+        "logits_chunk": 5,
+        "pack": True,
+        "sequences_per_row": 4,
+    }
     mesh = MESHES["data 2, fsdp 2, tensor 2"]
     found["data 2, fsdp 2, tensor 2, and all of these"] = dataclasses.replace(mesh, **together)
     return found
@@ -129,12 +134,12 @@ def minibatch(dtype: str) -> Minibatch:
 
 def one_step(config: TrainConfig, batch: Minibatch) -> tuple[Any, Any]:
     """State and metrics after a production step in the configuration's layout, on the host."""
-    graphdef, *shapes = abstract_model(config)
+    graphdef, params, rest = abstract_model(config)
     mesh = make_mesh(config.layout)
     # The same values in every layout: born on one device, then moved.
     start = jax.device_get(init_model(dataclasses.replace(config, layout=LayoutConfig())))
     with jax.set_mesh(mesh):
-        like = abstract_state(config, *shapes, mesh)
+        like = abstract_state(config, params, rest, mesh)
         fresh = jax.device_get(fresh_state(config, *start))
         state = jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, like))
         step = jit_train_step(graphdef, config, mesh, like)
@@ -161,17 +166,16 @@ def differences(got: tuple[Any, Any], expected: tuple[Any, Any]) -> dict[str, fl
     norms = np.sqrt(gram[0, 0]), np.sqrt(gram[1, 1])
     new = np.asarray(state.calibration.gram, np.float64)
     weight = state.calibration.weights[1] - reference.calibration.weights[1]
-    moments = zip(
+    pairs = zip(
         jax.tree.leaves(first_moment(state)), jax.tree.leaves(first_moment(reference)), strict=True
     )
+    gradient = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs if b.any()]
     return {
         "loss": float(abs(metrics["loss/rl"] / wanted["loss/rl"] - 1)),
         "c": float(abs(new[0, 1] - gram[0, 1]) / (norms[0] * norms[1])),
         "v^2": float(abs(new[1, 1] / gram[1, 1] - 1)),
         "coefficient": float(abs(weight) / (norms[0] / norms[1])),
-        "gradient": max(
-            float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)) for a, b in moments
-        ),
+        "gradient": max(gradient),
     }
 
 

@@ -270,9 +270,10 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
             f"{config.layout.devices}. Choose data, fsdp, expert and tensor of "
             "--config.layout so that their product is the number of devices."
         )
-    mesh = make_mesh(config.layout, devices) if devices else make_mesh_like(config.layout)
+    mesh: Any = make_mesh(config.layout, devices) if devices else make_mesh_like(config.layout)
     costs: dict[str, Cost] = {}
-    with jax.set_mesh(mesh) if devices else jax.sharding.use_abstract_mesh(mesh):
+    context: Any = jax.set_mesh(mesh) if devices else jax.sharding.use_abstract_mesh(mesh)
+    with context:
         for name in arguments.regimes:
             one = dataclasses.replace(config, mtp=regime(REGIMES[name]))
             traced, state = trace_train_step(one, mesh)

@@ -132,5 +132,9 @@ def test_rows_return_to_their_places():
 
 
 def test_rows_that_do_not_divide_are_refused():
+    config = tiny.train_config(regime("occ"))
+    batch = tiny.minibatch(config, tiny.build_model(config.model), rows=8)
     with pytest.raises(ValueError, match="8 rows cannot be cut into 3 equal parts"):
-        result(regime("occ"), LayoutConfig(micro_batches=3), dtype="float32")
+        micro_batches(batch, 3)
+    with pytest.raises(ValueError, match="128 sequences cannot be cut evenly into 3 micro-batches"):
+        dataclasses.replace(config, layout=LayoutConfig(micro_batches=3))

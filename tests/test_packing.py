@@ -289,9 +289,10 @@ def test_what_cannot_be_packed_is_refused():
         pack(batch, length=12, sequences_per_row=3, rows=1)
     with pytest.raises(ValueError, match=r"has 5 tokens, and a row holds 4"):
         first_fit([3, 5], length=4, sequences_per_row=3)
-    in_three = dataclasses.replace(config, layout=dataclasses.replace(PACKED, micro_batches=3))
-    with pytest.raises(ValueError, match="8 sequences cannot be cut into 3 equal parts"):
-        minibatches(batch, in_three)
+    halves = dataclasses.replace(config.mtp, measure="cross_fitted")
+    eight = dataclasses.replace(PACKED, micro_batches=8)
+    with pytest.raises(ValueError, match="8 sequences cannot be cut into 16 equal parts"):
+        minibatches(batch, dataclasses.replace(config, mtp=halves, layout=eight))
 
 
 def test_a_mean_over_padding_cannot_be_had_without_the_padding():

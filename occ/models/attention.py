@@ -186,7 +186,8 @@ def _splash_rows(query, key, value, segment_ids, *, interpret: bool):
         ids = kernel.SegmentIds(q=segment_ids, kv=segment_ids)
         return jnp.swapaxes(attend_row(*by_head, segment_ids=ids), 0, 1)
 
-    mixed = jax.vmap(one_row)(*padded, jnp.pad(segment_ids, padding))
+    inputs = (*padded, jnp.pad(segment_ids, padding))
+    mixed = jax.vmap(one_row)(*inputs)
     return mixed[:, :time].astype(query.dtype)
 
 

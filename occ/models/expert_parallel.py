@@ -30,11 +30,11 @@ class ExpertWeights(NamedTuple):
       down: [E, F, D].
     """
 
-    router: jax.Array
-    router_bias: jax.Array
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
+    router: Any
+    router_bias: Any
+    gate: Any
+    up: Any
+    down: Any
 
 
 _SPECS = ExpertWeights(

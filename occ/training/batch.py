@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -11,7 +13,8 @@ class Minibatch(struct.PyTreeNode):
     """Sampled sequences with what the losses need, in token alignment.
 
     Every per-token array has its value at the index of the token that it is about. B rows, T
-    tokens a row, K MTP modules. A row holds one sequence or, packed, several.
+    tokens a row, K MTP modules. A row holds one sequence or, packed, several. Arrays are
+    JAX's or, as long as they are on the host, numpy's.
 
     Attributes:
       tokens: int32 [B, T], prompt and response.
@@ -27,15 +30,15 @@ class Minibatch(struct.PyTreeNode):
         where that term is off.
     """
 
-    tokens: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
-    response_mask: jax.Array
-    advantages: jax.Array
-    old_log_prob: jax.Array
-    old_mtp_log_prob: jax.Array
-    rollout_log_prob: jax.Array
-    reference_log_prob: jax.Array
+    tokens: Any
+    segment_ids: Any
+    positions: Any
+    response_mask: Any
+    advantages: Any
+    old_log_prob: Any
+    old_mtp_log_prob: Any
+    rollout_log_prob: Any
+    reference_log_prob: Any
 
 
 def split(batch: Minibatch, parts: int) -> list[Minibatch]:

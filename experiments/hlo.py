@@ -298,7 +298,7 @@ def matrix_flops(jaxpr: Any, while_trips: int = 1) -> float:
       jaxpr: `jax.make_jaxpr(f)(...)`, or `jax.jit(f).trace(...).jaxpr`.
       while_trips: iterations of loops of unknown length (generation's).
 
-    Of branches the dearer one counts.
+    Of branches the dearer one counts; of a kernel every block, also those that a mask skips.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -319,6 +319,8 @@ def matrix_flops(jaxpr: Any, while_trips: int = 1) -> float:
                 times = while_trips
             elif name == "shard_map":
                 times = eqn.params["mesh"].size
+            elif name == "pallas_call":
+                times = math.prod(eqn.params["grid_mapping"].grid)
             if inside:
                 total += times * (max(inside) if name == "cond" else sum(inside))
     return total

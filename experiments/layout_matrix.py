@@ -87,7 +87,7 @@ def configuration(name: str, dtype: str) -> TrainConfig:
     """A small decoder with one MTP module."""
     model = ModelConfig(
         vocab_size=VOCAB,
-        num_layers=3,
+        num_layers=2,
         width=32,
         num_heads=4,
         num_kv_heads=2,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from experiments import hlo, plan
 from experiments.chips import CHIPS, chip_of
 from experiments.configs import CONFIGS
+from occ.models.attention import Context, attend
 from occ.training.config import LayoutConfig, RolloutConfig
 
 pytestmark = pytest.mark.standard_promotion
@@ -74,6 +75,19 @@ def test_operations_of_loops_branches_and_recomputation():
     assert hlo.matrix_flops(jax.make_jaxpr(waiting)(x), while_trips=7) == 7 * once
     # Two products forward, both again for the backward pass, and two cotangents.
     assert hlo.matrix_flops(jax.make_jaxpr(jax.grad(recomputed))(x)) == 6 * once
+
+
+def test_operations_of_a_kernel_are_those_of_its_blocks():
+    segment_ids = jnp.ones((1, 256), jnp.int32)
+    context = Context(segment_ids, segment_ids, segment_ids)
+    heads = jnp.ones((1, 256, 2, 128))
+
+    def attention(query):
+        return attend(query, heads, heads, context, kernel="splash")
+
+    counted = hlo.matrix_flops(jax.make_jaxpr(attention)(heads))
+    scores_and_values = 2 * 2 * (2 * 256 * 256 * 128)
+    assert scores_and_values / 2 <= counted <= 1.01 * scores_and_values
 
 
 def test_operations_of_experts_are_those_of_the_rows():

@@ -143,7 +143,8 @@ def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def sample(params, rest, prompts, mask, key):
-        return generate(graphdef, for_generation(params), rest, prompts, mask, key, config=sampling)
+        gathered = for_generation(params, config.model.compute)
+        return generate(graphdef, gathered, rest, prompts, mask, key, config=sampling)
 
     traced = jax.jit(sample).trace(
         state.params,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import CONFIGS
+from occ.generation.sampling import SamplingConfig, generate
 from occ.models.config import MoEConfig
 from occ.training import programs, sharding
 from occ.training.config import LayoutConfig, regime
@@ -247,3 +248,28 @@ def test_a_bounded_capacity_drops_and_counts(x64):
     _, free = single_moe()
     assert free["router/dropped"] == 0
     assert 0.5 < metrics["router/dropped"] < 1
+
+
+def test_generation_on_a_mesh_samples_the_same_tokens():
+    """Parameters are gathered once; rows are divided, and keys belong to rows."""
+    config, model, batch = setting("occ", "float32", LayoutConfig())
+    graphdef, params, rest = model
+    sampling = SamplingConfig(max_new_tokens=6, stop_tokens=(1,))
+    prompts, mask = np.asarray(batch.tokens[:, :3]) + 2, np.ones((16, 3), bool)
+
+    def sample(layout):
+        mesh = sharding.make_mesh(layout)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(jax.device_get(params), sharding.tree_shardings(params, mesh))
+
+            def run(params, prompts, mask):
+                gathered = sharding.for_generation(params, config.model.compute)
+                key = jax.random.key(3)
+                return generate(graphdef, gathered, rest, prompts, mask, key, config=sampling)
+
+            return jax.device_get(jax.jit(run)(placed, prompts, mask))
+
+    alone, together = sample(LayoutConfig()), sample(LAYOUTS["data-fsdp-tensor"])
+    np.testing.assert_array_equal(together.tokens, alone.tokens)
+    np.testing.assert_allclose(together.log_prob, alone.log_prob, atol=1e-5)
+    assert len(np.unique(alone.tokens)) > 4

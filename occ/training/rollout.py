@@ -83,7 +83,7 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
 
     def program(sampling):
         def sample(params, rest, prompts, prompt_mask, key, rows=None):
-            params = for_generation(params)
+            params = for_generation(params, config.model.compute)
             return generate(
                 graphdef, params, rest, prompts, prompt_mask, key, config=sampling, rows=rows
             )

@@ -35,6 +35,9 @@ class Row(NamedTuple):
     spec: jax.P
 
 
+COMPUTED = ("kernel", "embedding", "gate_kernel", "up_kernel", "down_kernel")
+"""Names of leaves that layers cast to the dtype of computation before they use them."""
+
 TABLE = (
     Row(r"embedding/embedding", "vocab width", P("tensor", CUT)),
     Row(r"output_head/kernel", "width vocab", P(CUT, "tensor")),
@@ -149,19 +152,25 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return shardings
 
 
-def for_generation(params: Any) -> Any:
+def for_generation(params: Any, dtype: Any) -> Any:
     """Parameters gathered along the axes that cut them for training, once for a whole rollout.
 
-    Otherwise every new token would gather them again. Matrices come in no wider dtype than they are
-    computed in; experts stay on their devices, and "tensor" still cuts everything. Without a mesh,
-    the parameters themselves.
+    Otherwise every new token would gather them again. Experts stay on their devices, and "tensor"
+    still cuts everything. Without a mesh, the parameters themselves.
+
+    Args:
+      params: the model's, as they live in training.
+      dtype: of computation; matrices that are cast to it anyway are gathered in it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return params
 
     def gather(path, leaf):
-        spec = parameter_spec(path_string(path), leaf.shape)
+        name = path_string(path)
+        spec = parameter_spec(name, leaf.shape)
+        if name.split("/")[-1] in COMPUTED:
+            leaf = leaf.astype(dtype)
         kept = [axes if axes in ("tensor", "expert") else None for axes in spec]
         return jax.lax.with_sharding_constraint(leaf, P(*kept))
 

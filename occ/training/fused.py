@@ -14,7 +14,7 @@ from occ.calibration import Calibration, CalibrationState
 from occ.training.exact import loss_gradients
 from occ.training.losses import LossOutput
 from occ.training.micro_batches import add, cast_like, merge, over_micro_batches, zeros_like
-from occ.training.seams import Problem, Seam, mtp_seams, rl_seam, scaled, trunk
+from occ.training.seams import Problem, Seam, loss_outputs, mtp_seams, rl_seam, scaled, trunk
 from occ.training.stages import join
 from occ.training.step_gradient import StepGradient, log_ratios, through_trunk, total_load
 from occ.trees import zero_unless
@@ -183,10 +183,16 @@ def _weigh_beforehand(
     """
     count = problem.config.layout.micro_batches
     modules = calibration.num_auxiliary
+    reads = "readout" in calibration.measure.evidence
 
     def step(carry, part, shares):
         readouts, finite = carry
-        hidden, _, _ = trunk(part)
+        hidden = part.stages.trunk(part.parts).hidden
+        if not reads:
+            # The gradients come later; a log-ratio that is not finite tells of most that are not.
+            outputs = loss_outputs(part, hidden)
+            here = jnp.stack([jnp.all(jnp.isfinite(head.log_ratio)) for head in outputs[1:]])
+            return (readouts, finite & here), outputs
         main = rl_seam(part, hidden)
         heads = mtp_seams(part, hidden, attached=_attached(part))
         _, here = calibration.remove_nonfinite(tuple(head.gradient for head in heads))
@@ -198,7 +204,7 @@ def _weigh_beforehand(
         return (readouts, finite & here), [seam.output for seam in seams]
 
     def measured(state):
-        zeros = tuple(zeros_like(problem.parts.readout) for _ in range(modules + 1))
+        zeros = tuple(zeros_like(problem.parts.readout) for _ in range((modules + 1) * reads))
         carry = zeros, jnp.ones((modules,), bool)
         (readouts, finite), outputs = over_micro_batches(problem, step, carry)
         evidence = _early_evidence(problem, calibration, merge(outputs, count), readouts)

@@ -103,7 +103,7 @@ def mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Se
 
 def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
     """One seam a head. Detached, only the modules are differentiated: nothing is left to leak."""
-    stages, parts, batch, config, sequences_per_row = problem
+    stages, parts = problem.stages, problem.parts
 
     def unpack(modules, shared):
         readout, hidden_ = shared if attached else (parts.readout, hidden)
@@ -117,19 +117,7 @@ def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[
     def head_gradient(depth):
         def loss(modules, shared, state):
             head_parts, _ = unpack(modules, shared)
-            scores = stages.head(head_parts, state, depth)
-            divergence = None
-            if config.mtp.loss == "distill":
-                divergence = stages.divergence(head_parts, (parts, hidden), state, depth)
-            return mtp_loss(
-                scores,
-                batch,
-                depth,
-                config.objective,
-                config.mtp,
-                sequences_per_row,
-                divergence,
-            )
+            return _head_loss(problem, head_parts, hidden, state, depth)
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(
             parts.modules, shared, states[depth - 1]
@@ -147,6 +135,31 @@ def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[
             gradient = {**gradient, **readout, HIDDEN: hidden_cotangent}
         seams.append(Seam(gradient, output))
     return seams
+
+
+def _head_loss(
+    problem: Problem, head_parts: Parts, hidden: jax.Array, state: jax.Array, depth: int
+) -> tuple[jax.Array, LossOutput]:
+    """The loss of the MTP head at `depth`; `head_parts` are its parameters, `state` its input."""
+    stages, parts, batch, config, sequences_per_row = problem
+    divergence = None
+    if config.mtp.loss == "distill":
+        divergence = stages.divergence(head_parts, (parts, hidden), state, depth)
+    scores = stages.head(head_parts, state, depth)
+    return mtp_loss(
+        scores, batch, depth, config.objective, config.mtp, sequences_per_row, divergence
+    )
+
+
+def loss_outputs(problem: Problem, hidden: jax.Array) -> list[LossOutput]:
+    """What all K+1 losses report, without any gradient."""
+    stages, parts, batch, config, sequences_per_row = problem
+    main = stages.head(parts, hidden, 0)
+    outputs = [rl_loss(main, batch, config.objective, sequences_per_row)[1]]
+    states = stages.modules(parts, hidden)
+    return outputs + [
+        _head_loss(problem, parts, hidden, states[k], k + 1)[1] for k in range(states.shape[0])
+    ]
 
 
 def scaled(seam: Seam, factor: jax.Array) -> Seam:

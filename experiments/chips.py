@@ -20,19 +20,21 @@ class Chip(NamedTuple):
       flops: bf16 operations a second.
       bandwidth: of its memory, bytes a second.
       link: bytes a second that leave it in a ring with its neighbours, one way.
+      near: the same within a node, where that is faster; layouts keep "tensor" there.
     """
 
     memory: float
     flops: float
     bandwidth: float
     link: float
+    near: float | None = None
 
 
 CHIPS = {
     "v5e": Chip(16 * 2**30, 197e12, 819e9, 90e9),
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 180e9),
     "v6e": Chip(32 * 2**30, 918e12, 1640e9, 180e9),
-    "h100": Chip(80e9, 989e12, 3350e9, 50e9),  # 450e9 among the eight of a node
+    "h100": Chip(80e9, 989e12, 3350e9, 50e9, near=450e9),
 }
 
 

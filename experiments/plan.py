@@ -85,11 +85,14 @@ class Cost:
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """Lower bounds on the time, by what limits it; in seconds."""
-        wire = sum(traffic.wire for traffic in self.collectives.values())
+        links = 0.0
+        for kind, traffic in self.collectives.items():
+            near = chip.near if kind == "all-reduce" else None
+            links += traffic.wire / (chip.link if near is None else near)
         return {
             "compute": self.flops / chip.flops,
             "memory": self.traffic / chip.bandwidth,
-            "links": wire / chip.link,
+            "links": links,
         }
 
 
@@ -194,7 +197,8 @@ def estimated_cost(config: TrainConfig, traced: Any, state: Any, devices: int) -
     width = jnp.dtype(model.compute_dtype).itemsize
     arguments = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state))
     params = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state.params))
-    whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    # What a device has of the parameters when they are gathered for use: experts stay apart.
+    whole = sum(_gathered_size(leaf) for leaf in jax.tree.leaves(state.params))
     batch = minibatch_shapes(config, make_mesh_like(layout))
     rows = batch.tokens.shape[0] / layout.row_parts / layout.micro_batches
     length = batch.tokens.shape[1]
@@ -210,8 +214,8 @@ def estimated_cost(config: TrainConfig, traced: Any, state: Any, devices: int) -
     cut = layout.fsdp * layout.expert
     share = (cut - 1) / cut
     passes = layout.micro_batches * (3 + (config.mtp.looks and gradients == 1))
-    gathered = whole * width / layout.tensor
-    reduced = whole * 4 / layout.tensor * gradients * layout.micro_batches
+    gathered = whole * width
+    reduced = whole * 4 * gradients * layout.micro_batches
     summed = 4 * passes * model.num_layers * tokens * model.width * width
     collectives = {
         "all-gather": _estimate(passes, gathered, share),
@@ -243,6 +247,11 @@ def make_mesh_like(layout: LayoutConfig) -> Any:
 def _active_width(model: Any) -> int:
     moe = model.moe
     return moe.expert_width * (moe.experts_per_token + moe.num_shared_experts)
+
+
+def _gathered_size(leaf: Any) -> float:
+    spec, sizes = leaf.sharding.spec, leaf.sharding.mesh.shape
+    return leaf.size / math.prod(sizes[axes] for axes in spec if axes in ("tensor", "expert"))
 
 
 def _local_bytes(leaf: Any) -> int:

@@ -85,6 +85,9 @@ def glm_4_5_air() -> ModelConfig:
             first_dense_layers=1,
             routed_scaling=1.0,
             normalise_top_k=True,
+            # Between devices that share the experts; without a bound their buffers would hold 16
+            # times the tokens. Dropped pairs are counted in "router/dropped".
+            capacity_factor=2.0,
         ),
         mtp=MTPConfig(num_modules=1, concatenation="embedding_hidden"),
     )

@@ -55,7 +55,7 @@ MTP = {
 }
 
 
-SLOW = ("fixed_fused", "every_fused", "layers", "distill", "readout")
+SLOW = ("fixed_fused", "every", "every_fused", "layers", "distill", "readout", "row_subset")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,10 @@ def test_micro_batches_give_the_whole_minibatchs_step(x64, name):
     assert_same(parts, whole, 1e-9)
 
 
-@pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize(
+    "aggregation",
+    ["seq-mean-token-mean", pytest.param("seq-mean-token-sum", marks=pytest.mark.slow)],
+)
 def test_micro_batches_under_other_aggregations_and_two_heads(x64, aggregation):
     objective = ObjectiveConfig(aggregation=aggregation, kl_coefficient=0.1)
     for name in ("exact", "proxy_fused"):

@@ -25,7 +25,8 @@ def big_integer():
 def eat_memory():
     hoard = []
     while True:
-        hoard.append(bytearray(2**24))
+        # In few steps, so that it meets the bound on memory long before the one on time.
+        hoard.append(bytearray(2**28))
 
 
 FAULTS = {

@@ -165,6 +165,23 @@ def test_the_same_number_may_be_damaged_twice(folder):
             restore(folder)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_single_flipped_bit_is_noticed_or_changes_nothing(seed, folder):
+    """Anywhere in the arrays' files, which hold bytes that nothing reads as well."""
+    rng = np.random.default_rng(seed)
+    files = array_files(folder / "2")
+    file = files[rng.integers(len(files))]
+    content = bytearray(file.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    file.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        number, state, history = restore(folder)
+    assert number in (1, 2)
+    chex.assert_trees_all_equal(state, state_after(number))
+    assert history == History(seconds=float(number))
+
+
 def test_with_none_left_nothing_is_started_and_nothing_renamed(folder):
     for number in ("1", "2"):
         cut(*array_files(folder / number))

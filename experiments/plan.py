@@ -29,10 +29,11 @@ from experiments.chips import Chip, chip_of, tpu_devices
 from experiments.configs import CONFIGS
 from occ.generation.sampling import SamplingConfig, generate
 from occ.training.batch import Minibatch
-from occ.training.config import LayoutConfig, TrainConfig, regime
+from occ.training.config import TrainConfig, regime
 from occ.training.programs import abstract_model, abstract_state, jit_train_step
 from occ.training.run_folder import environment
 from occ.training.sharding import (
+    abstract_mesh,
     batch_shardings,
     for_generation,
     make_mesh,
@@ -101,7 +102,7 @@ class Cost:
 # ---------------------------------------------------------------------------------------------
 
 
-def minibatch_shapes(config: TrainConfig, mesh: jax.sharding.Mesh) -> Minibatch:
+def minibatch_shapes(config: TrainConfig, mesh: Any) -> Minibatch:
     """Shapes of a minibatch, with shardings."""
     assert config.max_prompt_tokens is not None and config.max_response_tokens is not None
     rows = config.rollout.prompts * config.rollout.samples // config.rollout.minibatches
@@ -199,7 +200,7 @@ def estimated_cost(config: TrainConfig, traced: Any, state: Any, devices: int) -
     params = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state.params))
     # What a device has of the parameters when they are gathered for use: experts stay apart.
     whole = sum(_gathered_size(leaf) for leaf in jax.tree.leaves(state.params))
-    batch = minibatch_shapes(config, make_mesh_like(layout))
+    batch = minibatch_shapes(config, abstract_mesh(layout))
     rows = batch.tokens.shape[0] / layout.row_parts / layout.micro_batches
     length = batch.tokens.shape[1]
     tokens = rows * length
@@ -233,15 +234,6 @@ def estimated_cost(config: TrainConfig, traced: Any, state: Any, devices: int) -
         collectives=collectives,
         compile_seconds=math.nan,
     )
-
-
-def make_mesh_like(layout: LayoutConfig) -> Any:
-    """A mesh of a layout's sizes without devices, for shapes alone."""
-    from occ.models.partitioning import AXES
-
-    sizes = tuple(getattr(layout, axis) for axis in AXES)
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.sharding.AbstractMesh(sizes, AXES, axis_types=types)
 
 
 def _active_width(model: Any) -> int:
@@ -280,7 +272,7 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
             f"{config.layout.devices}. Choose data, fsdp, expert and tensor of "
             "--config.layout so that their product is the number of devices."
         )
-    mesh: Any = make_mesh(config.layout, devices) if devices else make_mesh_like(config.layout)
+    mesh: Any = make_mesh(config.layout, devices) if devices else abstract_mesh(config.layout)
     costs: dict[str, Cost] = {}
     context: Any = jax.set_mesh(mesh) if devices else jax.sharding.use_abstract_mesh(mesh)
     with context:

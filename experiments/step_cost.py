@@ -29,7 +29,7 @@ import tyro
 from flax import nnx
 
 from experiments import runs
-from occ.evaluation.intervals import mean_interval
+from occ.evaluation.intervals import ratio_interval
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.training.batch import Minibatch, positions_from_segments
@@ -166,9 +166,8 @@ def _time_ratio(seconds: list[float], base: list[float]) -> dict[str, float]:
     """Geometric mean of the ratios within each round, and its 95 % interval."""
     if not seconds:
         return {name: float("nan") for name in ("ratio", "ratio_low", "ratio_high")}
-    estimate = mean_interval(np.log(np.array(seconds) / np.array(base)))
-    values = np.exp([estimate.mean, estimate.low, estimate.high]).tolist()
-    return dict(zip(("ratio", "ratio_low", "ratio_high"), values, strict=True))
+    ratio = ratio_interval(seconds, base)
+    return {"ratio": ratio.mean, "ratio_low": ratio.low, "ratio_high": ratio.high}
 
 
 def predicted_share(arguments: Arguments, detach_flops: float) -> float:

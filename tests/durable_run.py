@@ -8,23 +8,14 @@ import sys
 from experiments import train
 from occ.training.config import (
     EvaluationConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    TrainConfig,
     WarmStartConfig,
-    regime,
 )
 from tests import tiny
 
-CONFIG = TrainConfig(
-    name="durable",
-    model=tiny.model_config(1, vocab_size=14),
-    task="arithmetic",
+CONFIG = tiny.run_config(
+    "durable",
     task_options={"digits": 1, "train_size": 40, "test_size": 10},
-    mtp=regime("occ_paper"),
-    rollout=RolloutConfig(prompts=4, samples=4, minibatches=2),
     evaluation=EvaluationConfig(every=3, prompts=6, samples=2),
-    optimizer=OptimizerConfig(learning_rate=1e-2),
     warm_start=WarmStartConfig(steps=20, batch_size=16, learning_rate=1e-2),
     rollouts=8,
     checkpoint_every=2,

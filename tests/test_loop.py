@@ -18,10 +18,7 @@ from occ.training.checkpoints import Checkpoints
 from occ.training.config import (
     EvaluationConfig,
     OptimizerConfig,
-    RolloutConfig,
-    TrainConfig,
     WarmStartConfig,
-    regime,
 )
 from occ.training.nonfinite import first_nonfinite, leaf_name
 from occ.training.optimizer import build_optimizer
@@ -34,14 +31,9 @@ from tests import tiny
 pytestmark = pytest.mark.standard_promotion
 
 TASK = tasks.load("arithmetic", digits=1, train_size=40, test_size=10)
-CONFIG = TrainConfig(
-    name="tiny",
-    model=tiny.model_config(1, vocab_size=14),
-    task="arithmetic",
-    mtp=regime("occ_paper"),
-    rollout=RolloutConfig(prompts=4, samples=4, minibatches=2),
+CONFIG = tiny.run_config(
+    "tiny",
     evaluation=EvaluationConfig(every=2, prompts=6, samples=2),
-    optimizer=OptimizerConfig(learning_rate=1e-2),
     warm_start=WarmStartConfig(steps=60, batch_size=32, learning_rate=1e-2),
     rollouts=4,
     checkpoint_every=3,

@@ -13,7 +13,7 @@ from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.training.batch import Minibatch, positions_from_segments
 from occ.training.calibration import build_calibration
-from occ.training.config import OptimizerConfig, TrainConfig
+from occ.training.config import OptimizerConfig, RolloutConfig, TrainConfig, regime
 from occ.training.gradients import step_gradient
 from occ.training.optimizer import build_optimizer
 from occ.training.stages import Stages
@@ -47,6 +47,19 @@ def train_config(mtp, model=None, **changes):
         optimizer=changes.pop("optimizer", OptimizerConfig(learning_rate=1e-2)),
         **changes,
     )
+
+
+def run_config(name, **changes):
+    """A whole run of a few seconds on one-digit sums."""
+    base = TrainConfig(
+        name=name,
+        model=model_config(1, vocab_size=14),
+        task="arithmetic",
+        mtp=regime("occ_paper"),
+        rollout=RolloutConfig(prompts=4, samples=4, minibatches=2),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    return dataclasses.replace(base, **changes)
 
 
 @functools.cache

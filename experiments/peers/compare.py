@@ -35,7 +35,7 @@ from experiments import runs
 from experiments.peers import occ_step
 from experiments.peers.problem import Problem, Sizes, draw, off_policy
 from experiments.peers.turns import Worker
-from occ.evaluation.intervals import mean_interval
+from occ.evaluation.intervals import ratio_interval
 from occ.training.run_folder import environment
 
 BASE = "ours, RL alone"
@@ -151,8 +151,8 @@ def summary(result: dict[str, Any], base: dict[str, Any], tokens: int) -> dict[s
     }
     for quantity in ("seconds", "cpu_seconds"):
         row[quantity] = float(np.median(values(result, quantity)))
-        ratio = mean_interval(np.log(values(result, quantity) / values(base, quantity)))
-        ends = np.exp([ratio.mean, ratio.low, ratio.high]).tolist()
+        ratio = ratio_interval(values(result, quantity), values(base, quantity))
+        ends = [ratio.mean, ratio.low, ratio.high]
         names = (f"{quantity}_ratio{end}" for end in ("", "_low", "_high"))
         row |= dict(zip(names, ends, strict=True))
     return row | {"tokens_per_second": tokens / row["seconds"]}

@@ -57,6 +57,22 @@ def mean_interval(values: np.ndarray | list[float], confidence: float = 0.95) ->
     return Estimate(mean, mean - half, mean + half, n)
 
 
+def ratio_interval(values: np.ndarray | list[float], base: np.ndarray | list[float]) -> Estimate:
+    """Geometric mean of ratios within rounds, with the Student-t interval of their logarithms.
+
+    Args:
+      values: [n] positive measurements.
+      base: [n], of the same rounds.
+
+    >>> estimate = ratio_interval([2.0, 4.0], [1.0, 2.0])
+    >>> round(estimate.mean, 6), round(estimate.high, 6)
+    (2.0, 2.0)
+    """
+    logarithm = mean_interval(np.log(np.asarray(values) / np.asarray(base)))
+    mean, low, high = np.exp([logarithm.mean, logarithm.low, logarithm.high]).tolist()
+    return Estimate(mean, low, high, logarithm.n)
+
+
 def paired_difference(
     values: np.ndarray | list[float], baseline: np.ndarray | list[float], confidence: float = 0.95
 ) -> Estimate:

@@ -186,6 +186,14 @@ class MTPTrainingConfig:
         """Whether the rule depends on what is measured."""
         return self.rule not in ("detach", "fixed", "replay")
 
+    def leading_rows(self, rows: int) -> int:
+        """Rows at the top of a minibatch that the measure takes apart from the others; else all."""
+        if self.measure == "cross_fitted":
+            return rows // 2
+        if self.measure == "row_subset":
+            return max(round(rows * self.row_fraction), 1)
+        return rows
+
 
 def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:
     """The named training regimes.

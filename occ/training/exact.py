@@ -107,9 +107,10 @@ def _halves(problem: Problem) -> tuple[LossGradients, LossGradients]:
             "measure 'cross_fitted' compares two halves of a minibatch, and this one has a single "
             "row. Use larger minibatches, or measure='gradients'."
         )
+    border = problem.config.mtp.leading_rows(rows)
     return (
-        loss_gradients(problem.rows(slice(0, rows // 2))),
-        loss_gradients(problem.rows(slice(rows // 2, rows))),
+        loss_gradients(problem.rows(slice(0, border))),
+        loss_gradients(problem.rows(slice(border, rows))),
     )
 
 

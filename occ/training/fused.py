@@ -88,7 +88,7 @@ def _on_first_rows(problem: Problem) -> tuple[dict[str, Any], ...]:
     """All losses' gradients on the leading share of the rows."""
     rows = problem.batch.tokens.shape[0]
     config = problem.config
-    count = max(round(rows * config.mtp.row_fraction), 1)
+    count = config.mtp.leading_rows(rows)
     parts = math.gcd(count, config.layout.micro_batches)
     layout = dataclasses.replace(config.layout, micro_batches=parts)
     few = problem.rows(slice(0, count))

@@ -20,7 +20,7 @@ from occ.training.history import History
 from occ.training.nonfinite import LEAF, BadUpdates
 from occ.training.packing import minibatches, padding_waste
 from occ.training.processes import any_of_all, to_host, to_mesh
-from occ.training.programs import Programs, build, copy_state, init_model
+from occ.training.programs import Programs, build, init_model
 from occ.training.rollout import Rollout, collect
 from occ.training.run_folder import RunFolder, plain
 from occ.training.sharding import batch_shardings
@@ -84,7 +84,7 @@ def _run(
         return result
     reference = start[0] if config.objective.kl_coefficient else None
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
-        first, state, history = _restore(config, programs, start, checkpoints)
+        first, state, history = _restore(programs, start, checkpoints)
         files.keep_rows_before(first)
         began -= history.seconds
         bad_updates = BadUpdates(
@@ -130,12 +130,9 @@ def _now(history: History, began: float) -> History:
     return dataclasses.replace(history, seconds=time.perf_counter() - began)
 
 
-def _restore(
-    config: TrainConfig, programs: Programs, start: tuple[Any, Any], checkpoints: Checkpoints
-) -> Restored:
+def _restore(programs: Programs, start: tuple[Any, Any], checkpoints: Checkpoints) -> Restored:
     """The newest checkpoint, or a beginning."""
-    # A copy, since the train step donates its state and `start` serves further runs.
-    fresh = copy_state(config, programs, start)
+    fresh = programs.begin(*start)
     restored = checkpoints.restore(fresh)
     return Restored(0, fresh, History()) if restored is None else restored
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from occ.training.batch import Minibatch, split, take_rows
-from occ.training.config import MTPTrainingConfig, TrainConfig
+from occ.training.config import TrainConfig
 
 RUNGS = 8
 
@@ -49,7 +49,7 @@ def minibatches(batch: Minibatch, config: TrainConfig) -> list[Minibatch]:
         return split(batch, count)
     parts = split(jax.device_get(batch), count)
     padded, length = parts[0].tokens.shape
-    border = leading_rows(padded, config.mtp)
+    border = config.mtp.leading_rows(padded)
     portions = [
         (take_rows(part, slice(0, border)), take_rows(part, slice(border, padded)))
         for part in parts
@@ -62,7 +62,7 @@ def minibatches(batch: Minibatch, config: TrainConfig) -> list[Minibatch]:
     needed = np.array([[rows_needed(portion, **options) for portion in pair] for pair in portions])
     rungs = row_ladder(padded, _divisor(config))
     for rows in rungs:
-        border = leading_rows(rows, config.mtp)
+        border = config.mtp.leading_rows(rows)
         sizes = (border, rows - border)
         if np.all(needed <= sizes):
             break
@@ -193,15 +193,6 @@ def row_ladder(rows: int, divisor: int) -> tuple[int, ...]:
         )
     step = divisor * -(-rows // (RUNGS * divisor))
     return (*range(step, rows, step), rows)
-
-
-def leading_rows(rows: int, mtp: MTPTrainingConfig) -> int:
-    """Rows at the top of a minibatch that the measure takes apart from the others; else all."""
-    if mtp.measure == "cross_fitted":
-        return rows // 2
-    if mtp.measure == "row_subset":
-        return max(round(rows * mtp.row_fraction), 1)
-    return rows
 
 
 def padding_waste(batches: Sequence[Minibatch]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,8 @@ class Programs:
       graphdef: the model without its variables.
       rollout: generation and scoring.
       train_step: jitted; it donates its state.
+      begin: jitted `(params, rest) -> TrainState`, a fresh state on the mesh around a copy of given
+        variables, which serve further runs.
       mesh: all of them run on it, within `jax.set_mesh`.
       state: shapes of the training state, and where its arrays live.
     """
@@ -36,6 +39,7 @@ class Programs:
     graphdef: nnx.GraphDef
     rollout: RolloutPrograms
     train_step: TrainStep
+    begin: Callable[[Any, Any], TrainState]
     mesh: Mesh
     state: TrainState
 
@@ -47,7 +51,20 @@ def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = Non
         rollout = build_programs(graphdef, config, task)
     mesh = make_mesh(config.layout)
     state = abstract_state(config, params, rest, mesh)
-    return Programs(graphdef, rollout, jit_train_step(graphdef, config, mesh, state), mesh, state)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def begin(params, rest):
+        # Without a copy the very arrays would come out that went in.
+        return fresh_state(config, *jax.tree.map(jnp.copy, (params, rest)))
+
+    return Programs(
+        graphdef,
+        rollout,
+        jit_train_step(graphdef, config, mesh, state),
+        jax.jit(begin, out_shardings=shardings),
+        mesh,
+        state,
+    )
 
 
 def jit_train_step(
@@ -84,17 +101,6 @@ def fresh_state(config: TrainConfig, params: Any, rest: Any) -> TrainState:
     """The state in which a run begins, around given variables of the model."""
     calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
     return init_state(params, rest, build_optimizer(config.optimizer), calibration)
-
-
-def copy_state(config: TrainConfig, programs: Programs, start: tuple[Any, Any]) -> TrainState:
-    """A fresh state on the mesh around a copy of given variables, which serve further runs."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, programs.state)
-
-    def create(params, rest):
-        # Without a copy the very arrays would come out that went in.
-        return fresh_state(config, *jax.tree.map(jnp.copy, (params, rest)))
-
-    return jax.jit(create, out_shardings=shardings)(*start)
 
 
 def init_model(config: TrainConfig) -> tuple[Any, Any]:

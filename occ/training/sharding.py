@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from occ.models.partitioning import AXES, ROWS, parts
 from occ.training.batch import Minibatch
@@ -117,6 +117,12 @@ def make_mesh(layout: LayoutConfig, devices: Any = None) -> Mesh:
     return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def abstract_mesh(layout: LayoutConfig) -> AbstractMesh:
+    """A mesh of a layout's sizes without devices, for shapes alone."""
+    sizes = tuple(getattr(layout, axis) for axis in AXES)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings of a tree of parameters, or of a training state around them.
 
@@ -153,7 +159,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def for_generation(params: Any, dtype: Any) -> Any:
-    """Parameters gathered along the axes that cut them for training, once for a whole rollout.
+    """Parameters gathered along the axes that cut them for training, once for all new tokens.
 
     Otherwise every new token would gather them again. Experts stay on their devices, and "tensor"
     still cuts everything. Without a mesh, the parameters themselves.

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from occ.tasks.tokenizer import CharacterTokenizer
+from occ.tasks.tokenizer import Tokenizer
 
 
 def encode_prompts(
-    tokenizer: CharacterTokenizer, prompts: Sequence[str], columns: int
+    tokenizer: Tokenizer, prompts: Sequence[str], columns: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Left-padded token ids.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from occ.tasks.tokenizer import CharacterTokenizer
+from occ.tasks.tokenizer import Tokenizer
 
 
 class VerifierError(Exception):
@@ -46,7 +46,7 @@ class Task:
     """
 
     name: str
-    tokenizer: CharacterTokenizer
+    tokenizer: Tokenizer
     train: Sequence[Problem]
     test: Sequence[Problem]
     verifier: Callable[[Problem, str], float]

@@ -1,8 +1,9 @@
-"""A character tokenizer for models that are small enough for a laptop."""
+"""What a task asks of a tokenizer; and one of characters, for models that fit a laptop."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -12,7 +13,51 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _RESERVED = 2
 
 
-class CharacterTokenizer:
+class Tokenizer(Protocol):
+    """Text to token ids and back, with the tokens that end a response.
+
+    `CharacterTokenizer` and `pretrained_tokenizer.PretrainedTokenizer` are such.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, special ones included; a model may have more, never fewer."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Token that stands where there is none."""
+        ...
+
+    @property
+    def end_id(self) -> int:
+        """Token that ends a demonstration; one of `end_ids`."""
+        ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Any of these ends a response."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without an end token."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text before the first end token; padding and other special tokens left out."""
+        ...
+
+    def decode_batch(self, ids: np.ndarray, mask: np.ndarray) -> list[str]:
+        """Texts of the masked-in tokens of each row.
+
+        Args:
+          ids: int [B, T].
+          mask: bool [B, T].
+        """
+        return [self.decode(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
+
+
+class CharacterTokenizer(Tokenizer):
     """One token a character; token 0 is padding, token 1 ends a response.
 
     Args:
@@ -30,6 +75,7 @@ class CharacterTokenizer:
 
     pad_id = PAD_ID
     end_id = END_ID
+    end_ids = (END_ID,)
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet):
@@ -67,12 +113,3 @@ class CharacterTokenizer:
             elif token >= _RESERVED:
                 characters.append(self.alphabet[token - _RESERVED])
         return "".join(characters)
-
-    def decode_batch(self, ids: np.ndarray, mask: np.ndarray) -> list[str]:
-        """Texts of the masked-in tokens of each row.
-
-        Args:
-          ids: int [B, T].
-          mask: bool [B, T].
-        """
-        return [self.decode(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]

@@ -71,7 +71,7 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
     rollout = config.rollout
     plain = SamplingConfig(
         max_new_tokens=response,
-        stop_tokens=(task.tokenizer.end_id,),
+        stop_tokens=task.tokenizer.end_ids,
         pad_token=task.tokenizer.pad_id,
     )
     check_fits(np.ones((1, columns), bool), config.model.max_length, plain)

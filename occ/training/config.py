@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from occ import rules
 from occ.models.config import ModelConfig
 from occ.objectives.policy import PolicyConfig
+from occ.training.checks import one_of, positive
+from occ.training.layout import LayoutConfig as LayoutConfig
 
 REGIMES = (
     "rl_only",
@@ -43,17 +45,6 @@ EARLY: tuple[str, ...] = (
     "released_unmasked",
 )
 """Measures whose evidence exists before the backward pass through the trunk."""
-
-
-def _one_of(owner: str, field: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{owner}.{field} must be one of {allowed}, got {value!r}.")
-
-
-def _positive(owner: str, **fields: int | float) -> None:
-    for field, value in fields.items():
-        if not value > 0:
-            raise ValueError(f"{owner}.{field} must be > 0, got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +146,14 @@ class MTPTrainingConfig:
     scale_own: bool = False
 
     def __post_init__(self):
-        _one_of("MTPTrainingConfig", "loss", self.loss, ("none", "ce", "policy", "distill"))
-        _one_of("MTPTrainingConfig", "own_loss", self.own_loss, ("same", "ce", "distill"))
-        _one_of("MTPTrainingConfig", "reference", self.reference, ("main", "own"))
-        _one_of("MTPTrainingConfig", "rule", self.rule, tuple(rules.REGISTRY))
-        _one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
-        _one_of("MTPTrainingConfig", "measure", self.measure, get_args(MeasureName))
-        _positive("MTPTrainingConfig", row_fraction=self.row_fraction, every=self.every)
-        _one_of("MTPTrainingConfig", "groups", self.groups, ("none", "layer"))
+        one_of("MTPTrainingConfig", "loss", self.loss, ("none", "ce", "policy", "distill"))
+        one_of("MTPTrainingConfig", "own_loss", self.own_loss, ("same", "ce", "distill"))
+        one_of("MTPTrainingConfig", "reference", self.reference, ("main", "own"))
+        one_of("MTPTrainingConfig", "rule", self.rule, tuple(rules.REGISTRY))
+        one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
+        one_of("MTPTrainingConfig", "measure", self.measure, get_args(MeasureName))
+        positive("MTPTrainingConfig", row_fraction=self.row_fraction, every=self.every)
+        one_of("MTPTrainingConfig", "groups", self.groups, ("none", "layer"))
         if self.groups != "none" and (
             self.placement == "fused" or self.every != 1 or not self.looks or self.measure in EARLY
         ):
@@ -263,9 +254,9 @@ class OptimizerConfig:
     router_bias_rate: float = 0.0
 
     def __post_init__(self):
-        _positive("OptimizerConfig", clip_norm=self.clip_norm, adam_epsilon=self.adam_epsilon)
-        _one_of("OptimizerConfig", "decay", self.decay, ("matrices", "all"))
-        _one_of("OptimizerConfig", "clip_groups", self.clip_groups, ("separate", "together"))
+        positive("OptimizerConfig", clip_norm=self.clip_norm, adam_epsilon=self.adam_epsilon)
+        one_of("OptimizerConfig", "decay", self.decay, ("matrices", "all"))
+        one_of("OptimizerConfig", "clip_groups", self.clip_groups, ("separate", "together"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +287,7 @@ class RolloutConfig:
     overlong_filter: bool = False
 
     def __post_init__(self):
-        _positive(
+        positive(
             "RolloutConfig",
             prompts=self.prompts,
             samples=self.samples,
@@ -356,55 +347,6 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayoutConfig:
-    """Where a run is computed, and in what portions; none of it changes a result but for rounding.
-
-    Attributes:
-      data, fsdp, tensor, expert: devices along each axis of the mesh, whose product is the number
-        of devices. Rows of a batch are cut along data, fsdp and expert; parameters along fsdp and
-        tensor, those of experts along expert too.
-      micro_batches: portions into which the backward pass of a minibatch is cut; the coefficient
-        remains that of the whole minibatch.
-      logits_chunk: columns of a batch whose logits exist at one time; 0 is all of them.
-      pack: lay several sequences into one row for training.
-      sequences_per_row: the most that one row takes when packed.
-      generation_rows: rows that are generated at one time, sorted by length of prompt; best a
-        divisor of prompts x samples, since the last portion is filled up. 0 is all at once.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    expert: int = 1
-    micro_batches: int = 1
-    logits_chunk: int = 0
-    pack: bool = False
-    sequences_per_row: int = 8
-    generation_rows: int = 0
-
-    def __post_init__(self):
-        _positive(
-            "LayoutConfig",
-            data=self.data,
-            fsdp=self.fsdp,
-            tensor=self.tensor,
-            expert=self.expert,
-            micro_batches=self.micro_batches,
-            sequences_per_row=self.sequences_per_row,
-        )
-
-    @property
-    def row_parts(self) -> int:
-        """Into how many parts the rows of a batch are cut."""
-        return self.data * self.fsdp * self.expert
-
-    @property
-    def devices(self) -> int:
-        """Devices that the mesh takes."""
-        return self.data * self.fsdp * self.tensor * self.expert
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run.
 
@@ -444,7 +386,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _positive(
+        positive(
             "TrainConfig",
             checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,

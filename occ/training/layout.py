@@ -1,0 +1,56 @@
+"""Where a run is computed: devices along each axis of the mesh, and portions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from occ.training.checks import positive
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutConfig:
+    """Where a run is computed, and in what portions; none of it changes a result but for rounding.
+
+    Attributes:
+      data, fsdp, tensor, expert: devices along each axis of the mesh, whose product is the number
+        of devices. Rows of a batch are cut along data, fsdp and expert; parameters along fsdp and
+        tensor, those of experts along expert too.
+      micro_batches: portions into which the backward pass of a minibatch is cut; the coefficient
+        remains that of the whole minibatch.
+      logits_chunk: columns of a batch whose logits exist at one time; 0 is all of them.
+      pack: lay several sequences into one row for training.
+      sequences_per_row: the most that one row takes when packed.
+      generation_rows: rows that are generated at one time, sorted by length of prompt; best a
+        divisor of prompts x samples, since the last portion is filled up. 0 is all at once.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    micro_batches: int = 1
+    logits_chunk: int = 0
+    pack: bool = False
+    sequences_per_row: int = 8
+    generation_rows: int = 0
+
+    def __post_init__(self):
+        positive(
+            "LayoutConfig",
+            data=self.data,
+            fsdp=self.fsdp,
+            tensor=self.tensor,
+            expert=self.expert,
+            micro_batches=self.micro_batches,
+            sequences_per_row=self.sequences_per_row,
+        )
+
+    @property
+    def row_parts(self) -> int:
+        """Into how many parts the rows of a batch are cut."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def devices(self) -> int:
+        """Devices that the mesh takes."""
+        return self.data * self.fsdp * self.tensor * self.expert

@@ -28,7 +28,8 @@ TEST = [
 ]
 NOTEBOOKS = ["ipykernel", "matplotlib", "nbclient", "nbmake"]
 PLAN = ["jax[tpu]"]  # the TPU compiler; no TPU needed
-PARITY = ["torch", "torchjd[cagrad,nash-mtl]"]
+PARITY = ["torch", "torchjd[cagrad,nash-mtl]", "transformers"]
+PRETRAINED = ["safetensors"]
 
 setuptools.setup(
     name="occ-jax",
@@ -54,9 +55,10 @@ setuptools.setup(
     extras_require={
         "experiments": EXPERIMENTS,
         "math": MATH,
-        "test": EXPERIMENTS + MATH + TEST + NOTEBOOKS,
+        "test": EXPERIMENTS + MATH + PRETRAINED + TEST + NOTEBOOKS,
         "notebooks": EXPERIMENTS + NOTEBOOKS,
         "parity": PARITY,
         "plan": EXPERIMENTS + PLAN,
+        "pretrained": PRETRAINED,
     },
 )

@@ -15,10 +15,10 @@ import sys
 import time
 from typing import Any
 
-import jax
 import tyro
 
 from experiments import report, runs
+from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.progress import interrupt
 from experiments.train import RegimeName
@@ -74,8 +74,7 @@ def compare(arguments: Arguments) -> int:
     seeds = range(1 if arguments.smoke else arguments.seeds)
     folder = arguments.folder / "smoke" if arguments.smoke else arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    # Programs that were compiled before are read from disk when a comparison goes on.
-    jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").absolute()))
+    keep_compiled(folder / "compiled")
     task = runs.load_task(config)
     first = loop.build(dataclasses.replace(config, mtp=_regime(arguments, 0)), task)
     start = runs.starting_point(config, task, first, folder / "starts")

@@ -20,10 +20,11 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"^((?:\([^=]*?\)|\S+)) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_ON_CHIP = re.compile(r"\b[a-z]+\d*\w*\[[\d,]*\]\{[^}]*S\([1-9]\)[^}]*\}")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
-_FREE_TOO = ("after-all", "partition-id", "iota", "call", "async-update", "async-done")
+_FREE_TOO = ("after-all", "partition-id", "iota", "call")
 
 
 class Instruction(NamedTuple):
@@ -150,6 +151,15 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
+def memory_bytes(shape: str) -> int:
+    """Bytes of a shape in the device's main memory; on-chip parts, S(1) in a TPU's, do not count.
+
+    >>> memory_bytes("(bf16[2,3]{1,0:T(8,128)S(1)}, f32[])")
+    4
+    """
+    return shape_bytes(_ON_CHIP.sub("", shape))
+
+
 # ---------------------------------------------------------------------------------------------
 # Collectives
 # ---------------------------------------------------------------------------------------------
@@ -231,7 +241,8 @@ def memory_traffic(program: Program) -> float:
     """Bytes read from and written to a device's memory.
 
     Each instruction reads its operands and writes its result, a fusion what crosses its border; of
-    an array that is only sliced or updated in place, the slice counts.
+    an array that is only sliced or updated in place, the slice counts. What stays on the chip does
+    not count, and an asynchronous instruction does where it starts.
     """
     total = 0.0
     for name, times in program.runs().items():
@@ -241,13 +252,14 @@ def memory_traffic(program: Program) -> float:
             _touched(program, instruction, shapes)
             for instruction in instructions
             if instruction.operation not in _FREE + _FREE_TOO
+            and not instruction.operation.endswith(("-done", "-update"))
         )
     return total
 
 
 def _touched(program: Program, instruction: Instruction, shapes: dict[str, str]) -> int:
-    sizes = [shape_bytes(shapes.get(name, "")) for name in instruction.operands]
-    result = shape_bytes(instruction.shape)
+    sizes = [memory_bytes(shapes.get(name, "")) for name in instruction.operands]
+    result = memory_bytes(instruction.shape)
     if instruction.operation in ("dynamic-slice", "slice", "gather"):
         return 2 * result
     if instruction.operation == "dynamic-update-slice":
@@ -256,6 +268,8 @@ def _touched(program: Program, instruction: Instruction, shapes: dict[str, str])
         called = _CALLED.search(instruction.rest)
         if called:
             return _fusion_bytes(program.computations[called[1]], sizes, result)
+    if instruction.operation.endswith("-start") and instruction.shape.startswith("("):
+        return max(result, sum(sizes))  # whose result holds its operand as well
     return sum(sizes) + result
 
 
@@ -263,7 +277,7 @@ def _fusion_bytes(inside: list[Instruction], sizes: list[int], result: int) -> i
     shapes = {i.name: i.shape for i in inside}
     total = result
     for instruction in inside:
-        if instruction.root and instruction.operation == "dynamic-update-slice":
+        if result and instruction.root and instruction.operation == "dynamic-update-slice":
             total = shape_bytes(shapes.get(instruction.operands[1], ""))
     for parameter in inside:
         number = re.match(r"(\d+)\)", parameter.rest)
@@ -273,7 +287,7 @@ def _fusion_bytes(inside: list[Instruction], sizes: list[int], result: int) -> i
         parts = [_part(use, parameter.name, shapes) for use in uses]
         whole = sizes[int(number[1])] if int(number[1]) < len(sizes) else 0
         known = [part for part in parts if part is not None]
-        total += sum(known) if len(known) == len(parts) and parts else whole
+        total += min(whole, sum(known)) if len(known) == len(parts) and parts else whole
     return total
 
 

@@ -25,6 +25,7 @@ from typing import Literal
 import tyro
 
 from experiments import runs
+from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.progress import interrupt
 from occ.training import loop
@@ -68,6 +69,7 @@ def train(arguments: Arguments) -> int:
     label = "custom" if arguments.regime is None else arguments.regime
     root = pathlib.Path("runs") / config.name
     folder = arguments.folder or root / f"{label}-seed{config.seed}"
+    keep_compiled(root / "compiled")
     task = runs.load_task(config)
     programs = loop.build(config, task)
     start = runs.starting_point(config, task, programs, root / "starts")

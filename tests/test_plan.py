@@ -116,6 +116,21 @@ def test_traffic_of_a_loop_over_slices_is_that_of_the_slices():
     assert 16 * 3 * matrix <= traffic < 16 * 10 * matrix
 
 
+def test_what_stays_on_the_chip_is_no_memory_traffic():
+    text = """HloModule m
+
+ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
+  %done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%start)
+  %twice = f32[8,128]{1,0:T(8,128)S(1)} add(%done, %done)
+  ROOT %out = f32[8,128]{1,0:T(8,128)} copy(%twice)
+}
+"""
+    array = 8 * 128 * 4
+    assert hlo.memory_traffic(hlo.parse(text)) == 2 * array  # in, and out
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no entry"):
         hlo.parse("nothing")

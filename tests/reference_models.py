@@ -250,7 +250,7 @@ def block(xs, params, rest, config, positions, segment_ids, load=None):
 
 def readout(params, scale, x, config):
     normal = rms_norm(x, scale, config.norm_epsilon)
-    if config.tied_embeddings:
+    if "output_head" not in params:
         return params["embedding"]["embedding"] @ normal
     return project(normal, params["output_head"])
 
@@ -274,7 +274,8 @@ def mtp(hidden, params, rest, config, tokens, positions, segment_ids):
         own = config.mtp.own_final_norm
         scale = (module if own else params)["final_norm"]["scale"]
         states.append(state)
-        logits.append([readout(params, scale, h, config) for h in state])
+        head_of = module if config.mtp.own_output_head else params
+        logits.append([readout(head_of, scale, h, config) for h in state])
         before = state
     return states, logits
 
@@ -282,7 +283,8 @@ def mtp(hidden, params, rest, config, tokens, positions, segment_ids):
 def join(state, k, i, module, params, config, tokens, positions, segment_ids):
     """W [norm(state at i); norm(embedding of token i + k)]."""
     inside = i + k < len(tokens) and segment_ids[i + k] == segment_ids[i]
-    ahead = params["embedding"]["embedding"][tokens[i + k] if inside else 0]
+    table = (module if config.mtp.own_embedding else params)["embedding"]["embedding"]
+    ahead = table[tokens[i + k] if inside else 0]
     if config.mtp.zero_first_embedding and positions[i] == 0:
         ahead = np.zeros_like(ahead)
     pair = [

@@ -16,17 +16,22 @@ SEQUENTIAL = {
     "embedding_hidden": {"concatenation": "embedding_hidden"},
     "shared final norm": {"own_final_norm": False},
     "zero_first_embedding": {"zero_first_embedding": True},
+    "own embedding": {"own_embedding": True},
+    "own output head": {"own_output_head": True},
     "all": {
         "hidden_after_final_norm": True,
         "concatenation": "embedding_hidden",
         "own_final_norm": False,
         "zero_first_embedding": True,
+        "own_embedding": True,
+        "own_output_head": True,
     },
 }
 PARALLEL = {
     "parallel": {"kind": "parallel"},
     "parallel after norm": {"kind": "parallel", "hidden_after_final_norm": True},
     "parallel shared norm": {"kind": "parallel", "own_final_norm": False},
+    "parallel own output head": {"kind": "parallel", "own_output_head": True},
 }
 VARIANTS = SEQUENTIAL | PARALLEL
 KINDS = {"sequential": {}, "parallel": {"kind": "parallel"}}
@@ -59,20 +64,22 @@ def test_three_untied_sparse_modules_are_the_references(x64, side):
 
 
 def with_weights_of(params, changes):
-    """The logits of a variant whose weights are those of the plain modules, by name."""
+    """The logits of a variant whose weights are those of the plain modules, where these have any."""
     config = small_config(2, mtp=changes)
     graphdef, fresh, rest = random_model(config)
     given = {
         jax.tree_util.keystr(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    chosen = jax.tree_util.tree_map_with_path(lambda p, _: given[jax.tree_util.keystr(p)], fresh)
+    chosen = jax.tree_util.tree_map_with_path(
+        lambda p, leaf: given.get(jax.tree_util.keystr(p), leaf), fresh
+    )
     output = run(graphdef, chosen, rest, *rows(config, [6, 9], TIME))
     return output.logits, output.mtp_logits
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
 def test_each_field_changes_the_modules_and_not_the_main_head(x64, name):
-    """The weights are the same: only what is done with them differs."""
+    """The weights are the same: only what is done with them differs, or whose they are."""
     params = random_model(small_config(2))[1]
     base = "parallel" if name.startswith("parallel ") else "plain"
     main, ahead = with_weights_of(params, VARIANTS[base])

@@ -221,7 +221,13 @@ class Attention(nnx.Module):
             return y if norm is None else norm(y)
 
         def turn(y):
-            return rotary(y, context.positions, base=config.rope_base, rotary_dim=config.rotary_dim)
+            return rotary(
+                y,
+                context.positions,
+                base=config.rope_base,
+                rotary_dim=config.rotary_dim,
+                scaling=config.rope_scaling,
+            )
 
         query = turn(heads(self.query, self.query_norm))
         key = turn(heads(self.key, self.key_norm))

@@ -30,6 +30,9 @@ class MTPConfig:
         trunk's is shared.
       zero_first_embedding: the embedding is zeroed where the position is 0, as some serving code
         for MiMo does.
+      own_embedding: sequential modules look tokens up in an embedding of their own instead of the
+        trunk's, as a checkpoint may store one that is no copy.
+      own_output_head: likewise for the output head.
     """
 
     num_modules: int = 1
@@ -38,6 +41,8 @@ class MTPConfig:
     concatenation: Literal["hidden_embedding", "embedding_hidden"] = "hidden_embedding"
     own_final_norm: bool = True
     zero_first_embedding: bool = False
+    own_embedding: bool = False
+    own_output_head: bool = False
 
     def __post_init__(self):
         _require(
@@ -51,6 +56,10 @@ class MTPConfig:
             self.concatenation in ("hidden_embedding", "embedding_hidden"),
             "MTPConfig.concatenation must be 'hidden_embedding' or 'embedding_hidden', got "
             f"{self.concatenation!r}.",
+        )
+        _require(
+            not (self.own_embedding and self.kind == "parallel"),
+            "MTPConfig.own_embedding is for kind='sequential': parallel heads look no token up.",
         )
 
 
@@ -104,6 +113,43 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies slowed down for contexts that are longer than those trained on.
+
+        linear:  f / factor
+        llama3:  f where the wavelength is short, f / factor where it is long, and in between
+                 (1 - s) f / factor + s f,   s = (original_length f / 2 pi - low) / (high - low)
+
+    Attributes:
+      kind: "linear" or "llama3".
+      factor: by which the slow frequencies are divided.
+      low, high: turns within the original length up to which a frequency is slow, and from which
+        it is fast; of "llama3".
+      original_length: tokens, of the context before; of "llama3".
+
+    Reference: Chen et al., Extending Context Window of Large Language Models via Positional
+    Interpolation, arXiv 2306.15595; Llama team, The Llama 3 Herd of Models, arXiv 2407.21783.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        _require(
+            self.kind in ("linear", "llama3"),
+            f"RopeScaling.kind must be 'linear' or 'llama3', got {self.kind!r}.",
+        )
+        _require(self.factor > 0, f"RopeScaling.factor must be > 0, got {self.factor}.")
+        _require(
+            self.low < self.high,
+            f"RopeScaling.low ({self.low}) must be below high ({self.high}).",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama / Qwen / MiMo / GLM family.
 
@@ -115,6 +161,7 @@ class ModelConfig:
       mlp_width: hidden width of the dense SwiGLU MLP.
       max_length: longest sequence, tokens; also the context that generation may fill.
       rope_base: of the rotary frequencies.
+      rope_scaling: of the same, for long contexts; None is none.
       rotary_fraction: share of head_dim that is rotated (GLM: 0.5).
       norm_epsilon: of RMSNorm.
       qkv_bias: biases on query, key and value (Qwen2, MiMo).
@@ -142,6 +189,7 @@ class ModelConfig:
     mlp_width: int
     max_length: int
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     rotary_fraction: float = 1.0
     norm_epsilon: float = 1e-6
     qkv_bias: bool = False

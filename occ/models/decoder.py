@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from occ.models.attention import Context, LayerCache
 from occ.models.block import Block, BlockOutput
 from occ.models.config import ModelConfig
-from occ.models.layers import Linear, RMSNorm, at_least_float32
+from occ.models.layers import Embedding, Linear, RMSNorm, at_least_float32
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
 from occ.models.partitioning import ROWS, constrain
 
@@ -41,21 +41,6 @@ class Cache(NamedTuple):
     stacks: tuple[LayerCache | None, ...]
     segment_ids: jax.Array
     column: jax.Array
-
-
-class Embedding(nnx.Module):
-    """Token embedding [V, D]."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        normal = jax.random.normal(rngs.params(), (config.vocab_size, config.width), config.params)
-        self.embedding = nnx.Param(config.width**-0.5 * normal)
-        self.dtype = config.compute
-
-    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
-        """Rows of the table, in the compute dtype."""
-        # Gathered where it is cut for training; else activations would be, after the lookup.
-        table = constrain(self.embedding[...].astype(self.dtype), "tensor")
-        return table[tokens]
 
 
 class Decoder(nnx.Module):
@@ -129,7 +114,8 @@ class Decoder(nnx.Module):
         states = []
         for k, module in enumerate(self.mtp, start=1):
             if isinstance(module, SequentialModule):
-                ahead = constrain(self.embedding(tokens_ahead(tokens, segment_ids, k)), ROWS)
+                embed = self.embedding if module.embedding is None else module.embedding
+                ahead = constrain(embed(tokens_ahead(tokens, segment_ids, k)), ROWS)
                 hidden = _remat(module, self.config)(hidden, ahead, context).hidden
                 states.append(hidden)
             else:
@@ -144,8 +130,9 @@ class Decoder(nnx.Module):
         self, state: Float[Array, "batch time width"], head: int
     ) -> Float[Array, "batch time vocab"]:
         """Logits of MTP module `head` (0-based) for token i + head + 2 at position i."""
-        norm = self.mtp[head].final_norm
-        return self._readout((self.final_norm if norm is None else norm)(state))
+        module = self.mtp[head]
+        norm = self.final_norm if module.final_norm is None else module.final_norm
+        return self._readout(norm(state), module.output_head)
 
     def __call__(
         self,
@@ -212,9 +199,13 @@ class Decoder(nnx.Module):
         _check_length(tokens.shape[1], self.config)
         return Context(positions, segment_ids, segment_ids)
 
-    def _readout(self, normal: Float[Array, "batch time width"]) -> Array:
+    def _readout(
+        self, normal: Float[Array, "batch time width"], own_head: Linear | None = None
+    ) -> Array:
         wide = at_least_float32(self.config.compute)
-        if self.config.tied_embeddings:
+        if own_head is not None:
+            kernel = own_head.kernel[...]
+        elif self.config.tied_embeddings:
             kernel = self.embedding.embedding[...].T
         else:
             kernel = self.output_head.kernel[...]

@@ -1,4 +1,4 @@
-"""The decoder's plain layers: linear, RMSNorm, rotary positions, SwiGLU.
+"""The decoder's plain layers: linear, embedding, RMSNorm, rotary positions, SwiGLU.
 
 Kernels are stored as [inputs, outputs]. Every layer computes in `config.compute_dtype`; statistics
 of norms and rotary angles are at least float32.
@@ -6,13 +6,16 @@ of norms and rotary angles are at least float32.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from occ.measures import accumulation_dtype
-from occ.models.config import ModelConfig
+from occ.models.config import ModelConfig, RopeScaling
+from occ.models.partitioning import constrain
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -42,6 +45,21 @@ class Linear(nnx.Module):
         return y
 
 
+class Embedding(nnx.Module):
+    """Token embedding [V, D]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        normal = jax.random.normal(rngs.params(), (config.vocab_size, config.width), config.params)
+        self.embedding = nnx.Param(config.width**-0.5 * normal)
+        self.dtype = config.compute
+
+    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
+        """Rows of the table, in the compute dtype."""
+        # Gathered where it is cut for training; else activations would be, after the lookup.
+        table = constrain(self.embedding[...].astype(self.dtype), "tensor")
+        return table[tokens]
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis.
 
@@ -69,6 +87,7 @@ def rotary(
     *,
     base: float,
     rotary_dim: int,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "batch time heads head_dim"]:
     """Rotates the first `rotary_dim` dimensions of each head by its position.
 
@@ -80,6 +99,8 @@ def rotary(
     dtype = at_least_float32(x.dtype)
     half = rotary_dim // 2
     frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    if scaling is not None:
+        frequency = scaled_frequency(frequency, scaling)
     angle = positions[:, :, None, None].astype(dtype) * frequency[None, None, None, :]
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     turned, rest = x[..., :rotary_dim].astype(dtype), x[..., rotary_dim:]
@@ -88,6 +109,18 @@ def rotary(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
     )
     return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
+
+
+def scaled_frequency(
+    frequency: Float[Array, "pairs"], scaling: RopeScaling
+) -> Float[Array, "pairs"]:
+    """Rotary frequencies, radians a token, slowed down as `RopeScaling` says."""
+    slow = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    share = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return (1 - share) * slow + share * frequency
 
 
 class MLP(nnx.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from occ.models.attention import Context
 from occ.models.block import Block, BlockOutput
 from occ.models.config import ModelConfig
-from occ.models.layers import Linear, RMSNorm
+from occ.models.layers import Embedding, Linear, RMSNorm
 
 
 class SequentialModule(nnx.Module):
@@ -31,6 +31,8 @@ class SequentialModule(nnx.Module):
         self.projection = Linear(2 * config.width, config.width, config, rngs)
         self.block = Block(config, rngs, sparse=config.moe is not None)
         self.final_norm = RMSNorm(config.width, config) if config.mtp.own_final_norm else None
+        self.embedding = Embedding(config, rngs) if config.mtp.own_embedding else None
+        self.output_head = _own_output_head(config, rngs)
         self.config = config
 
     def __call__(
@@ -59,10 +61,17 @@ class ParallelHead(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.block = Block(config, rngs, sparse=config.moe is not None)
         self.final_norm = RMSNorm(config.width, config) if config.mtp.own_final_norm else None
+        self.output_head = _own_output_head(config, rngs)
 
     def __call__(self, hidden: Float[Array, "batch time width"], context: Context) -> BlockOutput:
         """Hidden state of the head, from the trunk's."""
         return self.block(hidden, context)
+
+
+def _own_output_head(config: ModelConfig, rngs: nnx.Rngs) -> Linear | None:
+    if not config.mtp.own_output_head:
+        return None
+    return Linear(config.width, config.vocab_size, config, rngs)
 
 
 def tokens_ahead(

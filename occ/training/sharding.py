@@ -39,8 +39,8 @@ COMPUTED = ("kernel", "embedding", "gate_kernel", "up_kernel", "down_kernel")
 """Names of leaves that layers cast to the dtype of computation before they use them."""
 
 TABLE = (
-    Row(r"embedding/embedding", "vocab width", P("tensor", CUT)),
-    Row(r"output_head/kernel", "width vocab", P(CUT, "tensor")),
+    Row(r"(mtp/\d+/)?embedding/embedding", "vocab width", P("tensor", CUT)),
+    Row(r"(mtp/\d+/)?output_head/kernel", "width vocab", P(CUT, "tensor")),
     Row(rf"{BLOCK}/attention/(query|key|value)/kernel", "width heads*head_dim", P(CUT, "tensor")),
     Row(rf"{BLOCK}/attention/(query|key|value)/bias", "heads*head_dim", P("tensor")),
     Row(rf"{BLOCK}/attention/output/kernel", "heads*head_dim width", P("tensor", CUT)),

@@ -165,21 +165,22 @@ class Stages:
         return logits / self.temperature
 
     def _gathered(self, parts: Parts) -> Parts:
-        """The output head gathered along the axes that cut parameters, once for all chunks.
+        """Output heads gathered along the axes that cut parameters, once for all chunks.
 
-        Its gradient is added up over the chunks in its own dtype, and then cut once.
+        Their gradients are added up over the chunks in their own dtype, and then cut once.
         """
         if not self._chunked:
             return parts
-        readout = dict(parts.readout)
-        if "output_head" in readout:
-            kernel = constrain(readout["output_head"]["kernel"], None, "tensor")
-            readout["output_head"] = {**readout["output_head"], "kernel": kernel}
-        else:
+        modules = {
+            name: {number: _head_gathered(module) for number, module in tree.items()}
+            for name, tree in parts.modules.items()
+        }
+        readout = _head_gathered(parts.readout)
+        if "output_head" not in readout:
             readout["embedding"] = {
                 "embedding": constrain(readout["embedding"]["embedding"], "tensor")
             }
-        return parts._replace(readout=readout)
+        return parts._replace(readout=readout, modules=modules)
 
     @property
     def _chunked(self) -> bool:
@@ -220,3 +221,11 @@ class Stages:
             states = self.modules(parts, hidden)
             scores += [self.head(parts, states[k], k + 1) for k in range(states.shape[0])]
         return scores
+
+
+def _head_gathered(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same tree, its output head (if it has one) cut along "tensor" alone."""
+    if "output_head" not in tree:
+        return dict(tree)
+    kernel = constrain(tree["output_head"]["kernel"], None, "tensor")
+    return {**tree, "output_head": {**tree["output_head"], "kernel": kernel}}

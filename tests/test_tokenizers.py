@@ -1,0 +1,311 @@
+"""Tokenizers of published models, from files that the tests write, and chat templates."""
+
+import datetime
+import json
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from occ import sources
+from occ.tasks.chat_template import ChatTemplate
+from occ.tasks.pretrained_tokenizer import PretrainedTokenizer, load
+from occ.tasks.prompts import encode_prompts
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = """
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+CORPUS = [
+    "What is 12 + 30? The answer is 42.",
+    "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))",
+    "Grüße aus Köln, 東京, и Москва — naïve café 🙂",
+    "x = 3.14159; y = 1,234,567",
+]
+TEXTS = [
+    *CORPUS,
+    "",
+    " ",
+    "  12  345",
+    "\n\n\t x",
+    "🙂🙃",
+    "<|im_start|>user\nhi<|im_end|>",
+    "a\u0301\0",
+]
+USER = [{"role": "user", "content": "2+2?"}]
+
+
+def trained(merges=400):
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + merges,
+        special_tokens=CONTROL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS * 4, trainer)
+    return backend
+
+
+def write_folder(folder, **files):
+    """A published model's tokenizer files; `None` leaves one out."""
+    trained().save(str(folder / "tokenizer.json"))
+    contents = {
+        "tokenizer_config": {
+            "eos_token": "<|im_end|>",
+            "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True},
+            "chat_template": TEMPLATE,
+        },
+        "generation_config": {"eos_token_id": [2, 0], "pad_token_id": 1},
+        **files,
+    }
+    for name, content in contents.items():
+        if content is not None:
+            (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def write_gguf(path, pre="smollm", kind="gpt2"):
+    """The same tokenizer inside a GGUF file."""
+    model = json.loads(trained().to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in CONTROL else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return PretrainedTokenizer.from_folder(folder)
+
+
+# -- text and tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decoding_undoes_encoding(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text.split("<|im_end|>")[0].replace("<|im_start|>", "")
+    assert all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_gguf_file_has_the_same_tokenizer(tokenizer, text, tmp_path):
+    inside = load(write_gguf(tmp_path / "tiny.gguf"))
+    assert inside.encode(text) == tokenizer.encode(text)
+    assert inside.end_ids == (2, 0) and inside.pad_id == 2 and inside.special_tokens
+    assert inside.chat(USER) == tokenizer.chat(USER)
+
+
+def test_digits_are_tokens_of_their_own(tokenizer):
+    """And a text of numbers shows that another split is another tokenizer."""
+    assert len(tokenizer.encode("345")) == 3
+    assert tokenizer.encode("  12") != [i for part in (" ", " 12") for i in tokenizer.encode(part)]
+
+
+def test_stop_tokens_are_those_of_the_generation(tokenizer, tmp_path):
+    assert tokenizer.end_ids == (2, 0) and tokenizer.end_id == 2 and tokenizer.pad_id == 0
+    single = write_folder(tmp_path, generation_config={"eos_token_id": 0})
+    assert PretrainedTokenizer.from_folder(single).end_ids == (2, 0)
+    bare = write_folder(tmp_path, tokenizer_config=None, generation_config={"eos_token_id": 1})
+    (bare / "tokenizer_config.json").unlink()
+    unnamed = PretrainedTokenizer.from_folder(bare)
+    assert unnamed.end_ids == (1,) and unnamed.pad_id == 1
+    (bare / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert PretrainedTokenizer.from_folder(bare).end_ids == (2, 1)
+
+
+def test_a_response_ends_at_any_stop_token(tokenizer):
+    ids = tokenizer.encode("42")
+    for end in tokenizer.end_ids:
+        assert tokenizer.decode([*ids, end, *ids]) == "42"
+    assert tokenizer.decode([1, *ids, 1]) == "42"  # special, but no stop token
+
+
+def test_tokens_beyond_the_vocabulary_are_shown_as_unknown(tokenizer):
+    ids = tokenizer.encode("4")
+    beyond = tokenizer.vocab_size
+    assert tokenizer.decode([*ids, beyond, beyond + 9, *ids]) == "4\ufffd\ufffd4"
+
+
+def test_prompts_and_batches_take_it(tokenizer):
+    prompts = [tokenizer.chat(USER), "12"]
+    columns = max(len(tokenizer.encode(p)) for p in prompts)
+    tokens, mask = encode_prompts(tokenizer, prompts, columns)
+    assert tokens[1, mask[1]].tolist() == tokenizer.encode("12")
+    assert tokenizer.decode_batch(tokens, mask) == ["user\n2+2?", "12"]
+    assert tokenizer.decode_batch(tokens, np.zeros_like(mask)) == ["", ""]
+
+
+def test_tokens_that_only_the_configuration_has_are_added(tmp_path):
+    entry = {"content": "<think>", "special": False, "normalized": False}
+    config = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"900": entry}}
+    with_more = PretrainedTokenizer.from_folder(write_folder(tmp_path, tokenizer_config=config))
+    (token,) = with_more.encode("<think>")
+    assert with_more.decode([token]) == "<think>" and token == with_more.vocab_size - 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"generation_config": None, "tokenizer_config": {}}, "no stop token; expected eos_token"),
+        ({"generation_config": {"eos_token_id": 9999}}, "must be below .* one model"),
+        ({"tokenizer_config": {"eos_token": "</s>"}}, "'</s>' .* is not in tokenizer.json"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainedTokenizer.from_folder(write_folder(tmp_path, **files))
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"kind 'llama' .* expected 'gpt2' .*'smollm'"):
+        load(write_gguf(tmp_path / "a.gguf", kind="llama"))
+    with pytest.raises(ValueError, match="pre-tokenizer 'qwen2'"):
+        load(write_gguf(tmp_path / "b.gguf", pre="qwen2"))
+
+
+# -- templates --------------------------------------------------------------------------------
+
+
+def test_special_tokens_survive_the_round_trip(tokenizer):
+    text = tokenizer.chat([{"role": "system", "content": "Be brief."}, *USER])
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    ids = tokenizer.encode(text)
+    assert ids.count(1) == 3 and ids.count(2) == 2
+    assert not tokenizer.chat(USER, add_generation_prompt=False).endswith("assistant\n")
+
+
+def test_a_template_file_goes_before_the_field(tmp_path):
+    folder = write_folder(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}{{ mood }}")
+    tokenizer = PretrainedTokenizer.from_folder(folder)
+    assert tokenizer.chat([], mood="calm") == "<|im_end|>calm"
+    several = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    config = {"eos_token": "<|im_end|>", "chat_template": several}
+    (folder / "chat_template.jinja").unlink()
+    write_folder(folder, tokenizer_config=config)
+    assert PretrainedTokenizer.from_folder(folder).chat([]) == "b"
+
+
+def test_without_a_template_there_is_no_chat(tmp_path):
+    config = {"eos_token": "<|im_end|>"}
+    plain = PretrainedTokenizer.from_folder(write_folder(tmp_path, tokenizer_config=config))
+    with pytest.raises(ValueError, match="there is no chat template"):
+        plain.chat(USER)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% if tools %}{{ tools | tojson }}{% endif %}", '[{"a": "é<b>"}]'),
+        ("{% for m in messages %}\n  {% if m.role == 'x' %}\n{{ m }}\n  {% endif %}\n"
+         "{% endfor %}", ""),
+        ("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}.", "2+2?."),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+         "{{ ns.n }}", "1"),
+        ("{{ strftime_now('%d %b %Y') }}", "02 Jan 2026"),
+        ("{{ dict(a=1).a }}{{ messages[0]['missing'] }}", "1"),
+    ],
+)  # fmt: skip
+def test_templates_of_published_models_render(template, expected):
+    clock = lambda: datetime.datetime(2026, 1, 2)  # noqa: E731
+    assert ChatTemplate(template, now=clock).render(USER, tools=[{"a": "é<b>"}]) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ namespace.__init__.__globals__ | length }}",
+        "{{ dict.__call__.__globals__.x }}",
+        "{{ raise_exception.__globals__.json.loads('1') }}",
+        "{{ strftime_now.__closure__[0].cell_contents }}",
+        "{% set ns = namespace(__class__=1) %}{{ ns }}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ '{0.__class__.__mro__}'.format('') }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='system') }}",
+    ],
+)
+def test_a_hostile_template_reaches_nothing(template):
+    messages = [dict(message) for message in USER]
+    with pytest.raises(ValueError, match=r"the sandbox forbids.*before you trust"):
+        ChatTemplate(template).render(messages)
+    assert messages == USER
+
+
+def test_internals_that_a_template_only_prints_are_nothing():
+    template = "[{{ ''.__class__ }}{{ ''|attr('__class__')|attr('__mro__')|list }}]"
+    assert ChatTemplate(template).render(USER) == "[[]]"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "template refuses: roles must alternate"),
+        ("{{ 1 / 0 }}", "fails on these messages: ZeroDivisionError"),
+        ("{{ messages | map('nothing') | list }}", "fails on these messages"),
+        ("{% for i in range(10**9) %}{% endfor %}", "fails on these messages: OverflowError"),
+        ("{{ missing.field }}", "UndefinedError.*'missing' is undefined"),
+    ],
+)
+def test_a_template_that_fails_says_why(template, message):
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(template).render(USER)
+
+
+def test_a_template_that_is_not_jinja_is_refused():
+    with pytest.raises(ValueError, match="line 2 is not valid Jinja"):
+        ChatTemplate("\n{% if %}")
+
+
+# -- where files are --------------------------------------------------------------------------
+
+
+def test_sources_are_paths_or_packages(tmp_path):
+    assert sources.resolve(str(tmp_path)) == tmp_path
+    assert sources.resolve("package:occ/py.typed").name == "py.typed"
+    for source, message in [
+        (str(tmp_path / "no"), "there is no file or folder"),
+        ("package:no_such_package", "'no_such_package' .* is not installed"),
+        ("package:../etc/passwd", r"'\.\.' .* is not installed"),
+        ("package:occ", "expected 'one .gguf file' in package 'occ'"),
+        ("package:occ/missing", "expected 'missing' in package"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sources.resolve(source)

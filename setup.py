@@ -18,6 +18,7 @@ EXPERIMENTS = [
     "tyro",
 ]
 MATH = ["math-verify"]
+DATA = ["grain", "pyarrow", "requests"]  # published problems; no TensorFlow
 TEST = [
     "beartype",
     "hypothesis",
@@ -54,8 +55,9 @@ setuptools.setup(
     ],
     extras_require={
         "experiments": EXPERIMENTS,
+        "data": DATA,
         "math": MATH,
-        "test": EXPERIMENTS + MATH + PRETRAINED + TEST + NOTEBOOKS,
+        "test": EXPERIMENTS + DATA + MATH + PRETRAINED + TEST + NOTEBOOKS,
         "notebooks": EXPERIMENTS + NOTEBOOKS,
         "parity": PARITY,
         "plan": EXPERIMENTS + PLAN,

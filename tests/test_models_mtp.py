@@ -64,7 +64,7 @@ def test_three_untied_sparse_modules_are_the_references(x64, side):
 
 
 def with_weights_of(params, changes):
-    """The logits of a variant whose weights are those of the plain modules, where these have any."""
+    """The logits of a variant whose weights are, by name, those of the plain modules."""
     config = small_config(2, mtp=changes)
     graphdef, fresh, rest = random_model(config)
     given = {

@@ -1,5 +1,18 @@
-"""Weights in and out: published checkpoints as models, and models as published checkpoints."""
+"""Weights in and out: published checkpoints as models, and models as published checkpoints.
 
-from occ.models.pretrained.model import Pretrained
+    from occ.models import pretrained
 
-__all__ = ["Pretrained"]
+    model = pretrained.load(folder)              # config, params, rest
+    ...
+    pretrained.save(target, model.config, params, rest, like=folder)
+
+Folders of safetensors files in Hugging Face's layout: Llama, Qwen2, Qwen3, MiMo, GLM-4.5. Nothing
+is downloaded, and nothing is unpickled. It takes the extra `pretrained`.
+"""
+
+from occ.models.pretrained.attaching import attach
+from occ.models.pretrained.model import Pretrained, PretrainedWarning
+from occ.models.pretrained.reading import load, read_config
+from occ.models.pretrained.writing import save
+
+__all__ = ["Pretrained", "PretrainedWarning", "attach", "load", "read_config", "save"]

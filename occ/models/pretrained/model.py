@@ -8,6 +8,10 @@ from typing import Any
 from occ.models.config import ModelConfig
 
 
+class PretrainedWarning(UserWarning):
+    """The model is not what its files promise, or was changed on the way."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """What a folder or file of weights holds.

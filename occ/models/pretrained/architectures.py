@@ -1,0 +1,337 @@
+"""config.json of published models, as `ModelConfig` and back.
+
+What this code would compute otherwise than the model's authors is refused, by the name of the
+field. Attention dropout is ignored: none of these models was trained with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from occ.models.config import DTYPES, ModelConfig, MoEConfig, MTPConfig, RopeScaling
+
+EXTRA = "occ"
+"""Key in config.json for what the published formats have no field for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the models of one `model_type` have in common.
+
+    Attributes:
+      architecture: the class in other libraries.
+      qkv_bias: from config.json.
+      qk_norm: likewise.
+      attention_bias: the field may be True, for query, key and value alone.
+      rotary_fraction: where config.json says nothing.
+      concatenation: of the MTP modules' inputs.
+    """
+
+    architecture: str
+    qkv_bias: Callable[[dict[str, Any]], bool]
+    qk_norm: Callable[[dict[str, Any]], bool]
+    attention_bias: bool = False
+    rotary_fraction: float = 1.0
+    concatenation: Any = "hidden_embedding"
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", lambda raw: False, lambda raw: False),
+    "qwen2": Family("Qwen2ForCausalLM", lambda raw: True, lambda raw: False, attention_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", lambda raw: False, lambda raw: True),
+    "mimo": Family("MiMoForCausalLM", lambda raw: True, lambda raw: False, attention_bias=True),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        lambda raw: raw.get("attention_bias", False),
+        lambda raw: raw.get("use_qk_norm", False),
+        attention_bias=True,
+        rotary_fraction=0.5,
+        concatenation="embedding_hidden",
+    ),
+}
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+    "scoring_func": ("sigmoid", None),
+    "topk_method": ("noaux_tc", None),
+    "moe_layer_freq": (1, None),
+}
+"""Values that these fields may have where they are given."""
+
+RUNTIME = (
+    "max_length",
+    "param_dtype",
+    "compute_dtype",
+    "scan_layers",
+    "remat",
+    "attention",
+    "attention_chunk",
+    "mtp",
+)
+"""Fields of `ModelConfig` in which two models of one architecture may differ."""
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """config.json of a folder.
+
+    Raises:
+      ValueError: there is none.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} holds no config.json: expected a folder of a published model.")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def from_json(raw: dict[str, Any]) -> ModelConfig:
+    """The architecture that config.json describes.
+
+    Whether the MTP modules that it counts are stored is not known here.
+
+    Raises:
+      ValueError: a field is missing, or has a value that is not supported; it is named.
+    """
+    family = _family(raw)
+    _check_supported(raw, family)
+    heads = _field(raw, "num_attention_heads")
+    head_dim = raw.get("head_dim")
+    tied = raw.get("tie_word_embeddings", False)
+    dtype = raw.get("torch_dtype", raw.get("dtype", "float32"))
+    if dtype not in DTYPES:
+        raise ValueError(f"config.json: torch_dtype must be one of {DTYPES}, got {dtype!r}.")
+    base, fraction, scaling = _rope(raw, family)
+    return ModelConfig(
+        vocab_size=_field(raw, "vocab_size"),
+        num_layers=_field(raw, "num_hidden_layers"),
+        width=_field(raw, "hidden_size"),
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads", heads),
+        head_dim=_field(raw, "hidden_size") // heads if head_dim is None else head_dim,
+        mlp_width=_field(raw, "intermediate_size"),
+        max_length=_field(raw, "max_position_embeddings"),
+        rope_base=base,
+        rope_scaling=scaling,
+        rotary_fraction=fraction,
+        norm_epsilon=_field(raw, "rms_norm_eps"),
+        qkv_bias=family.qkv_bias(raw),
+        qk_norm=family.qk_norm(raw),
+        tied_embeddings=tied,
+        param_dtype=dtype,
+        compute_dtype=dtype,
+        moe=_moe(raw) if raw["model_type"] == "glm4_moe" else None,
+        mtp=_mtp(raw, family),
+    )
+
+
+def to_json(config: ModelConfig, like: dict[str, Any] | None = None) -> dict[str, Any]:
+    """config.json for a model.
+
+    Args:
+      config: the architecture.
+      like: config.json of the folder that it came from, whose every other field is kept.
+
+    Raises:
+      ValueError: no published family has this architecture, or it is not that of `like`.
+    """
+    if like is None:
+        raw = _fresh_json(config)
+    else:
+        raw = dict(like)
+        before = from_json(like)
+        changed = [
+            name
+            for name, value in _architecture(before).items()
+            if _architecture(config)[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                f"save: the model differs from the one of `like` in {', '.join(changed)}. Pass the "
+                "folder that it was loaded from, or like=None."
+            )
+    count = "num_mtp_layers" if "num_mtp_layers" in raw else "num_nextn_predict_layers"
+    if count in raw or config.mtp.num_modules:
+        raw[count] = config.mtp.num_modules
+    raw.pop(EXTRA, None)
+    published, family = _published_mtp(config.mtp), _family(raw)
+    if config.mtp.num_modules and published != _published_mtp(_mtp(raw, family)):
+        raw[EXTRA] = {"mtp": published}
+    return raw
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    """What is the same in every run of a model."""
+    fields = dataclasses.asdict(config)
+    if fields["moe"] is not None:
+        fields["moe"].pop("capacity_factor")
+    return {name: value for name, value in fields.items() if name not in RUNTIME}
+
+
+def _family(raw: dict[str, Any]) -> Family:
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type {kind!r} is not supported, expected one of "
+            f"{tuple(FAMILIES)}. (Of DeepSeek-V3, whose attention is another, MTP modules and "
+            "experts alone are shared with glm4_moe.)"
+        )
+    return FAMILIES[kind]
+
+
+def _field(raw: dict[str, Any], name: str) -> Any:
+    if raw.get(name) is None:
+        raise ValueError(f"config.json: field {name!r} is missing. Is this the folder's own file?")
+    return raw[name]
+
+
+def _check_supported(raw: dict[str, Any], family: Family) -> None:
+    required = dict(REQUIRED)
+    if not family.attention_bias:
+        required["attention_bias"] = (False, None)
+    found = [
+        f"{name} = {raw[name]!r} (supported: {', '.join(repr(value) for value in values)})"
+        for name, values in required.items()
+        if name in raw and raw[name] not in values
+    ]
+    kinds = sorted(set(raw.get("layer_types") or []) - {"full_attention"})
+    if kinds:
+        found.append(f"layer_types with {', '.join(kinds)} (supported: 'full_attention')")
+    if found:
+        lines = "".join(f"\n  {line}" for line in found)
+        raise ValueError(f"config.json of a {raw['model_type']} model that we do not have:{lines}")
+
+
+def _rope(raw: dict[str, Any], family: Family) -> tuple[float, float, RopeScaling | None]:
+    """Base, rotated fraction, and scaling; of newer files in one field, of older ones in three."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    base = given.get("rope_theta", raw.get("rope_theta", 10_000.0))
+    default = raw.get("partial_rotary_factor", family.rotary_fraction)
+    fraction = given.get("partial_rotary_factor", default)
+    if family.rotary_fraction == 1.0 and fraction != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor = {fraction} is not supported here.")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return float(base), fraction, None
+    if kind == "linear":
+        return float(base), fraction, RopeScaling("linear", float(_field(given, "factor")))
+    if kind == "llama3":
+        scaling = RopeScaling(
+            "llama3",
+            float(_field(given, "factor")),
+            float(_field(given, "low_freq_factor")),
+            float(_field(given, "high_freq_factor")),
+            _field(given, "original_max_position_embeddings"),
+        )
+        return float(base), fraction, scaling
+    raise ValueError(
+        f"config.json: rope_scaling of type {kind!r} is not supported, expected 'linear' or "
+        "'llama3'. Where the context before scaling is long enough, take the field out."
+    )
+
+
+def _moe(raw: dict[str, Any]) -> MoEConfig:
+    return MoEConfig(
+        num_experts=_field(raw, "n_routed_experts"),
+        experts_per_token=_field(raw, "num_experts_per_tok"),
+        expert_width=_field(raw, "moe_intermediate_size"),
+        num_shared_experts=raw.get("n_shared_experts") or 0,
+        first_dense_layers=_field(raw, "first_k_dense_replace"),
+        routed_scaling=_field(raw, "routed_scaling_factor"),
+        normalise_top_k=_field(raw, "norm_topk_prob"),
+        num_groups=_field(raw, "n_group"),
+        top_groups=_field(raw, "topk_group"),
+    )
+
+
+def _mtp(raw: dict[str, Any], family: Family) -> MTPConfig:
+    """The modules as serving code computes them, or as this code wrote them down.
+
+    vLLM, SGLang and transformers all take the trunk's hidden state after its final norm. They do
+    not agree on the embedding at position 0, which vLLM (and SGLang for MiMo alone) sets to zero.
+    """
+    counts = (raw.get("num_nextn_predict_layers"), raw.get("num_mtp_layers"))
+    count = next((count for count in counts if count is not None), 0)
+    fields = {"hidden_after_final_norm": True, "concatenation": family.concatenation}
+    return MTPConfig(num_modules=count, **(fields | raw.get(EXTRA, {}).get("mtp", {})))
+
+
+def _published_mtp(mtp: MTPConfig) -> dict[str, Any]:
+    """The fields that tensors do not tell."""
+    fields = dataclasses.asdict(mtp)
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in ("num_modules", "own_embedding", "own_output_head")
+    }
+
+
+def _fresh_json(config: ModelConfig) -> dict[str, Any]:
+    kind = _model_type(config)
+    raw: dict[str, Any] = {
+        "architectures": [FAMILIES[kind].architecture],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_length,
+        "rope_theta": config.rope_base,
+        "rms_norm_eps": config.norm_epsilon,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tied_embeddings,
+        "torch_dtype": config.param_dtype,
+    }
+    scaling = config.rope_scaling
+    if scaling is not None:
+        raw["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        raw["rope_scaling"] |= {
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    if kind in ("llama", "qwen3", "glm4_moe"):
+        raw["attention_bias"] = config.qkv_bias
+    if config.moe is None:
+        return raw
+    return raw | {
+        "partial_rotary_factor": config.rotary_fraction,
+        "use_qk_norm": config.qk_norm,
+        "n_routed_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        "moe_intermediate_size": config.moe.expert_width,
+        "n_shared_experts": config.moe.num_shared_experts,
+        "first_k_dense_replace": config.moe.first_dense_layers,
+        "routed_scaling_factor": config.moe.routed_scaling,
+        "norm_topk_prob": config.moe.normalise_top_k,
+        "n_group": config.moe.num_groups,
+        "topk_group": config.moe.top_groups,
+        "num_nextn_predict_layers": config.mtp.num_modules,
+    }
+
+
+def _model_type(config: ModelConfig) -> str:
+    if config.moe is not None:
+        return "glm4_moe"
+    problem = None
+    if config.rotary_fraction != 1.0:
+        problem = f"rotary_fraction={config.rotary_fraction}"
+    if config.qkv_bias and config.qk_norm:
+        problem = "both qkv_bias and qk_norm"
+    if problem is not None:
+        raise ValueError(
+            f"save: no published family of dense models has {problem}, so other tools could not "
+            "load it. Keep Orbax checkpoints of it instead."
+        )
+    if config.qkv_bias:
+        return "mimo" if config.mtp.num_modules else "qwen2"
+    return "qwen3" if config.qk_norm else "llama"

@@ -1,0 +1,114 @@
+"""Fresh MTP modules for a model that was trained without."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from occ.models.config import ModelConfig
+from occ.models.decoder import Decoder, split_model
+from occ.models.pretrained.model import PretrainedWarning
+
+Tree = dict[str, Any]
+
+
+def attach(
+    params: Tree,
+    rest: Tree,
+    config: ModelConfig,
+    *,
+    num_modules: int,
+    init: Literal["last_block", "random"] = "last_block",
+    seed: int = 0,
+) -> tuple[ModelConfig, Tree, Tree]:
+    """Gives a model without MTP modules K fresh ones, and warns that they know nothing yet.
+
+    From the "last_block", each module's block is a copy of the trunk's last and its final norm one
+    of the trunk's; of a sequential module the norms are 1 and the projection adds its two inputs,
+    [I; I] / sqrt(2). At "random", modules begin as in a fresh model.
+
+    Args:
+      params, rest: of the model; the arrays are shared with the result.
+      config: without modules. Its `mtp` says of which kind they are to be.
+      num_modules: K >= 1.
+      init: where their weights come from.
+      seed: of the random ones.
+
+    Returns:
+      The configuration, parameters and other variables with the modules.
+
+    Raises:
+      ValueError: the model has modules already, K < 1, or an unknown `init`.
+    """
+    _check(config, num_modules, init)
+    mtp = dataclasses.replace(config.mtp, num_modules=num_modules)
+    config = dataclasses.replace(config, mtp=mtp)
+    modules, module_rest = _random_modules(config, seed)
+    if init == "last_block":
+        for number in modules:
+            modules[number] = _from_trunk(modules[number], params, config)
+        blocks = [_last_block(rest)] * num_modules
+        module_rest = {
+            number: {"block": block} for number, block in zip(modules, blocks, strict=True) if block
+        }
+    warnings.warn(
+        f"attach: the model now has {num_modules} MTP module(s) that were NEVER TRAINED "
+        f"(init={init!r}). What they predict means nothing until they have been warmed up.",
+        PretrainedWarning,
+        stacklevel=2,
+    )
+    rest = {**rest, "mtp": module_rest} if module_rest else rest
+    return config, {**params, "mtp": modules}, rest
+
+
+def _check(config: ModelConfig, num_modules: int, init: str) -> None:
+    if config.mtp.num_modules:
+        raise ValueError(
+            f"attach: the model has {config.mtp.num_modules} MTP module(s) already. Load it with "
+            "mtp.num_modules=0 to replace them."
+        )
+    if num_modules < 1:
+        raise ValueError(f"attach: num_modules must be >= 1, got {num_modules}.")
+    if init not in ("last_block", "random"):
+        raise ValueError(f"attach: init must be 'last_block' or 'random', got {init!r}.")
+
+
+def _random_modules(config: ModelConfig, seed: int) -> tuple[Tree, Tree]:
+    """The modules of a fresh model, of which nothing else is computed."""
+
+    @jax.jit
+    def create():
+        _, params, rest = split_model(Decoder(config, nnx.Rngs(seed)))
+        return params["mtp"], rest.get("mtp", {})
+
+    return create()
+
+
+def _last_block(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf[-1], tree.get("layers", {}))
+
+
+def _from_trunk(module: Tree, params: Tree, config: ModelConfig) -> Tree:
+    module = {**module, "block": _last_block(params)}
+    if "final_norm" in module:
+        module["final_norm"] = jax.tree.map(jnp.copy, params["final_norm"])
+    if "projection" in module:
+        identity = jnp.eye(config.width, dtype=jnp.float32) * 2**-0.5
+        kernel = jnp.concatenate([identity, identity]).astype(config.params)
+        module["projection"] = {"kernel": kernel}
+    if "embedding" in module:
+        module["embedding"] = jax.tree.map(jnp.copy, params["embedding"])
+    if "output_head" in module:
+        module["output_head"] = {"kernel": _output_kernel(params)}
+    return module
+
+
+def _output_kernel(params: Tree) -> jax.Array:
+    if "output_head" in params:
+        return jnp.copy(params["output_head"]["kernel"])
+    return params["embedding"]["embedding"].T

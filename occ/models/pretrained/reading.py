@@ -1,0 +1,199 @@
+"""Weights in: a published folder as (config, params, rest), each leaf straight to its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from occ.models.config import ModelConfig
+from occ.models.pretrained import architectures, names
+from occ.models.pretrained.folder import WeightFolder, listed
+from occ.models.pretrained.model import Pretrained, PretrainedWarning
+from occ.models.pretrained.names import Stored
+from occ.trees import path_string
+
+DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+"""Tensors in old files that follow from config.json."""
+
+CHUNK = 2**24
+"""Numbers that are compared at one time."""
+
+
+def read_config(path: str | pathlib.Path, **overrides: Any) -> ModelConfig:
+    """The architecture of a published folder, as its files are.
+
+    MTP modules that config.json counts and no file holds are left out, with a warning (see
+    `attach`). An embedding or output head stored with a module is the module's own where it is no
+    copy of the trunk's.
+
+    Args:
+      path: the folder.
+      overrides: fields of `ModelConfig`, such as param_dtype="float32" or remat="full".
+
+    Raises:
+      ValueError: the architecture, or the folder, is not supported; a message says what to do.
+    """
+    folder = WeightFolder(path)
+    return dataclasses.replace(_config(folder), **overrides)
+
+
+def load(
+    path: str | pathlib.Path, config: ModelConfig | None = None, *, shardings: Any = None
+) -> Pretrained:
+    """Loads a published folder of safetensors files.
+
+    Every leaf is filled piece by piece, on each device with its own part: what is in host memory
+    at one time is the part of one leaf that a device holds.
+
+    Args:
+      path: the folder.
+      config: the architecture; None reads the folder's. Leaves take its `param_dtype`.
+      shardings: (of params, of rest), trees of `jax.sharding.Sharding` as
+        `occ.training.sharding.tree_shardings` makes them; None is the default device.
+
+    Raises:
+      ValueError: tensors are missing, left over or of another shape; all are listed.
+    """
+    folder = WeightFolder(path)
+    if config is None:
+        config = _config(folder)
+    stored = names.stored_leaves(config)
+    _check_complete(folder, stored, config)
+    _warn_of_rounding(folder, stored)
+
+    def fill(path, leaf, sharding=None):
+        return _leaf(folder, stored[path_string(path)], sharding)
+
+    trees = names.abstract_variables(config)
+    places: Any = [()] * len(trees) if shardings is None else [(tree,) for tree in shardings]
+    params, rest = (
+        jax.tree_util.tree_map_with_path(fill, tree, *place)
+        for tree, place in zip(trees, places, strict=True)
+    )
+    return Pretrained(config, params, rest)
+
+
+def _config(folder: WeightFolder) -> ModelConfig:
+    """The architecture of config.json, with the MTP modules as they are stored."""
+    config = architectures.from_json(architectures.read_json(folder.path))
+    prefixes = [names.module_prefix(k, config) for k in range(config.mtp.num_modules)]
+    if prefixes and not any(name.startswith(tuple(prefixes)) for name in folder.tensors):
+        warnings.warn(
+            f"{folder.path}: config.json counts {len(prefixes)} MTP module(s), and the files hold "
+            "none (other tools leave them out when they save). The model is loaded without; "
+            "occ.models.pretrained.attach creates fresh ones.",
+            PretrainedWarning,
+            stacklevel=4,
+        )
+        return dataclasses.replace(config, mtp=dataclasses.replace(config.mtp, num_modules=0))
+    own: dict[str, Any] = {
+        copy.field: True
+        for copy in names.copies(config)
+        if copy.field is not None and copy.name in folder.tensors and not _equal(folder, copy)
+    }
+    return dataclasses.replace(config, mtp=dataclasses.replace(config.mtp, **own))
+
+
+def _equal(folder: WeightFolder, copy: names.Copy) -> bool:
+    """Whether two stored tensors are the same, compared a few rows at a time."""
+    one, other = (folder.tensors.get(name) for name in (copy.name, copy.original))
+    if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    rows = max(CHUNK // max(math.prod(one.shape[1:]), 1), 1)
+    for start in range(0, one.shape[0], rows):
+        window = (slice(start, min(start + rows, one.shape[0])),)
+        pair = (folder.read(name, window) for name in (copy.name, copy.original))
+        if len({piece.tobytes() for piece in pair}) > 1:  # bits: 0 and -0 are written back apart
+            return False
+    return True
+
+
+def _check_complete(folder: WeightFolder, stored: dict[str, Stored], config: ModelConfig) -> None:
+    expected = {name: leaf.tensor_shape for leaf in stored.values() for name in leaf.names.values()}
+    copies = {copy.name: copy for copy in names.copies(config)}
+    found = {name: info.shape for name, info in folder.tensors.items()}
+    both = expected.keys() & found.keys()
+    extra = sorted(
+        name for name in found.keys() - expected.keys() - copies.keys() if not DERIVED.search(name)
+    )
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "left over": extra,
+        "of another shape": [
+            f"{name}: expected {expected[name]}, got {found[name]}"
+            for name in sorted(both)
+            if expected[name] != found[name]
+        ],
+        "not the copy that the configuration takes it for": [
+            f"{name}: differs from {copy.original} ({_remedy(copy)})"
+            for name, copy in copies.items()
+            if name in found and not _equal(folder, copy)
+        ],
+    }
+    lines = [f"\n{kind}:{listed(those)}" for kind, those in problems.items() if those]
+    if lines:
+        raise ValueError(
+            f"load: the tensors in {folder.path} are not those of the configuration."
+            f"{''.join(lines)}\nCompare ModelConfig with the folder's config.json; "
+            "read_config(folder) is the configuration that fits it."
+        )
+
+
+def _remedy(copy: names.Copy) -> str:
+    if copy.field is None:
+        return "load with tied_embeddings=False to keep it"
+    return f"MTPConfig.{copy.field}=True keeps it apart"
+
+
+def _warn_of_rounding(folder: WeightFolder, stored: dict[str, Stored]) -> None:
+    rounded = sorted(
+        name
+        for leaf in stored.values()
+        for name in leaf.names.values()
+        if jnp.promote_types(folder.dtype(name), leaf.dtype) != leaf.dtype
+    )
+    if rounded:
+        warnings.warn(
+            f"load: {len(rounded)} tensors of {folder.path} are rounded to a narrower type, such "
+            f"as {rounded[0]} from {folder.dtype(rounded[0])}; written back they will differ. "
+            "ModelConfig.param_dtype decides.",
+            PretrainedWarning,
+            stacklevel=3,
+        )
+
+
+def _leaf(folder: WeightFolder, stored: Stored, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(_window(folder, stored, tuple(slice(0, n) for n in stored.shape)))
+    return jax.make_array_from_callback(
+        stored.shape, sharding, lambda window: _window(folder, stored, window or ())
+    )
+
+
+def _window(folder: WeightFolder, stored: Stored, window: tuple[slice, ...]) -> np.ndarray:
+    """A part of a leaf, as one device holds it."""
+    ranges = [range(*piece.indices(size)) for piece, size in zip(window, stored.shape, strict=True)]
+    part = np.empty([len(numbers) for numbers in ranges], stored.dtype)
+    for target, index in _indices(ranges[: stored.leading]):
+        inner = tuple(slice(r.start, r.stop) for r in ranges[stored.leading :])
+        if stored.transposed:
+            part[target] = folder.read(stored.names[index], inner[::-1]).T
+        else:
+            part[target] = folder.read(stored.names[index], inner)
+    return part
+
+
+def _indices(ranges: list[range]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Indices within a part, and those within the whole."""
+    for pairs in itertools.product(*(enumerate(numbers) for numbers in ranges)):
+        yield tuple(i for i, _ in pairs), tuple(index for _, index in pairs)

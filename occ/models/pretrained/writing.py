@@ -1,0 +1,181 @@
+"""Weights out: (config, params, rest) as a published folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from occ.models.config import ModelConfig
+from occ.models.pretrained import architectures, names
+from occ.models.pretrained.folder import INDEX, PICKLED, SINGLE, WeightFolder
+from occ.models.pretrained.names import Stored
+from occ.trees import path_string
+
+SHARD_BYTES = 2 * 2**30
+"""Size that a file does not exceed, and so what is in host memory at one time."""
+
+WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack")
+
+
+class _Tensor(NamedTuple):
+    """A tensor to be written: its place in a leaf, and the type that it is written in."""
+
+    path: str
+    place: tuple[int, ...]
+    transposed: bool
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def save(
+    path: str | pathlib.Path,
+    config: ModelConfig,
+    params: Any,
+    rest: Any,
+    *,
+    like: str | pathlib.Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model as a folder that `load` and other tools read.
+
+    The folder appears when it is whole. Of several processes all take part and the first writes.
+
+    Args:
+      path: the folder, which must not exist.
+      config: the architecture.
+      params, rest: arrays, on any mesh.
+      like: the folder that the model was loaded from. Its names, dtypes, config.json and other
+        files (tokenizer) are kept; a model that has not changed is written back to the same bits.
+        None writes `param_dtype`, and no tokenizer.
+      shard_bytes: size that a file does not exceed, unless by one tensor.
+
+    Raises:
+      ValueError: the folder exists, or the architecture has no published form.
+    """
+    target = pathlib.Path(path)
+    if target.exists():
+        raise ValueError(f"save: {target} exists already. Choose another folder, or delete it.")
+    source = None if like is None else WeightFolder(like)
+    raw = architectures.to_json(
+        config, None if source is None else architectures.read_json(source.path)
+    )
+    tensors = _tensors(config, raw, source)
+    variables = {
+        path_string(at): leaf
+        for tree in (params, rest)
+        for at, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    beside = target.with_name(target.name + ".new")
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        if source is not None:
+            _copy_other_files(source.path, beside)
+        _write_json(beside / "config.json", raw)
+    _write_shards(beside, tensors, _gather(variables), shard_bytes, first)
+    if first:
+        beside.rename(target)
+
+
+def _tensors(
+    config: ModelConfig, raw: dict[str, Any], source: WeightFolder | None
+) -> dict[str, _Tensor]:
+    """Everything that is to be written, by name."""
+    tensors = {}
+    for path, leaf in names.stored_leaves(config).items():
+        for index, name in leaf.names.items():
+            dtype = _dtype(name, leaf, raw, source)
+            tensors[name] = _Tensor(path, index, leaf.transposed, leaf.tensor_shape, dtype)
+    for copy in names.copies(config):
+        if _is_written(copy, source):
+            original = tensors[copy.original]
+            if source is not None and copy.name in source.tensors:
+                original = original._replace(dtype=source.dtype(copy.name))
+            tensors[copy.name] = original
+    return tensors
+
+
+def _dtype(name: str, leaf: Stored, raw: dict[str, Any], source: WeightFolder | None) -> np.dtype:
+    if source is None:
+        return leaf.dtype
+    if name in source.tensors:
+        return source.dtype(name)
+    # Of modules that were attached; a router's bias is float32 everywhere.
+    given = np.dtype(raw.get("torch_dtype", raw.get("dtype", "float32")))
+    return leaf.dtype if name.endswith("e_score_correction_bias") else given
+
+
+def _is_written(copy: names.Copy, source: WeightFolder | None) -> bool:
+    """Copies are written where they were, and with modules that are new."""
+    if source is not None and copy.name in source.tensors:
+        return True
+    if copy.layer is None:
+        return False
+    return source is None or not any(name.startswith(copy.layer) for name in source.tensors)
+
+
+def _gather(variables: dict[str, jax.Array]) -> Callable[[_Tensor], np.ndarray]:
+    """The function that brings one tensor to the host, in every process."""
+
+    def gather(tensor: _Tensor) -> np.ndarray:
+        piece = variables[tensor.path][tensor.place]
+        if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
+            piece = multihost_utils.process_allgather(piece, tiled=True)
+        value = np.asarray(piece).astype(tensor.dtype, copy=False)
+        return np.ascontiguousarray(value.T if tensor.transposed else value)
+
+    return gather
+
+
+def _write_shards(
+    folder: pathlib.Path,
+    tensors: dict[str, _Tensor],
+    gather: Callable[[_Tensor], np.ndarray],
+    shard_bytes: int,
+    first: bool,
+) -> None:
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.bytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE if len(shards) == 1 else file
+        values = {name: gather(tensors[name]) for name in shard}
+        if first:
+            save_file(values, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    if first and len(shards) > 1:
+        total = sum(tensor.bytes for tensor in tensors.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _copy_other_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Tokenizer, chat template, licence: all but the weights and what describes them."""
+    for file in source.iterdir():
+        described = file.name == "config.json" or file.name.endswith(".index.json")
+        if file.is_file() and not described and file.suffix not in WEIGHTS:
+            shutil.copyfile(file, target / file.name)
+
+
+def _write_json(file: pathlib.Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

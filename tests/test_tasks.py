@@ -83,7 +83,7 @@ def test_a_verifier_that_fails_invalidates_its_sample_alone():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("arithmetics", {}, r"unknown task 'arithmetics'; expected one of \['arithmetic', 'numb"),
+        ("arithmetics", {}, r"unknown task 'arithmetics'; expected one of \['arithmetic', 'dapo"),
         ("arithmetic", {"digit": 2}, "does not take these options.*digit"),
         ("arithmetic", {"operators": "*"}, "must be '\\+' or '\\+-', got '\\*'"),
         ("arithmetic", {"digits": 1, "train_size": 500}, "found .* expected 500 and 1024"),

@@ -4,6 +4,7 @@ Claim (Wang et al., arXiv 2605.28184, average over six mathematics benchmarks, a
 CE 47.7, Policy 57.4, OCC 61.7 % for MiMo with DAPO; 57.8, 50.0, 56.2, 60.1 with GSPO; GLM with
 DAPO 65.9, 54.8, 64.4, 67.6.
 Hardware: 128 accelerators. They were not run here; tests build them and trace their train step.
+Data: `data/` (occ/tasks/datasets says what belongs there); tokenizers: `models/NAME`.
 """
 
 from __future__ import annotations
@@ -93,12 +94,20 @@ def glm_4_5_air() -> ModelConfig:
     )
 
 
-def _dapo(name: str, model: ModelConfig, layout: LayoutConfig) -> TrainConfig:
+def _dapo(name: str, model: ModelConfig, layout: LayoutConfig, folder: str) -> TrainConfig:
     """What both models share; every figure is the paper's."""
     return TrainConfig(
         name=name,
         model=model,
         task="dapo_math_17k",
+        task_options={
+            "tokenizer": f"models/{folder}",
+            "data_dir": "data",
+            "extract": "answer_line",
+            "max_prompt_tokens": PROMPT_TOKENS,
+            "max_response_tokens": RESPONSE_TOKENS,
+            "workers": 16,
+        },
         rollouts=200,
         max_prompt_tokens=PROMPT_TOKENS,
         max_response_tokens=RESPONSE_TOKENS,
@@ -135,12 +144,12 @@ def _dapo(name: str, model: ModelConfig, layout: LayoutConfig) -> TrainConfig:
 
 def mimo_7b_dapo() -> TrainConfig:
     """MiMo-7B-RL with DAPO."""
-    return _dapo("mimo_7b_dapo", mimo_7b(), MIMO_LAYOUT)
+    return _dapo("mimo_7b_dapo", mimo_7b(), MIMO_LAYOUT, "MiMo-7B-RL")
 
 
 def mimo_7b_gspo() -> TrainConfig:
     """MiMo-7B-RL with GSPO: sequence ratios, and the clip range of the GSPO paper."""
-    dapo = _dapo("mimo_7b_gspo", mimo_7b(), MIMO_LAYOUT)
+    dapo = _dapo("mimo_7b_gspo", mimo_7b(), MIMO_LAYOUT, "MiMo-7B-RL")
     objective = dataclasses.replace(
         dapo.objective, policy=gspo(), aggregation="seq-mean-token-mean"
     )
@@ -149,4 +158,4 @@ def mimo_7b_gspo() -> TrainConfig:
 
 def glm_4_5_air_dapo() -> TrainConfig:
     """GLM-4.5-Air with DAPO."""
-    return _dapo("glm_4_5_air_dapo", glm_4_5_air(), GLM_LAYOUT)
+    return _dapo("glm_4_5_air_dapo", glm_4_5_air(), GLM_LAYOUT, "GLM-4.5-Air")

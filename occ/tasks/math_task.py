@@ -70,7 +70,7 @@ class MathVerifier:
         workers: int = 2,
         limits: Limits | None = None,
     ):
-        self._extract = extract
+        self.extract = extract
         self.pool = WorkerPool(SYMBOLIC, "equivalent", workers=workers, limits=limits)
 
     def __call__(self, problem: Problem, completion: str) -> float:
@@ -94,7 +94,7 @@ class MathVerifier:
         verdicts: dict[int, Verdict] = {}
         open_pairs: dict[tuple[str, str], list[int]] = {}
         for i, (reference, completion) in enumerate(zip(references, completions, strict=True)):
-            verdict = self._cheap(reference, self._extract(completion))
+            verdict = self._cheap(reference, self.extract(completion))
             if isinstance(verdict, Verdict):
                 verdicts[i] = verdict
             else:
@@ -176,6 +176,13 @@ class MathTask(Task):
     """A task whose `verifier` is a `MathVerifier`, which judges a whole batch in parallel."""
 
     verifier: MathVerifier
+
+    def final_answer(self, completion: str) -> str | None:
+        """As `Task.final_answer`; answers count as one if they are equal after normalisation."""
+        answer = self.verifier.extract(completion)
+        if answer is None or not answer.strip():
+            return None
+        return normalise(answer) if len(answer) <= MAX_CHARACTERS else answer[:MAX_CHARACTERS]
 
     def verify_batch(
         self, problems: Sequence[Problem], completions: Sequence[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,10 @@ class Task:
     max_prompt_tokens: int
     max_response_tokens: int
 
+    def final_answer(self, completion: str) -> str | None:
+        """What a completion answers, in one spelling, for majorities; None without an answer."""
+        return completion.strip() or None
+
     def verify_batch(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -80,27 +85,30 @@ def load(name: str, **options: Any) -> Task:
     """Loads a task by name.
 
     Args:
-      name: "arithmetic", "number_filtering", "star_graph", or "reasoning_gym" with
-        `dataset=...`.
+      name: "arithmetic", "number_filtering", "star_graph", "reasoning_gym" with `dataset=...`,
+        "math" with the name of a published set, or "dapo_math_17k", which is such a set.
       **options: of that task's own loader.
 
     Raises:
       ValueError: unknown task or option.
     """
-    # Each loader imports its package when it is asked for, so that one task can be used without
-    # the packages of all.
-    from occ.tasks import arithmetic, number_filtering, reasoning_gym, star_graph
-
-    loaders: dict[str, Callable[..., Task]] = {
-        "arithmetic": arithmetic.load,
-        "number_filtering": number_filtering.load,
-        "reasoning_gym": reasoning_gym.load,
-        "star_graph": star_graph.load,
+    # A loader is imported when it is asked for, so that one task can be used without the packages
+    # of all.
+    loaders = {
+        "arithmetic": "arithmetic",
+        "dapo_math_17k": "mathematics",
+        "math": "mathematics",
+        "number_filtering": "number_filtering",
+        "reasoning_gym": "reasoning_gym",
+        "star_graph": "star_graph",
     }
     if name not in loaders:
         raise ValueError(f"load: unknown task {name!r}; expected one of {sorted(loaders)}.")
+    module = importlib.import_module(f"occ.tasks.{loaders[name]}")
+    if name == "dapo_math_17k":
+        options = {"dataset": name, **options}
     try:
-        return loaders[name](**options)
+        return module.load(**options)
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
             raise ValueError(f"load: task {name!r} does not take these options: {error}.") from None

@@ -29,7 +29,7 @@ TEST = [
 ]
 NOTEBOOKS = ["ipykernel", "matplotlib", "nbclient", "nbmake"]
 PLAN = ["jax[tpu]"]  # the TPU compiler; no TPU needed
-PARITY = ["torch", "torchjd[cagrad,nash-mtl]", "transformers"]
+PARITY = ["accelerate", "torch", "torchjd[cagrad,nash-mtl]", "transformers"]
 PRETRAINED = ["gguf", "jinja2>=3.1.6", "safetensors", "tokenizers"]  # older Jinjas leak
 
 setuptools.setup(

@@ -39,6 +39,7 @@ from experiments.claims_grid import (
     SEEDS,
     SHUFFLED,
     Cell,
+    baseline,
     cells,
 )
 from experiments.configs import CONFIGS
@@ -184,7 +185,11 @@ def run_cell(cell: Cell, arguments: Run) -> float:
             result = loop.run(varied, task, programs, start, pathlib.Path(folder))
             rows = read_rows(pathlib.Path(folder) / "metrics.jsonl")
         assert result is not None
-        _append(arguments.folder, cell, _row(cell, seed, result, rows))
+        row = _row(cell, seed, result, rows)
+        reference = Cell(cell.setting, baseline(cell.variant))
+        finished = {reference.variant: read_cell(arguments.folder, reference), cell.variant: [row]}
+        claims_report.check_start(finished, cell.variant)
+        _append(arguments.folder, cell, row)
     return time.perf_counter() - started
 
 
@@ -212,7 +217,6 @@ def _control(cell: Cell, seed: int, config: Any, folder: pathlib.Path) -> Any:
 
 
 def _row(cell: Cell, seed: int, result: dict[str, Any], rows: list[dict[str, Any]]) -> dict:
-
     row = {
         "setting": cell.setting,
         "variant": cell.variant,

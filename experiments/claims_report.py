@@ -25,7 +25,7 @@ def read(folder: pathlib.Path) -> Results:
     """All finished rows.
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are none, or some that do not share their warm start.
     """
     results: Results = {}
     for setting, variant in cells():
@@ -33,6 +33,9 @@ def read(folder: pathlib.Path) -> Results:
         if file.exists():
             rows = sorted(read_rows(file), key=lambda row: row["seed"])
             results.setdefault(setting, {})[variant] = rows
+    for runs in results.values():
+        for variant in runs:
+            check_start(runs, variant)
     if not results:
         raise ValueError(
             f"no rows in {folder}: run `python -m experiments.claims run` first, or pass the "
@@ -49,6 +52,29 @@ def read(folder: pathlib.Path) -> Results:
 def values(rows: Rows, name: str) -> list[float]:
     """One number a seed."""
     return [row[name] for row in rows]
+
+
+def check_start(runs: dict[str, Rows], variant: str) -> None:
+    """Refuses to pair runs that began from different models.
+
+    Before the first update every run of a seed is the warm start's, so the reward of its first
+    rollout is the same in all variants of a model; rows of another commit or machine may stem from
+    another warm start, which differs from this one in its last bits and then in all.
+
+    Raises:
+      ValueError: naming seeds and commits.
+    """
+    reference = {row["seed"]: row for row in runs.get(baseline(variant), [])}
+    for row in runs.get(variant, []):
+        other = reference.get(row["seed"], row)
+        first, expected = row["reward_series"][0], other["reward_series"][0]
+        if first != expected:
+            raise ValueError(
+                f"claims: {row['setting']}/{variant} seed {row['seed']} (commit {row['commit']}) "
+                f"began with reward {first}, {baseline(variant)} (commit {other['commit']}) with "
+                f"{expected}: they do not share a warm start and cannot be compared. Move the "
+                "rows of one of them away and run its cells at the commit of the others."
+            )
 
 
 def difference(runs: dict[str, Rows], variant: str, name: str, other: str = "") -> Estimate | None:

@@ -114,6 +114,17 @@ def test_the_report_pairs_seeds_and_marks_what_differs(tmp_path, capsys):
         claims_report.read(tmp_path / "nothing")
 
 
+def test_rows_of_another_warm_start_are_refused(tmp_path):
+    folder = tmp_path / "rows" / claims_grid.MAIN
+    folder.mkdir(parents=True)
+    rows = [{"setting": claims_grid.MAIN, "commit": "abc", **row} for row in rows_of(0.0)]
+    (folder / "detach.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[2] = {**rows[2], "reward_series": [0.5, *rows[2]["reward_series"][1:]]}
+    (folder / "ce_0.2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"ce_0.2 seed 2 .commit abc. began with reward 0.5"):
+        claims_report.read(tmp_path / "rows")
+
+
 def test_the_truth_is_that_of_the_other_minibatches():
     """c and v^2 of the mean over all but one, from explicit vectors."""
     rng = np.random.default_rng(0)

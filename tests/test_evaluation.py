@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from occ.evaluation.intervals import mean_interval, paired_difference, wilson_interval
-from occ.evaluation.outcomes import avg_at_k, maj_at_k, pass_at_k
+from occ.evaluation.outcomes import (
+    avg_at_k,
+    maj_at_k,
+    majority,
+    pass_at_k,
+    pass_probability,
+)
 
 
 def test_t_interval_by_the_table():
@@ -70,3 +76,14 @@ def test_majority_and_ties():
     answers = [["7", "8", "7"], ["1", "2", "3"], ["5", "6", "6"]]
     correct = np.array([[True, False, True], [False, True, False], [True, False, False]])
     assert maj_at_k(answers, correct) == pytest.approx(1 / 3)
+
+
+def test_samples_without_an_answer_have_no_vote():
+    assert majority([None, None, "7"], [False, False, True])
+    assert not majority([None], [False]) and not majority([], [])
+
+
+def test_pass_probability_with_different_numbers_of_samples():
+    found = pass_probability(np.array([5, 3, 2]), np.array([2, 0, 2]), 3)
+    assert found[0] == pytest.approx(pass_at_k(np.array([[True] * 2 + [False] * 3]), 3))
+    assert found[1] == 0 and np.isnan(found[2])

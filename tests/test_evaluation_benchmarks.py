@@ -96,6 +96,14 @@ def test_few_problems_are_tested_exactly():
     assert paired_test([np.ones(5)], [np.zeros(5)]).p_value == pytest.approx(2 / 32)
 
 
+def test_the_test_weighs_benchmarks_as_their_average_does():
+    """Six problems of one benchmark outweigh two hundred of another: 2 of 2^6 signs are as far."""
+    gains = [np.ones(6), np.full(200, -0.02)]
+    found = paired_test(gains, [np.zeros(6), np.zeros(200)])
+    assert found.difference.mean == pytest.approx(0.49)
+    assert found.p_value < 0.1
+
+
 def test_pairs_are_left_out_together():
     found = paired_test([np.array([1.0, np.nan, 1.0, 0.5])], [np.array([0.0, 0.0, np.nan, 0.0])])
     assert found.difference.mean == 0.75 and found.difference.n == 2

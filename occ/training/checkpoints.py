@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -55,15 +55,19 @@ class Checkpoints:
     Args:
       folder: where they are, inside the run's folder; made if missing.
       keep: how many of the newest to keep, beside the best by sampled accuracy.
+      read_only: nothing in the folder is made, deleted or renamed, so that a run which is writing
+        there is not disturbed; for `read`.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int = 2):
+    def __init__(self, folder: pathlib.Path, keep: int = 2, *, read_only: bool = False):
         self._folder = folder.absolute()
         self._policy = _NewestAndBest(keep)
         self._bytes = 0  # of the last state that was given to save
         options = ocp.CheckpointManagerOptions(
             create=True, cleanup_tmp_directories=True, preservation_policy=self._policy
         )
+        if read_only:
+            options = ocp.CheckpointManagerOptions(create=False, read_only=True)
         with self._full_disk_explained():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -124,6 +128,35 @@ class Checkpoints:
             "versions in environment.json if packages have changed since, or put the files back; "
             "to start from scratch, delete this folder."
         )
+
+    def read(self, like: TrainState, which: Literal["newest", "best"] = "newest") -> Restored:
+        """A checkpoint to look at; the folder stays as it is.
+
+        Args:
+          like: as of `restore`.
+          which: the newest that can be read, or the best by sampled accuracy, as the newest knows
+            it.
+
+        Raises:
+          ValueError: there are none, or no evaluation has yet said which is best.
+          DamagedError: none can be read, or the best cannot.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                newest = self._read(number, like)
+            except DamagedError as error:
+                damaged[number] = error
+                continue
+            if which == "newest":
+                return newest
+            best = newest.history.best_rollout
+            if best is None:
+                raise ValueError(f"{self._folder}: no evaluation yet. Take the newest checkpoint.")
+            return newest if best == newest.number else self._read(best, like)
+        if damaged:
+            raise DamagedError(f"none of the checkpoints in {self._folder} can be read: {damaged}.")
+        raise ValueError(f"{self._folder} holds no checkpoint. Train first.")
 
     def reached_preemption(self, number: int) -> bool:
         """Whether all processes of a job that is being preempted should now save and stop.

@@ -19,8 +19,10 @@ TensorFlow is never imported: the files are array_record, read through `tfds.dat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -182,7 +184,8 @@ def prepare(name: str, data_dir: str | pathlib.Path, *, verify: bool = True) -> 
         file_format=tfds.core.FileFormat.ARRAY_RECORD,
         verify=verify,
     )
-    builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
+    with contextlib.redirect_stdout(sys.stderr):  # where its progress goes too
+        builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
     return builder
 
 

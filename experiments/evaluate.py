@@ -1,0 +1,235 @@
+r"""avg@k, pass@k and maj@k of trained runs and published models on benchmarks of mathematics.
+
+    python -m experiments.evaluate run RUN_FOLDER ... --data-dir data       # k 32, top-p 0.7
+    python -m experiments.evaluate run RUN_FOLDER --benchmarks aime_2024 amc --k 8 --checkpoint best
+    python -m experiments.evaluate run --pretrained models/MiMo-7B-RL --data-dir data
+    python -m experiments.evaluate table RUN_FOLDER ...         # the paper's layout, as Markdown
+    python -m experiments.evaluate fixtures                     # all of it, on files made here
+
+Every sample is a line of RUN_FOLDER/evaluation/BENCHMARK.jsonl, summary.json beside it has the
+measures. Killed at any moment, the same command goes on after the last whole portion, to the same
+lines. Runs of tasks that make their own problems are evaluated on their test problems ("test").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import tqdm
+import tyro
+
+from experiments import evaluate_report as report
+from experiments import evaluated, runs
+from experiments.compiled import keep_compiled
+from occ.evaluation import benchmarks
+from occ.evaluation.completions import Settings, complete, open_folder
+from occ.training.rollout import lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Samples completions, and judges them.
+
+    Attributes:
+      folders: of runs.
+      pretrained: folders of published models; their evaluations go to runs/evaluations/NAME.
+      benchmarks: names of published sets; none are the six of the paper's average.
+      k: samples a problem.
+      temperature, top_p, top_k: of sampling.
+      checkpoint: of each run.
+      data_dir: with the benchmarks; None takes the run's own.
+      extract: where the answer stands; None takes the run's own, and a box for published models.
+      max_prompt_tokens, max_response_tokens: tokens; None takes the run's, or 2048 and 8192.
+      problems: the first so many of each benchmark; 0 is all.
+      rows: sampled at one time.
+      acceptance_prompts: greedy responses a benchmark, on which MTP acceptance is measured.
+      seed: of sampling.
+      name: of the folder for the files, in each run's.
+      verify: refuse files of benchmarks that are not the published ones.
+    """
+
+    folders: tyro.conf.Positional[tuple[pathlib.Path, ...]] = ()
+    pretrained: tuple[pathlib.Path, ...] = ()
+    benchmarks: tuple[str, ...] = ()
+    k: int = 32
+    temperature: float = 1.0
+    top_p: float = 0.7
+    top_k: int = 0
+    checkpoint: Literal["newest", "best"] = "newest"
+    data_dir: pathlib.Path | None = None
+    extract: Literal["boxed", "answer_line"] | None = None
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None
+    problems: int = 0
+    rows: int = 64
+    acceptance_prompts: int = 32
+    seed: int = 0
+    name: str = "evaluation"
+    verify: bool = True
+
+    def task_options(self) -> dict[str, Any]:
+        """Options of `mathematics.load` in place of a run's own."""
+        given: dict[str, Any] = {
+            "data_dir": None if self.data_dir is None else str(self.data_dir),
+            "extract": self.extract,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_response_tokens": self.max_response_tokens,
+            "verify": None if self.verify else False,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Prints the table of evaluations that are finished.
+
+    Attributes:
+      folders: of runs; differences are to the first.
+      name: of the folder with the files, in each run's.
+    """
+
+    folders: tyro.conf.Positional[tuple[pathlib.Path, ...]]
+    name: str = "evaluation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixtures:
+    """The whole way on problems, files and models that are made here; about a minute.
+
+    Attributes:
+      folder: for all files.
+      k: samples a problem.
+    """
+
+    folder: pathlib.Path = pathlib.Path("runs/evaluate_fixtures")
+    k: int = 4
+
+
+def run(arguments: Run) -> list[pathlib.Path]:
+    """Evaluates every run and model; returns their folders.
+
+    Raises:
+      ValueError: nothing to evaluate.
+    """
+    if not arguments.folders and not arguments.pretrained:
+        raise ValueError("evaluate run: expected folders of runs, or --pretrained.")
+    names = arguments.benchmarks or None
+    options = arguments.task_options()
+    folders = []
+    for folder in arguments.folders:
+        model = evaluated.from_run(folder, arguments.checkpoint, names, options)
+        evaluate(model, arguments, folder / arguments.name)
+        folders.append(folder)
+    for path in arguments.pretrained:
+        folder = pathlib.Path("runs/evaluations") / path.name
+        model = evaluated.from_pretrained(path, names, options)
+        evaluate(model, arguments, folder / arguments.name)
+        folders.append(folder)
+    return folders
+
+
+def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> dict[str, Any]:
+    """One model on its benchmarks; returns what summary.json holds."""
+    prompt, response = lengths(model.config, model.task)
+    if arguments.max_prompt_tokens is not None:
+        prompt = arguments.max_prompt_tokens
+    if arguments.max_response_tokens is not None:
+        response = arguments.max_response_tokens
+    settings = Settings(
+        samples=arguments.k,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_prompt_tokens=prompt,
+        max_response_tokens=response,
+        rows=arguments.rows,
+        problems=arguments.problems,
+        seed=arguments.seed,
+        model=model.name,
+    )
+    open_folder(folder, settings)
+    with jax.set_mesh(model.mesh):
+        sampler = evaluated.sampler(model, evaluated.sampling_config(model, settings))
+        summary: dict[str, Any] = {
+            "label": model.label,
+            "settings": dataclasses.asdict(settings),
+            "benchmarks": {},
+        }
+        results = {}
+        for name, problems in model.benchmarks.items():
+            with tqdm.tqdm(desc=f"{model.label}: {name}", unit="sample", leave=False) as bar:
+
+                def show(done: int, total: int, bar: tqdm.tqdm = bar) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                rows = complete(sampler, model.task, name, problems, settings, folder, show)
+            results[name] = benchmarks.result(name, rows)
+            accepted = evaluated.measure_acceptance(
+                model, name, arguments.acceptance_prompts, settings
+            )
+            summary["benchmarks"][name] = results[name].summary() | {"mtp_acceptance": accepted}
+            print(line(model.label, results[name], accepted))
+    average = benchmarks.average(results, list(results))
+    summary["average"] = {"benchmarks": list(results), **average._asdict()}
+    runs.write_json(folder / "summary.json", summary)
+    return summary
+
+
+def line(label: str, result: benchmarks.Result, accepted: Sequence[dict[str, Any]]) -> str:
+    """One benchmark of one model, for people."""
+    summary = result.summary()
+
+    def mean(name: str) -> str:
+        return f"{name} {100 * summary[name]['mean']:.1f}"
+
+    k = result.samples
+    measures = dict.fromkeys([f"avg@{k}", f"pass@{k}", f"maj@{k}"])
+    text = f"{label}: {report.title(result.name)}: " + ", ".join(map(mean, measures))
+    text += f" ({len(result.problems)} problems, {result.invalid} invalid samples"
+    text += f", {result.tokens:.0f} tokens, {100 * result.finished:.0f} % finished)"
+    if accepted:
+        shares = ", ".join(f"{module['share']:.3f}" for module in accepted)
+        text += f"; MTP acceptance {shares}"
+    return text
+
+
+def table(arguments: Table) -> str:
+    """Prints the table, and returns it."""
+    evaluations = [report.read(folder, arguments.name) for folder in arguments.folders]
+    text = report.table(evaluations) + "\n\n" + report.footnote(evaluations)
+    print(text)
+    return text
+
+
+def fixtures(arguments: Fixtures) -> str:
+    """Files in the published formats, two tiny runs on them, their evaluation and its table."""
+    from experiments import evaluate_fixtures
+
+    keep_compiled(arguments.folder / "compiled")
+    folders = evaluate_fixtures.train(arguments.folder)
+    run(Run(folders=folders, k=arguments.k, top_p=0.7, rows=16, acceptance_prompts=2, verify=False))
+    print()
+    return table(Table(folders))
+
+
+def main() -> int:
+    """Reads the command line."""
+    commands: dict[str, Callable[..., Any]] = {"run": Run, "table": Table, "fixtures": Fixtures}
+    chosen = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    if isinstance(chosen, Run):
+        run(chosen)
+    elif isinstance(chosen, Table):
+        table(chosen)
+    else:
+        fixtures(chosen)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Models to evaluate: a checkpoint of a run, or a published model; with what samples from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments import runs
+from occ import tasks
+from occ.evaluation import acceptance
+from occ.evaluation.completions import Sampler, Settings, benchmark_key
+from occ.generation.sampling import SamplingConfig, check_fits, generate
+from occ.tasks import Problem, Task
+from occ.tasks.prompts import encode_prompts
+from occ.training import programs as training_programs
+from occ.training.checkpoints import Checkpoints
+from occ.training.config import REGIMES, TrainConfig, regime
+from occ.training.processes import to_host
+from occ.training.rollout import Scores, build_programs
+from occ.training.sharding import for_generation, make_mesh
+
+PUBLISHED = ("math", "dapo_math_17k")
+"""Tasks that evaluate on published benchmarks; others on their own test problems."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A policy, and the task that it is judged by.
+
+    Attributes:
+      label: of its row in a table.
+      name: which parameters these are, for `Settings.model`.
+      config: of the run; of a published model, what generation and scoring read of one.
+      task: judges, and has the tokenizer.
+      benchmarks: problems of each.
+      graphdef, params, rest: the model.
+      score: `RolloutPrograms.score`.
+      mesh: that it lives on.
+    """
+
+    label: str
+    name: str
+    config: TrainConfig
+    task: Task
+    benchmarks: dict[str, Sequence[Problem]]
+    graphdef: Any
+    params: Any
+    rest: Any
+    score: Callable[..., Scores]
+    mesh: Mesh
+
+
+def from_run(
+    folder: pathlib.Path,
+    which: Literal["newest", "best"],
+    benchmarks: Sequence[str] | None,
+    task_options: dict[str, Any],
+) -> Model:
+    """A checkpoint of a run.
+
+    Args:
+      folder: of the run.
+      which: of its checkpoints.
+      benchmarks: names; None are all six, or "test", the test problems of a task without any.
+      task_options: in place of the run's own, for tasks of published problems.
+
+    Raises:
+      ValueError: the folder holds no run or no checkpoint; the task has no such benchmarks.
+    """
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no run: it has no config.json.")
+    config = read_config(folder)
+    task, problems = _task(config, benchmarks, task_options)
+    built = training_programs.build(config, task)
+    with (
+        jax.set_mesh(built.mesh),
+        Checkpoints(folder / "checkpoints", read_only=True) as checkpoints,
+    ):
+        restored = checkpoints.read(built.state, which)
+    return Model(
+        label=label(config, folder),
+        name=f"checkpoint {restored.number} of {config.name}",
+        config=config,
+        task=task,
+        benchmarks=problems,
+        graphdef=built.graphdef,
+        params=restored.state.params,
+        rest=restored.state.rest,
+        score=built.rollout.score,
+        mesh=built.mesh,
+    )
+
+
+def from_pretrained(
+    folder: pathlib.Path, benchmarks: Sequence[str] | None, task_options: dict[str, Any]
+) -> Model:
+    """A published model, on one device.
+
+    Args:
+      folder: with its weights and tokenizer.
+      benchmarks: names; None are all six.
+      task_options: of `mathematics.load`; "data_dir" at least.
+    """
+    from occ.models import pretrained
+
+    loaded = pretrained.load(folder)
+    options = {"tokenizer": str(folder), "extract": "boxed"} | task_options
+    config = TrainConfig(
+        name=folder.name,
+        model=loaded.config,
+        task="math",
+        task_options=options,
+        mtp=regime("detach" if loaded.config.mtp.num_modules else "rl_only"),
+    )
+    task, problems = _task(config, benchmarks, {})
+    graphdef, *_ = training_programs.abstract_model(config)
+    return Model(
+        label=folder.name,
+        name=folder.name,
+        config=config,
+        task=task,
+        benchmarks=problems,
+        graphdef=graphdef,
+        params=loaded.params,
+        rest=loaded.rest,
+        score=build_programs(graphdef, config, task).score,
+        mesh=make_mesh(config.layout),
+    )
+
+
+def _task(
+    config: TrainConfig, benchmarks: Sequence[str] | None, options: dict[str, Any]
+) -> tuple[Task, dict[str, Sequence[Problem]]]:
+    if config.task not in PUBLISHED:
+        if benchmarks not in (None, ("test",)):
+            raise ValueError(
+                f"task {config.task!r} has one benchmark, 'test', got {list(benchmarks or ())}."
+            )
+        task = runs.load_task(config)
+        return task, {"test": task.test}
+    options = {**config.task_options, **options, "dataset": None}
+    if benchmarks is not None:
+        options["benchmarks"] = tuple(benchmarks)
+    task = tasks.load("math", **options)
+    return task, dict(task.benchmarks)  # type: ignore[attr-defined]
+
+
+def label(config: TrainConfig, folder: pathlib.Path) -> str:
+    """The regime of a run, by its configuration, and its seed; or the folder's name."""
+    for name in REGIMES:
+        if config.mtp in (regime(name), regime(name, exact=True)):
+            return f"{name}, seed {config.seed}"
+    return folder.name
+
+
+# -- sampling -------------------------------------------------------------------------------------
+
+
+def sampling_config(model: Model, settings: Settings) -> SamplingConfig:
+    """What `generate` needs.
+
+    Raises:
+      ValueError: prompts and responses do not fit the model's context.
+    """
+    config = SamplingConfig(
+        max_new_tokens=settings.max_response_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        stop_tokens=model.task.tokenizer.end_ids,
+        pad_token=model.task.tokenizer.pad_id,
+    )
+    widest = np.ones((1, settings.max_prompt_tokens), bool)
+    check_fits(widest, model.config.model.max_length, config)
+    return config
+
+
+def sampler(model: Model, config: SamplingConfig) -> Sampler:
+    """What samples from the model; models of one architecture share what is compiled."""
+    compute = model.config.model.compute
+    return lambda *arguments: _sample(
+        model.graphdef, config, compute, model.params, model.rest, *arguments
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(graphdef, config, compute, params, rest, prompts, prompt_mask, key, numbers):
+    params = for_generation(params, compute)
+    return generate(graphdef, params, rest, prompts, prompt_mask, key, config=config, rows=numbers)
+
+
+def measure_acceptance(
+    model: Model, name: str, prompts: int, settings: Settings
+) -> list[dict[str, Any]]:
+    """How far the MTP modules would draft, on greedy responses to a benchmark's first prompts.
+
+    Args:
+      model: with K modules.
+      name: of the benchmark.
+      prompts: how many.
+      settings: lengths, and rows at one time.
+
+    Returns:
+      `acceptance.summary`; empty where the model has no modules, or no prompts are asked for.
+    """
+    problems = list(model.benchmarks[name][:prompts])
+    if not problems or not model.config.model.mtp.num_modules:
+        return []
+    columns = settings.max_prompt_tokens
+    texts = [problem.prompt for problem in problems]
+    tokens, mask = encode_prompts(model.task.tokenizer, texts, columns)
+    config = sampling_config(model, settings)
+    greedy = sampler(model, dataclasses.replace(config, temperature=0.0))
+    total = None
+    for start in range(0, len(problems), settings.rows):
+        size = min(settings.rows, len(problems) - start)
+        rows = np.minimum(np.arange(start, start + settings.rows), len(problems) - 1)
+        key = benchmark_key(settings.seed, name)
+        made = to_host(greedy(tokens[rows], mask[rows], key, rows.astype(np.int32)))
+        in_prompt = np.pad(mask[rows], ((0, 0), (0, settings.max_response_tokens)))
+        segment_ids = (in_prompt | made.response_mask).astype(np.int32)
+        agrees = to_host(model.score(model.params, model.rest, made.tokens, segment_ids)).mtp_agrees
+        counts = acceptance.count(agrees[:, :size], made.response_mask[:size])
+        total = counts if total is None else total.plus(counts)
+    assert total is not None
+    return acceptance.summary(total)
+
+
+# -- configurations in run folders ----------------------------------------------------------------
+
+
+def read_config(folder: pathlib.Path) -> TrainConfig:
+    """The configuration of a run, from its config.json.
+
+    Raises:
+      ValueError: a field that there is not, for example of another version of the project.
+    """
+    file = folder / "config.json"
+    try:
+        return _build(TrainConfig, json.loads(file.read_text()))
+    except TypeError as error:
+        raise ValueError(
+            f"{file}: {error}. It was written by another version; environment.json has its commit."
+        ) from error
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """A value of JSON as what a field was declared as."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _build(hints.get(name), entry) for name, entry in value.items()})  # type: ignore[operator]
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        return None if value is None else _build(options[0], value)
+    if origin is tuple and isinstance(value, list):
+        return tuple(value)
+    return value

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 COMMON = {
     "vocab_size": 13,
-    "hidden_size": 12,
+    "hidden_size": 16,  # square matrices, which a wrong transposition fits
     "intermediate_size": 10,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -31,7 +31,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-GLM = {
+GLM_FIELDS = {
     "model_type": "glm4_moe",
     "architectures": ["Glm4MoeForCausalLM"],
     "attention_bias": True,
@@ -71,9 +71,9 @@ CASES = {
     "qwen3": dense("qwen3", "Qwen3ForCausalLM", head_dim=8),
     "qwen3 tied": dense("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True),
     "mimo": dense("mimo", "MiMoForCausalLM", num_nextn_predict_layers=1),
-    "glm": COMMON | GLM,
+    "glm": COMMON | GLM_FIELDS,
     "glm with options": COMMON
-    | GLM
+    | GLM_FIELDS
     | {
         "num_hidden_layers": 3,
         "use_qk_norm": True,
@@ -85,6 +85,10 @@ CASES = {
         "norm_topk_prob": False,
     },
 }
+
+
+LAYER, MIMO, GLM = "model.layers.1.", "model.mtp_layers.0.", "model.layers.2."
+TOKENS = np.random.default_rng(1).integers(0, COMMON["vocab_size"], (2, 10)).astype(np.int32)
 
 
 def shapes(raw):

@@ -12,8 +12,18 @@ in vLLM and SGLang and from the embedded one in transformers; rotary positions a
 makes no difference.
 """
 
+import json
+
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
+
+
+def read(folder):
+    """The tensors of a folder of one file, as leaves of a graph, and its config.json."""
+    tensors = load_file(folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}, raw
 
 
 def rms_norm(x, weight, raw):

@@ -5,7 +5,6 @@ folders, so that names, transpositions and stacking are tested with the mathemat
 """
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -139,14 +138,6 @@ def test_transformers_loads_what_is_saved(tmp_path, name):
     assert error(main[:1], expected) < TOLERANCE
 
 
-@functools.cache
-def in_torch(folder):
-    """The tensors of a folder in torch, as leaves of a graph, and its config.json."""
-    files = WeightFolder(folder)
-    raw = json.loads((folder / "config.json").read_text())
-    return {name: torch.tensor(files.read(name), requires_grad=True) for name in files.tensors}, raw
-
-
 def whole_rows(config):
     rng = np.random.default_rng(4)
     shape = (2, TIME)
@@ -168,7 +159,7 @@ def test_modules_have_the_logits_and_gradients_of_the_definition(tmp_path, name,
     inputs, weights, mtp_weights = whole_rows(ours.config)
     (main, ahead), gradient = run(ours, inputs, weights, mtp_weights)
 
-    tensors, raw = in_torch(folder)
+    tensors, raw = reference_torch.read(folder)
     for row in range(2):
         tokens = torch.tensor(inputs[0][row]).long()
         expected = reference_torch.logits(tensors, raw, tokens, zero_first=zero_first)
@@ -194,7 +185,7 @@ def test_modules_have_the_logits_and_gradients_of_the_definition(tmp_path, name,
 
 @with_modules
 def test_positions_of_a_module_may_count_from_either_token(tmp_path, name):
-    tensors, raw = in_torch(write_folder(tmp_path / "published", name))
+    tensors, raw = reference_torch.read(write_folder(tmp_path / "published", name))
     tokens = torch.arange(TIME) % raw["vocab_size"]
     _, here = reference_torch.logits(tensors, raw, tokens)
     _, there = reference_torch.logits(tensors, raw, tokens, shift=1)

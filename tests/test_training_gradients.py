@@ -19,6 +19,7 @@ from tests import tiny
 
 SEQUENTIAL = {"kind": "sequential"}
 PARALLEL = {"kind": "parallel"}
+OWN = {"own_embedding": True, "own_output_head": True}
 
 
 def autodiff(config, model, batch, weights, own_weight=1.0):
@@ -79,10 +80,12 @@ def _close(actual, expected):
     assert np.linalg.norm(np.asarray(actual) - np.asarray(expected)) <= 1e-6 * scale
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_detached_mtp_loss_does_not_depend_on_shared_parameters(tied):
+@pytest.mark.parametrize(
+    ("tied", "own"), [(True, {}), (False, {}), (True, OWN)], ids=["tied", "untied", "own"]
+)
+def test_a_detached_mtp_loss_does_not_depend_on_shared_parameters(tied, own):
     """The other way round: scaling the RL loss to zero leaves only the modules' own leaves."""
-    model_config = tiny.model_config(tied_embeddings=tied)
+    model_config = tiny.model_config(tied_embeddings=tied, mtp=own)
     model = tiny.build_model(model_config)
     config = tiny.train_config(regime("detach"), model_config)
     batch = tiny.minibatch(config, model).replace(advantages=jnp.zeros((4, 9)))
@@ -94,8 +97,8 @@ def test_a_detached_mtp_loss_does_not_depend_on_shared_parameters(tied):
 
 @pytest.mark.parametrize(
     ("loss", "heads", "kind"),
-    [("ce", 1, SEQUENTIAL), ("policy", 2, SEQUENTIAL), ("ce", 2, PARALLEL)],
-    ids=["ce-1-sequential", "policy-2-sequential", "ce-2-parallel"],
+    [("ce", 1, SEQUENTIAL), ("policy", 2, SEQUENTIAL), ("ce", 2, PARALLEL), ("ce", 2, OWN)],
+    ids=["ce-1-sequential", "policy-2-sequential", "ce-2-parallel", "ce-2-own"],
 )
 def test_fused_equals_exact_equals_plain_autodiff(x64, heads, kind, loss):
     """The same weights at the trunk's output, at the parameters, or on whole gradients."""

@@ -13,6 +13,7 @@ from flax import nnx
 from occ.models.config import ModelConfig
 from occ.models.decoder import Decoder, split_model
 from occ.models.pretrained.model import PretrainedWarning
+from occ.models.pretrained.names import abstract_variables
 
 Tree = dict[str, Any]
 
@@ -48,14 +49,13 @@ def attach(
     _check(config, num_modules, init)
     mtp = dataclasses.replace(config.mtp, num_modules=num_modules)
     config = dataclasses.replace(config, mtp=mtp)
-    modules, module_rest = _random_modules(config, seed)
-    if init == "last_block":
-        for number in modules:
-            modules[number] = _from_trunk(modules[number], params, config)
-        blocks = [_last_block(rest)] * num_modules
-        module_rest = {
-            number: {"block": block} for number, block in zip(modules, blocks, strict=True) if block
-        }
+    if init == "random":
+        modules, module_rest = _random_modules(config, seed)
+    else:
+        numbers = [str(number) for number in range(num_modules)]
+        modules = {number: _from_trunk(params, config) for number in numbers}
+        bias = _last_block(rest)
+        module_rest = {number: {"block": bias} for number in numbers} if bias else {}
     warnings.warn(
         f"attach: the model now has {num_modules} MTP module(s) that were NEVER TRAINED "
         f"(init={init!r}). What they predict means nothing until they have been warmed up.",
@@ -93,22 +93,22 @@ def _last_block(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: leaf[-1], tree.get("layers", {}))
 
 
-def _from_trunk(module: Tree, params: Tree, config: ModelConfig) -> Tree:
-    module = {**module, "block": _last_block(params)}
-    if "final_norm" in module:
-        module["final_norm"] = jax.tree.map(jnp.copy, params["final_norm"])
-    if "projection" in module:
-        identity = jnp.eye(config.width, dtype=jnp.float32) * 2**-0.5
-        kernel = jnp.concatenate([identity, identity]).astype(config.params)
-        module["projection"] = {"kernel": kernel}
-    if "embedding" in module:
-        module["embedding"] = jax.tree.map(jnp.copy, params["embedding"])
-    if "output_head" in module:
-        module["output_head"] = {"kernel": _output_kernel(params)}
-    return module
-
-
-def _output_kernel(params: Tree) -> jax.Array:
-    if "output_head" in params:
-        return jnp.copy(params["output_head"]["kernel"])
-    return params["embedding"]["embedding"].T
+def _from_trunk(params: Tree, config: ModelConfig) -> Tree:
+    """One module's parameters, of the names that its configuration asks for."""
+    ones = {"scale": jnp.ones((config.width,), config.params)}
+    identity = jnp.eye(config.width, dtype=jnp.float32) * 2**-0.5
+    kernel = jnp.concatenate([identity, identity]).astype(config.params)
+    embedding = params["embedding"]["embedding"]
+    head = params["output_head"]["kernel"] if "output_head" in params else embedding.T
+    every = {
+        "block": _last_block(params),
+        "hidden_norm": ones,
+        "embedding_norm": ones,
+        "projection": {"kernel": kernel},
+        "final_norm": params["final_norm"],
+        "embedding": {"embedding": embedding},
+        "output_head": {"kernel": head},
+    }
+    abstract, _ = abstract_variables(config)
+    # Copies, since a train step gives its arrays away one by one.
+    return {name: jax.tree.map(jnp.copy, every[name]) for name in abstract["mtp"]["0"]}

@@ -11,6 +11,7 @@ DeepSeek-V3).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -132,8 +133,9 @@ class Copy(NamedTuple):
     layer: str | None
 
 
+@functools.cache
 def abstract_variables(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shapes of (params, rest) of a model."""
+    """Shapes of (params, rest) of a model; one object for all, so not to be changed."""
     _, params, rest = split_model(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
     return params, rest
 

@@ -160,7 +160,7 @@ def _warn_of_rounding(folder: WeightFolder, stored: dict[str, Stored]) -> None:
         name
         for leaf in stored.values()
         for name in leaf.names.values()
-        if jnp.promote_types(folder.dtype(name), leaf.dtype) != leaf.dtype
+        if not np.can_cast(folder.dtype(name), leaf.dtype, "safe")
     )
     if rounded:
         warnings.warn(

@@ -1,0 +1,209 @@
+"""Published checkpoints that are refused, and models whose MTP modules are not there."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from occ.models import pretrained
+from occ.models.pretrained import names
+from tests import published
+from tests.published import CASES, GLM, LAYER, MIMO, write_folder
+from tests.published_checks import EXPECTED, TOLERANCE, configured, error, errors, logits
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_missing_left_over_and_misshapen_tensors_are_listed_together(tmp_path):
+    tensors = published.tensors(CASES["glm"])
+    del tensors["model.norm.weight"], tensors[f"{GLM}mlp.experts.4.up_proj.weight"]
+    tensors["model.layers.0.self_attn.sinks"] = np.zeros(4, np.float32)
+    tensors[f"{LAYER}self_attn.k_proj.weight"] = np.zeros((3, 16), np.float32)
+    folder = published.write(tmp_path / "model", CASES["glm"], tensors)
+    with pytest.raises(ValueError) as raised:
+        pretrained.load(folder)
+    lines = str(raised.value).splitlines()
+    assert lines[1:-1] == [
+        "missing:",
+        f"  {GLM}mlp.experts.4.up_proj.weight",
+        "  model.norm.weight",
+        "left over:",
+        "  model.layers.0.self_attn.sinks",
+        "of another shape:",
+        f"  {LAYER}self_attn.k_proj.weight: expected (16, 16), got (3, 16)",
+    ]
+
+
+def test_buffers_of_old_files_are_no_weights(tmp_path):
+    tensors = published.tensors(CASES["llama"])
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    model = pretrained.load(published.write(tmp_path / "model", CASES["llama"], tensors))
+    assert max(errors(model, "llama")) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("llama", "model_type", "deepseek_v3"),
+        ("llama", "hidden_act", "gelu"),
+        ("llama", "mlp_bias", True),
+        ("llama", "attention_bias", True),
+        ("qwen3", "attention_bias", True),
+        ("qwen2", "use_sliding_window", True),
+        ("qwen3", "layer_types", ["full_attention", "sliding_attention"]),
+        ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("llama", "partial_rotary_factor", 0.5),
+        ("llama", "quantization_config", {"quant_method": "fp8"}),
+        ("glm", "scoring_func", "softmax"),
+        ("llama", "torch_dtype", "float8_e4m3fn"),
+        ("llama", "num_hidden_layers", None),
+        ("glm", "n_routed_experts", None),
+    ],
+)
+def test_an_unsupported_field_is_named(tmp_path, name, field, value):
+    folder = write_folder(tmp_path / "model", name)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {field: value}))
+    with pytest.raises(ValueError, match=field):
+        pretrained.read_config(folder)
+
+
+def test_newer_config_files_say_the_same(tmp_path):
+    """transformers 5 writes `dtype` and `rope_parameters`."""
+    folder = write_folder(tmp_path / "model", "glm with options")
+    before = pretrained.read_config(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    rope = {"rope_theta": raw.pop("rope_theta"), "rope_type": "default"}
+    rope["partial_rotary_factor"] = raw.pop("partial_rotary_factor")
+    raw |= {"dtype": raw.pop("torch_dtype"), "rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert pretrained.read_config(folder) == before
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "model", "llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights only .*safe_serialization=True"):
+        pretrained.load(folder)
+
+
+def _index(folder, **weight_map):
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_broken_folders_say_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        pretrained.load(tmp_path / "nothing")
+    folder = write_folder(tmp_path / "model", "llama")
+    _index(folder, a="model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="not in the folder:\n  model-00001"):
+        pretrained.load(folder)
+    _index(folder, a="../model/model.safetensors")
+    with pytest.raises(ValueError, match="not in the folder"):
+        pretrained.load(folder)
+    _index(folder, a="model.safetensors")
+    with pytest.raises(ValueError, match="do not hold:\n  a"):
+        pretrained.load(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        pretrained.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds neither"):
+        pretrained.load(folder)
+
+
+# -- modules that are not there -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mimo", "glm"])
+def test_modules_that_other_tools_dropped(tmp_path, name):
+    """transformers saves GLM without its MTP layer, and a config.json that still counts it."""
+    prefix = {"mimo": MIMO, "glm": GLM}[name]
+    tensors = published.tensors(CASES[name])
+    kept = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+    folder = published.write(tmp_path / "model", CASES[name], kept)
+    with pytest.warns(pretrained.PretrainedWarning, match=r"the files hold none.*attach"):
+        model = pretrained.load(folder)
+    assert model.config.mtp.num_modules == 0
+    assert "mtp" not in model.params
+    assert error(logits(model)[0], EXPECTED[f"{name}/main"]) < TOLERANCE
+
+
+ATTACHED = [("llama", "last_block"), ("glm", "last_block"), ("qwen3 tied", "random")]
+
+
+def bare(tmp_path, name):
+    """A model without modules, and its folder."""
+    raw = CASES[name] | {"num_nextn_predict_layers": 0}
+    folder = published.write(tmp_path / "bare", raw, published.tensors(raw))
+    return pretrained.load(folder), folder
+
+
+@pytest.mark.parametrize(("name", "init"), ATTACHED)
+def test_attached_modules_are_new_and_the_model_is_what_it_was(tmp_path, name, init):
+    model, folder = bare(tmp_path, name)
+    before, _ = logits(model)
+    with pytest.warns(pretrained.PretrainedWarning, match=r"2 MTP module.* NEVER TRAINED"):
+        config, params, rest = pretrained.attach(
+            model.params, model.rest, model.config, num_modules=2, init=init, seed=3
+        )
+    shapes = names.abstract_variables(config)
+    assert jax.tree.map(jnp.shape, (params, rest)) == jax.tree.map(jnp.shape, shapes)
+    main, ahead = logits(pretrained.Pretrained(config, params, rest))
+    np.testing.assert_array_equal(main, before)
+    assert ahead.shape[0] == 2 and np.isfinite(ahead).all()
+    last = jax.tree.map(lambda leaf: leaf[-1], (model.params["layers"], model.rest.get("layers")))
+    block = params["mtp"]["1"]["block"], rest.get("mtp", {}).get("1", {}).get("block")
+    same = jax.tree.map(np.array_equal, last, block)
+    assert all(jax.tree.leaves(same)) == (init == "last_block")
+    for like in (folder, None):
+        target = tmp_path / f"saved-{like is None}"
+        pretrained.save(target, config, params, rest, like=like)
+        again = pretrained.load(target)
+        assert again.config.mtp == config.mtp
+        jax.tree.map(np.testing.assert_array_equal, again.params, params)
+        jax.tree.map(np.testing.assert_array_equal, again.rest, rest)
+
+
+def test_modules_of_every_kind_survive_the_round_trip(tmp_path):
+    """What config.json has no field for is written under a key of its own."""
+    model, folder = bare(tmp_path, "llama")
+    model = configured(model, kind="parallel", own_final_norm=False)
+    with pytest.warns(pretrained.PretrainedWarning):
+        config, params, rest = pretrained.attach(
+            model.params, model.rest, model.config, num_modules=1
+        )
+    pretrained.save(tmp_path / "saved", config, params, rest, like=folder)
+    again = pretrained.load(tmp_path / "saved")
+    assert again.config.mtp == config.mtp
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_a_dense_model_has_no_place_for_a_modules_own_head(tmp_path):
+    model, folder = bare(tmp_path, "llama")
+    model = configured(model, own_output_head=True)
+    with pytest.warns(pretrained.PretrainedWarning):
+        config, params, rest = pretrained.attach(
+            model.params, model.rest, model.config, num_modules=1
+        )
+    np.testing.assert_array_equal(
+        params["mtp"]["0"]["output_head"]["kernel"], params["output_head"]["kernel"]
+    )
+    with pytest.raises(ValueError, match="'mtp/0/output_head/kernel' has no published name"):
+        pretrained.save(tmp_path / "saved", config, params, rest, like=folder)
+
+
+def test_attach_refuses_what_makes_no_sense(tmp_path, unchecked):
+    model = pretrained.load(write_folder(tmp_path / "model", "mimo"))
+    with pytest.raises(ValueError, match="has 1 MTP module"):
+        pretrained.attach(model.params, model.rest, model.config, num_modules=1)
+    config = configured(model, num_modules=0).config
+    with pytest.raises(ValueError, match="num_modules must be >= 1"):
+        pretrained.attach(model.params, model.rest, config, num_modules=0)
+    with pytest.raises(ValueError, match="init must be"):
+        pretrained.attach(model.params, model.rest, config, num_modules=1, init="zero")

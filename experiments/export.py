@@ -1,0 +1,95 @@
+r"""A checkpoint of a run as a published folder: `python -m experiments.export RUN_FOLDER TARGET`.
+
+    python -m experiments.export runs/mimo_7b_dapo/occ-seed0 exported/mimo --like models/MiMo-7B-RL
+    python -m experiments.export runs/laptop/occ-seed0 exported/laptop --which best
+
+The folder holds safetensors files with the published names, MTP modules included, and a
+config.json: other tools load it. With --like, the folder that the run began from (the default where
+the run's configuration names one), dtypes, tokenizer and all other files are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from typing import Literal
+
+import jax
+import tyro
+
+from experiments.evaluated import read_config
+from occ.models import pretrained
+from occ.training.checkpoints import Checkpoints
+from occ.training.config import TrainConfig
+from occ.training.layout import LayoutConfig
+from occ.training.programs import abstract_model, abstract_state
+from occ.training.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to export.
+
+    Attributes:
+      run: folder of the run.
+      target: folder to be written, which must not exist.
+      which: of its checkpoints.
+      like: folder that the run began from.
+    """
+
+    run: tyro.conf.Positional[pathlib.Path]
+    target: tyro.conf.Positional[pathlib.Path]
+    which: Literal["newest", "best"] = "newest"
+    like: pathlib.Path | None = None
+
+
+def export(arguments: Arguments) -> int:
+    """Writes it, and says which checkpoint it is; returns the number of finished rollouts.
+
+    On the run's own mesh, or on one device where there are fewer than it takes.
+
+    Raises:
+      ValueError: the folder holds no run or no checkpoint, or the target exists.
+    """
+    if not (arguments.run / "config.json").exists():
+        raise ValueError(f"{arguments.run} holds no run: it has no config.json.")
+    config = read_config(arguments.run)
+    if config.layout.devices > jax.device_count():
+        config = dataclasses.replace(config, layout=LayoutConfig())
+    mesh = make_mesh(config.layout)
+    _, params, rest = abstract_model(config)
+    state = abstract_state(config, params, rest, mesh)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(arguments.run / "checkpoints", read_only=True) as checkpoints,
+    ):
+        number, restored, _ = checkpoints.read(state, arguments.which)
+    pretrained.save(
+        arguments.target,
+        config.model,
+        restored.params,
+        restored.rest,
+        like=_like(config) if arguments.like is None else arguments.like,
+    )
+    return number
+
+
+def _like(config: TrainConfig) -> pathlib.Path | None:
+    """The folder that the run began from, if there is one and it is here."""
+    if config.pretrained is None:
+        return None
+    path = pathlib.Path(config.pretrained.path)
+    return path if path.is_dir() else None
+
+
+def main() -> int:
+    """Reads the command line."""
+    arguments = tyro.cli(Arguments)
+    number = export(arguments)
+    print(f"{arguments.target}: the checkpoint after {number} rollouts of {arguments.run}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,10 @@ from experiments.progress import RunReporter
 from occ import tasks
 from occ.training import loop
 from occ.training.config import TrainConfig
+from occ.training.own_samples import warm_up_modules
+from occ.training.pretrained_start import load_model, stamp
 from occ.training.processes import is_first
+from occ.training.stages import partition
 from occ.training.start import load_start, save_start
 from occ.training.warm_start import warm_start
 
@@ -33,19 +36,62 @@ def starting_point(
 
     The cache is keyed on everything that decides it, so a changed setting never finds a stale one.
     """
-    model, settings = config.model, config.warm_start
+    decides = _decides(config)
+    like = programs.state.params, programs.state.rest
+    if config.warm_start.learns_modules:
+        # The rest of the model is in its own files, or quickly made.
+        fresh = initial_model(config)
+        cached = load_start(folder, decides, (partition(like[0]).modules, {}))
+        if cached is not None:
+            return {**fresh[0], **cached[0]}, fresh[1]
+        params = _warm_start(config, task, programs, fresh)
+        save_start(folder, decides, (partition(params).modules, {}))
+        return params, fresh[1]
+    if config.pretrained is not None and not config.warm_start.steps:
+        return initial_model(config)
+    cached = load_start(folder, decides, like)
+    if cached is not None:
+        return cached
+    fresh = initial_model(config)
+    params = _warm_start(config, task, programs, fresh)
+    save_start(folder, decides, (params, fresh[1]))
+    return params, fresh[1]
+
+
+def initial_model(config: TrainConfig) -> tuple[Any, Any]:
+    """Pretrained or fresh variables of the model, where they will live."""
+    return loop.init_model(config) if config.pretrained is None else load_model(config)
+
+
+def _decides(config: TrainConfig) -> dict[str, Any]:
+    """All settings that a starting point depends on."""
+    settings = config.warm_start
     decides = {
-        "model": dataclasses.asdict(model),
+        "model": dataclasses.asdict(config.model),
         "warm_start": dataclasses.asdict(settings),
         "task": [config.task, config.task_options],
         "seed": config.seed,
     }
-    fresh = loop.init_model(config)
-    cached = load_start(folder, decides, fresh)
-    if cached is not None:
-        return cached
+    if config.pretrained is not None:
+        decides["pretrained"] = [
+            dataclasses.asdict(config.pretrained),
+            stamp(config.pretrained.path),
+        ]
+    if settings.learns_modules:
+        decides["sampling"] = [
+            dataclasses.asdict(config.rollout),
+            config.max_prompt_tokens,
+            config.max_response_tokens,
+        ]
+    return decides
+
+
+def _warm_start(
+    config: TrainConfig, task: tasks.Task, programs: loop.Programs, fresh: tuple[Any, Any]
+) -> Any:
+    """Parameters after supervised learning, with a bar, and what came of it in words."""
     started = time.perf_counter()
-    quiet = not is_first()
+    settings, quiet = config.warm_start, not is_first()
     with (
         jax.set_mesh(programs.mesh),
         tqdm.tqdm(total=settings.steps, desc="warm start", unit="step", disable=quiet) as bar,
@@ -55,12 +101,17 @@ def starting_point(
             bar.update(step + 1 - bar.n)
             bar.set_postfix_str("cross-entropy " + ", ".join(f"{loss:.3f}" for loss in losses))
 
-        params = warm_start(programs.graphdef, *fresh, config, task, show)
+        text = ""
+        if settings.learns_modules:
+            params, before, after = warm_up_modules(programs, *fresh, config, task, show)
+            shares = (", ".join(f"{share:.3f}" for share in both) for both in (before, after))
+            text = "; MTP acceptance on own samples {} to {}".format(*shares)
+        else:
+            params = warm_start(programs.graphdef, *fresh, config, task, show)
     params = jax.block_until_ready(params)
-    save_start(folder, decides, (params, fresh[1]))
     if not quiet:
-        tqdm.tqdm.write(f"warm start: {time.perf_counter() - started:.0f} s")
-    return params, fresh[1]
+        tqdm.tqdm.write(f"warm start: {time.perf_counter() - started:.0f} s{text}")
+    return params
 
 
 def run(

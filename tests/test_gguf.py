@@ -172,9 +172,9 @@ def test_a_configuration_of_another_model_is_refused(case):
     with pytest.raises(ValueError) as caught:
         gguf.load(path, other)
     for line in (
-        "num_layers: 3 in the configuration, 2 in the file",
-        "rope_base: 10000.0 in the configuration, 500.0 in the file",
-        "max_length: 33 exceeds the file's 32",
+        "num_layers: 3 in the configuration, 2 in the files",
+        "rope_base: 10000.0 in the configuration, 500.0 in the files",
+        "max_length: 33 exceeds the 32 of the files",
     ):
         assert line in str(caught.value)
     assert "width" not in str(caught.value)

@@ -15,6 +15,7 @@ from experiments.configs.claims import (
 )
 from experiments.configs.laptop import laptop
 from experiments.configs.paper import glm_4_5_air_dapo, mimo_7b_dapo, mimo_7b_gspo
+from experiments.configs.smollm2 import smollm2_arithmetic
 from occ.training.config import TrainConfig
 
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {
@@ -26,6 +27,7 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     "star_parallel": star_parallel,
     "filtering_easy": filtering_easy,
     "filtering_hard": filtering_hard,
+    "smollm2_arithmetic": smollm2_arithmetic,
     "mimo_7b_dapo": mimo_7b_dapo,
     "mimo_7b_gspo": mimo_7b_gspo,
     "glm_4_5_air_dapo": glm_4_5_air_dapo,

@@ -19,30 +19,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from occ.models.agreement import check_agrees
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.models.pretrained.model import Pretrained
 
 ARCHITECTURE = "llama"
-
-DESCRIBED = (
-    "vocab_size",
-    "num_layers",
-    "width",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "mlp_width",
-    "rope_base",
-    "rope_scaling",
-    "rotary_fraction",
-    "norm_epsilon",
-    "qkv_bias",
-    "qk_norm",
-    "tied_embeddings",
-    "moe",
-)
-"""Fields of `ModelConfig` that a file decides; the others are the reader's choice."""
 
 
 class _Source(NamedTuple):
@@ -135,27 +117,6 @@ def load(
         sharding = None if shardings is None else _at(shardings[0], name)
         _put(params, name, jax.device_put(values, sharding))
     return Pretrained(config, params, {})
-
-
-def check_agrees(config: ModelConfig, found: ModelConfig, source: str) -> None:
-    """Raises if a configuration describes another model than a file holds.
-
-    Raises:
-      ValueError: lists the fields that differ.
-    """
-    differ = [
-        f"{name}: {getattr(config, name)} in the configuration, {getattr(found, name)} in the file"
-        for name in DESCRIBED
-        if getattr(config, name) != getattr(found, name)
-    ]
-    if config.max_length > found.max_length:
-        differ.append(f"max_length: {config.max_length} exceeds the file's {found.max_length}")
-    if differ:
-        listed = "\n  ".join(differ)
-        raise ValueError(
-            f"{source} holds another model than ModelConfig describes:\n  {listed}\nTake the "
-            "values of the file, or another file."
-        )
 
 
 # -- what a file says -------------------------------------------------------------------------

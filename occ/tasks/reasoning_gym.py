@@ -7,15 +7,17 @@ numbers are allowed; the dangerous ones are refused with the reason, all others 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
+from occ.sources import resolve
 from occ.tasks import splits
+from occ.tasks.free_text import EXTRACTIONS
 from occ.tasks.task import Problem, Task
-from occ.tasks.tokenizer import CharacterTokenizer
+from occ.tasks.tokenizer import CharacterTokenizer, Tokenizer
 
 _EVAL = "its verifier calls Python's eval on the model's answer"
 _SYMPY = "its verifier calls sympy's parse_expr, which evaluates the model's answer"
@@ -117,6 +119,9 @@ def load(
     test_size: int = 256,
     seed: int = 0,
     max_response_tokens: int | None = None,
+    tokenizer: str | None = None,
+    system_prompt: str | None = None,
+    extraction: str = "text",
     **options: Any,
 ) -> Task:
     """Any allowed dataset, with the package's own question as the prompt.
@@ -127,13 +132,25 @@ def load(
       dataset: name in reasoning-gym.
       train_size, test_size: distinct prompts.
       seed: of the problems.
-      max_response_tokens: characters and an end token; default twice the longest answer.
+      max_response_tokens: an end token included; default twice the longest answer and one.
+      tokenizer: of a published model, as `occ.sources.resolve` finds it; questions are then written
+        in its chat template. None has characters as tokens, and the plain question as the prompt.
+      system_prompt: first message of the chat; None leaves it to the template.
+      extraction: what of a completion is its answer, one of `free_text.EXTRACTIONS`: all of the
+        "text", or the last "number" of its `Answer:` line, or else of all.
       **options: of the dataset's own configuration.
 
     Raises:
-      ValueError: a dataset that is refused, unknown or not reviewed, or an option it rejects.
+      ValueError: a dataset that is refused, unknown or not reviewed; an option that it rejects;
+        another extraction; a system prompt without a tokenizer.
     """
     check_allowed(dataset)
+    if extraction not in EXTRACTIONS:
+        raise ValueError(
+            f"reasoning_gym: extraction must be one of {sorted(EXTRACTIONS)}, got {extraction!r}."
+        )
+    extract = EXTRACTIONS[extraction]
+    write, chat_tokenizer = _prompt_writer(tokenizer, system_prompt)
     count = 8 * (train_size + test_size)
     known = set(DATASETS[dataset][1].__dataclass_fields__) - {"size", "seed"}
     unknown = sorted(set(options) - known)
@@ -146,21 +163,48 @@ def load(
     def problems() -> Iterator[Problem]:
         for index in range(count):
             entry = source[index]
-            yield Problem(entry["question"], entry["answer"], entry)
+            yield Problem(write(entry["question"]), entry["answer"], entry)
 
     def verify(problem: Problem, completion: str) -> float:
-        return float(source.score_answer(completion, problem.entry) >= 1.0)
+        answer = extract(completion)
+        return 0.0 if answer is None else float(source.score_answer(answer, problem.entry) >= 1.0)
 
     train, test = splits.split(problems(), train_size, test_size)
     everything = [*train, *test]
-    alphabet = sorted({c for p in everything for c in p.prompt + p.answer})
-    longest = max(len(problem.answer) for problem in everything)
+    if chat_tokenizer is None:
+        alphabet = sorted({c for p in everything for c in p.prompt + p.answer})
+        chat_tokenizer = CharacterTokenizer("".join(alphabet))
+    encode = chat_tokenizer.encode
+    longest = max(len(encode(problem.answer)) for problem in everything)
     return Task(
         name=dataset,
-        tokenizer=CharacterTokenizer("".join(alphabet)),
+        tokenizer=chat_tokenizer,
         train=train,
         test=test,
         verifier=verify,
-        max_prompt_tokens=max(len(problem.prompt) for problem in everything),
+        max_prompt_tokens=max(len(encode(problem.prompt)) for problem in everything),
         max_response_tokens=2 * longest + 1 if max_response_tokens is None else max_response_tokens,
     )
+
+
+def _prompt_writer(
+    tokenizer: str | None, system_prompt: str | None
+) -> tuple[Callable[[str], str], Tokenizer | None]:
+    """How a question becomes a prompt, and the tokenizer whose template says so."""
+    if tokenizer is None:
+        if system_prompt is not None:
+            raise ValueError(
+                "reasoning_gym: a system_prompt needs a chat template. Give tokenizer=, the source "
+                "of a published one, or leave the system prompt out."
+            )
+        return lambda question: question, None
+    # Here, since tasks of characters do without the packages of published tokenizers.
+    from occ.tasks import pretrained_tokenizer
+
+    published = pretrained_tokenizer.load(resolve(tokenizer))
+    first = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+
+    def write(question: str) -> str:
+        return published.chat([*first, {"role": "user", "content": question}])
+
+    return write, published

@@ -10,6 +10,8 @@ from occ.models.config import ModelConfig
 from occ.objectives.policy import PolicyConfig
 from occ.training.checks import one_of, positive
 from occ.training.layout import LayoutConfig as LayoutConfig
+from occ.training.start_config import PretrainedConfig as PretrainedConfig
+from occ.training.start_config import WarmStartConfig as WarmStartConfig
 
 REGIMES = (
     "rl_only",
@@ -307,29 +309,6 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmStartConfig:
-    """Supervised learning before RL, so that a tiny model has something to elicit.
-
-    Attributes:
-      steps: gradient steps; 0 starts from random weights.
-      batch_size: demonstrations a step.
-      learning_rate: peak of a linear warm-up and cosine decay.
-      clean_steps: leading steps on right answers alone, from which the task is learnt faster.
-      wrong_fraction: share of the later demonstrations that are wrong (a digit, or what the task
-        says); the model then knows the answer (its mode) without often sampling it.
-      mtp_weight: weight of the MTP cross-entropy beside the next-token one, trained jointly as in
-        DeepSeek-V3's pre-training (0.3).
-    """
-
-    steps: int = 0
-    batch_size: int = 256
-    learning_rate: float = 2e-3
-    clean_steps: int = 0
-    wrong_fraction: float = 0.6
-    mtp_weight: float = 0.3
-
-
-@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out evaluation during and after training.
 
@@ -355,6 +334,7 @@ class TrainConfig:
       model: architecture, with `model.mtp` for the modules.
       task: name of a task in `occ.tasks`.
       task_options: keyword options of that task.
+      pretrained: weights to begin with; None begins with random ones.
       objective, mtp, optimizer, rollout, warm_start, evaluation, layout: see their classes.
       rollouts: how many rollouts are trained on.
       max_prompt_tokens, max_response_tokens: tokens; None takes the task's.
@@ -370,6 +350,7 @@ class TrainConfig:
     model: ModelConfig
     task: str
     task_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained: PretrainedConfig | None = None
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     mtp: MTPTrainingConfig = dataclasses.field(default_factory=MTPTrainingConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -396,6 +377,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: MTP loss {self.mtp.loss!r} with K = 0 modules. Give the model "
                 "modules (model.mtp.num_modules >= 1), or train with regime('rl_only')."
+            )
+        if self.warm_start.learns_modules and self.model.mtp.num_modules < 1:
+            raise ValueError(
+                "TrainConfig: warm_start.kind='own_samples' trains MTP modules, and there are "
+                "none. Set model.mtp.num_modules >= 1, or warm_start.steps=0."
             )
         rows = self.rollout.prompts * self.rollout.samples // self.rollout.minibatches
         if rows % (self.layout.row_parts * self.layout.micro_batches):

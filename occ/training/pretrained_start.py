@@ -1,0 +1,92 @@
+"""A run's model out of files that others wrote, with the MTP modules that they lack."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from occ.models import pretrained
+from occ.models.agreement import check_agrees
+from occ.models.config import ModelConfig
+from occ.models.pretrained.names import abstract_variables
+from occ.sources import resolve
+from occ.training.config import TrainConfig
+from occ.training.sharding import make_mesh, tree_shardings
+
+
+def load_model(config: TrainConfig) -> tuple[Any, Any]:
+    """Parameters and other variables of `config.pretrained`, born where they will live.
+
+    Raises:
+      ValueError: there are no such files, they hold another model than `config.model` describes,
+        or something that cannot be read.
+    """
+    assert config.pretrained is not None
+    path = resolve(config.pretrained.path)
+    stored = _stored_modules(config.model, path)
+    mtp = dataclasses.replace(config.model.mtp, num_modules=stored)
+    bare = dataclasses.replace(config.model, mtp=mtp)
+    mesh = make_mesh(config.layout)
+    with jax.set_mesh(mesh):
+        params, rest = _read(path, bare, mesh)
+        if config.model.mtp.num_modules == stored:
+            return params, rest
+        return _with_modules(config, params, rest, bare, mesh)
+
+
+def stamp(source: str) -> list[list[Any]]:
+    """Name, size and time of all files behind a source, which change when it does."""
+    path = resolve(source)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _stored_modules(model: ModelConfig, path: pathlib.Path) -> int:
+    """MTP modules in the files, which describe the model that is asked for."""
+    if path.suffix == ".gguf":
+        return 0  # and `gguf.load` looks at the rest
+    found = pretrained.read_config(path)
+    check_agrees(model, found, str(path))
+    return found.mtp.num_modules
+
+
+def _read(path: pathlib.Path, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
+    shardings = tuple(tree_shardings(tree, mesh) for tree in abstract_variables(model))
+    if path.suffix == ".gguf":
+        from occ.models import gguf  # here, since folders are read without that package
+
+        loaded = gguf.load(path, model, shardings=shardings)
+    else:
+        loaded = pretrained.load(path, model, shardings=shardings)
+    return loaded.params, loaded.rest
+
+
+def _with_modules(
+    config: TrainConfig, params: Any, rest: Any, bare: ModelConfig, mesh: Mesh
+) -> tuple[Any, Any]:
+    assert config.pretrained is not None
+    with warnings.catch_warnings():
+        if config.warm_start.learns_modules:  # as the warning asks
+            warnings.simplefilter("ignore", pretrained.PretrainedWarning)
+        _, params, rest = pretrained.attach(
+            params,
+            rest,
+            bare,
+            num_modules=config.model.mtp.num_modules,
+            init=config.pretrained.attach,
+            seed=config.seed,
+        )
+    shapes = abstract_variables(config.model)
+
+    def place(tree, shape):
+        if "mtp" not in tree:
+            return tree
+        shardings = tree_shardings(shape, mesh)["mtp"]
+        return tree | {"mtp": jax.jit(lambda x: x, out_shardings=shardings)(tree["mtp"])}
+
+    return place(params, shapes[0]), place(rest, shapes[1])

@@ -18,12 +18,13 @@ from occ.models.decoder import Decoder, merge_model, split_model
 from occ.models.pretrained import names
 from occ.models.pretrained.folder import WeightFolder
 from tests.published import CASES, write_folder
+from tests.published_checks import EXPECTED
 
 EXTRA = "not installed; pip install -e '.[parity]' compares models with those of transformers"
 torch = pytest.importorskip("torch", reason=f"torch is {EXTRA}")
 transformers = pytest.importorskip("transformers", reason=f"transformers is {EXTRA}")
 
-from tests import reference_torch  # noqa: E402
+from tests import make_published_logits, reference_torch  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -126,6 +127,12 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path, name):
 
 
 @every_case
+def test_the_logits_that_are_kept_are_still_those_of_others(name):
+    for key, value in make_published_logits.logits(name).items():
+        assert error(value, EXPECTED[key]) < TOLERANCE, key
+
+
+@every_case
 def test_transformers_loads_what_is_saved(tmp_path, name):
     """The config.json is ours, not the one that was loaded."""
     ours = pretrained.load(write_folder(tmp_path / "published", name))
@@ -192,3 +199,26 @@ def test_positions_of_a_module_may_count_from_either_token(tmp_path, name):
     assert error(there.detach(), here.detach()) < TOLERANCE
     _, apart = reference_torch.logits(tensors, raw, tokens, zero_first=True)
     assert error(apart.detach(), here.detach()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["glm", "glm with options"])
+def test_drafting_with_transformers_gives_the_module_the_same_logits(tmp_path, name):
+    """Its class for MTP layers, of newer versions, reads our folder."""
+    layers = pytest.importorskip("transformers.modeling_layers")
+    if not hasattr(layers, "MtpModel"):
+        pytest.skip(f"transformers {transformers.__version__} has no MtpModel (5.24 has)")
+    model = pretrained.load(write_folder(tmp_path / "published", name))
+    pretrained.save(tmp_path / "saved", model.config, model.params, model.rest)
+    main = theirs(tmp_path / "saved")
+    # By these patterns it tells the tensors of the published sizes' modules.
+    main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_layers}.*"]
+    drafter = layers.MtpModel.from_pretrained(main)
+    inputs, weights, _ = whole_rows(model.config)
+    (_, ahead), _ = run(model, inputs, weights)
+    tokens = torch.tensor(inputs[0]).long()
+    with torch.no_grad():
+        hidden = main.model(tokens).last_hidden_state[:, :-1]
+        places = torch.arange(1, TIME).expand(2, -1)
+        state = drafter.forward_layer(0, hidden, places, None, input_ids=tokens[:, 1:])
+        expected = main.lm_head(state)
+    assert error(ahead[0, :, :-1], expected) < TOLERANCE

@@ -14,6 +14,7 @@ from occ.models.pretrained import names, reading
 from occ.models.pretrained.folder import WeightFolder
 from occ.training.config import LayoutConfig
 from occ.training.sharding import make_mesh, tree_shardings
+from occ.trees import path_string
 from tests import published
 from tests.published import CASES, GLM, LAYER, MIMO, write_folder
 from tests.published_checks import TOLERANCE, configured, errors, stored
@@ -130,24 +131,34 @@ def test_on_a_mesh_each_device_reads_its_own_part(tmp_path, name, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
-def test_host_memory_holds_no_more_than_a_part_of_a_leaf(tmp_path, monkeypatch):
-    """Every buffer that is filled is the part of one leaf that one device holds."""
-    folder = write_folder(tmp_path / "model", "glm")
+@pytest.mark.parametrize("piece_bytes", [reading.PIECE_BYTES, 0], ids=["leaf", "layer"])
+@pytest.mark.parametrize("layout", [None, LayoutConfig(fsdp=2)], ids=["one device", "fsdp"])
+def test_host_memory_holds_a_part_of_a_leaf_or_of_one_layer(
+    tmp_path, monkeypatch, piece_bytes, layout
+):
+    """Every buffer that is filled; large leaves arrive layer by layer, to the same bits."""
+    folder = write_folder(tmp_path / "model", "glm with options")
     config = pretrained.read_config(folder)
-    trees = names.abstract_variables(config)
-    shardings = tuple(tree_shardings(tree, make_mesh(LayoutConfig(fsdp=2))) for tree in trees)
+    whole = pretrained.load(folder)
+    shardings = None
+    if layout is not None:
+        mesh = make_mesh(layout)
+        trees = names.abstract_variables(config)
+        shardings = tuple(tree_shardings(tree, mesh) for tree in trees)
     filled, window = [], reading._window
     monkeypatch.setattr(
         reading, "_window", lambda *args: filled.append(window(*args)) or filled[-1]
     )
+    monkeypatch.setattr(reading, "PIECE_BYTES", piece_bytes)
     model = pretrained.load(folder, config, shardings=shardings)
-    parts = [
-        leaf.addressable_shards[0].data.nbytes
-        for leaf in jax.tree.leaves((model.params, model.rest))
-    ]
-    assert max(part.nbytes for part in filled) == max(parts)
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves((model.params, model.rest)))
-    assert max(parts) < 0.2 * total
+    jax.tree.map(np.testing.assert_array_equal, model.params, whole.params)
+    leaves = names.stored_leaves(config)
+    largest = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path((model.params, model.rest)):
+        stacked = leaves[path_string(path[1:])].leading > 0 and piece_bytes == 0
+        part = leaf.addressable_shards[0].data.nbytes
+        largest = max(largest, part // leaf.shape[0] if stacked else part)
+    assert max(buffer.nbytes for buffer in filled) == largest
 
 
 def test_overrides_decide_the_dtype_in_memory(tmp_path):

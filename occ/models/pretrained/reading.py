@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -29,6 +30,10 @@ CHUNK = 2**24
 """Numbers that are compared at one time."""
 
 
+PIECE_BYTES = 2**26
+"""Parts of leaves that are larger are brought to their device one layer at a time."""
+
+
 def read_config(path: str | pathlib.Path, **overrides: Any) -> ModelConfig:
     """The architecture of a published folder, as its files are.
 
@@ -52,8 +57,8 @@ def load(
 ) -> Pretrained:
     """Loads a published folder of safetensors files.
 
-    Every leaf is filled piece by piece, on each device with its own part: what is in host memory
-    at one time is the part of one leaf that a device holds.
+    Every device is given its own part of every leaf, one layer after another: what is in host
+    memory at one time is that part of one layer's tensor (of a mixture, of its experts').
 
     Args:
       path: the folder.
@@ -174,15 +179,51 @@ def _warn_of_rounding(folder: WeightFolder, stored: dict[str, Stored]) -> None:
 
 def _leaf(folder: WeightFolder, stored: Stored, sharding: Any) -> jax.Array:
     if sharding is None:
-        return jnp.asarray(_window(folder, stored, tuple(slice(0, n) for n in stored.shape)))
-    return jax.make_array_from_callback(
-        stored.shape, sharding, lambda window: _window(folder, stored, window or ())
-    )
+        whole = tuple(slice(0, size) for size in stored.shape)
+        return _on_devices(folder, stored, whole, [None])[0]
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, window in sharding.addressable_devices_indices_map(stored.shape).items():
+        bounds = _bounds(window, stored.shape)
+        holders.setdefault(bounds, []).append(device)
+    parts = [
+        part
+        for bounds, devices in holders.items()
+        for part in _on_devices(folder, stored, tuple(slice(*b) for b in bounds), devices)
+    ]
+    return jax.make_array_from_single_device_arrays(stored.shape, sharding, parts)
+
+
+def _bounds(window: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Beginning and end of a window along each dimension."""
+    ranges = [cut.indices(size) for cut, size in zip(window, shape, strict=True)]
+    return tuple((start, stop) for start, stop, _ in ranges)
+
+
+def _on_devices(
+    folder: WeightFolder, stored: Stored, window: tuple[slice, ...], devices: list[Any]
+) -> list[jax.Array]:
+    """A part of a leaf on each device that holds it; large ones get there layer by layer."""
+    shape = tuple(s.stop - s.start for s in window)
+    if not stored.leading or math.prod(shape) * stored.dtype.itemsize <= PIECE_BYTES:
+        part = _window(folder, stored, window)
+        return [jax.device_put(part, device) for device in devices]
+    parts = [jnp.zeros(shape, stored.dtype, device=device) for device in devices]
+    for i in range(shape[0]):
+        start = window[0].start + i
+        piece = _window(folder, stored, (slice(start, start + 1), *window[1:]))
+        # Waiting, since pieces that are still on their way are in host memory.
+        parts = [jax.block_until_ready(_put(part, piece, i)) for part in parts]
+    return parts
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(part: jax.Array, piece: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(part, piece, index, axis=0)
 
 
 def _window(folder: WeightFolder, stored: Stored, window: tuple[slice, ...]) -> np.ndarray:
     """A part of a leaf, as one device holds it."""
-    ranges = [range(*piece.indices(size)) for piece, size in zip(window, stored.shape, strict=True)]
+    ranges = [range(*bounds) for bounds in _bounds(window, stored.shape)]
     part = np.empty([len(numbers) for numbers in ranges], stored.dtype)
     for target, index in _indices(ranges[: stored.leading]):
         inner = tuple(slice(r.start, r.stop) for r in ranges[stored.leading :])

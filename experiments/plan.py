@@ -124,7 +124,7 @@ def trace_train_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
     """The traced production step, and the shapes of its state."""
     graphdef, params, rest = abstract_model(config)
     state = abstract_state(config, params, rest, mesh)
-    step = jit_train_step(graphdef, config, mesh, state)
+    step = jit_train_step(graphdef, config, mesh, state, config.max_prompt_tokens or 0)
     return step.trace(state, minibatch_shapes(config, mesh)), state
 
 

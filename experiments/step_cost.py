@@ -127,7 +127,10 @@ def compile_step(
     graphdef, params, rest = split_model(Decoder(model, nnx.Rngs(0)))
     calibration = build_calibration(mtp, model.mtp.num_modules)
     state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
-    step = jax.jit(make_train_step(graphdef, config), donate_argnums=0)
+    prompt_columns = batch.tokens.shape[1] // 2
+    step = jax.jit(
+        make_train_step(graphdef, config, prompt_columns=prompt_columns), donate_argnums=0
+    )
     return step.lower(state, batch).compile(), jax.tree.map(jnp.array, state)
 
 

@@ -13,6 +13,7 @@ from occ.models.config import MoEConfig
 from occ.training.batch import split
 from occ.training.config import (
     REGIMES,
+    LayoutConfig,
     MTPTrainingConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -278,3 +279,34 @@ def test_a_rollout_is_cut_evenly_or_not_at_all():
 def test_configurations_that_cannot_work_are_refused(unchecked, build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("mtp", "logits_chunk"),
+    [
+        (regime("occ"), 0),
+        (dataclasses.replace(regime("ce"), loss="distill"), 2),
+        (regime("occ_released"), 0),
+    ],
+)
+def test_columns_that_hold_prompts_alone_can_be_left_out_of_the_head(mtp, logits_chunk):
+    model_config = tiny.model_config(2, dtype="float64")
+    with jax.enable_x64(True):
+        model = tiny.build_model(model_config)
+        layout = LayoutConfig(logits_chunk=logits_chunk)
+        config = tiny.train_config(mtp, model_config, layout=layout)
+        batch = tiny.minibatch(config, model)
+        first = int(np.flatnonzero(np.asarray(batch.response_mask).any(axis=0))[0])
+        assert first > 2  # columns that the heads can leave out
+
+        def step(columns):
+            run = jax.jit(make_train_step(model[0], config, prompt_columns=columns))
+            state, metrics = run(tiny.state(config, model), batch)
+            found = state.calibration, metrics["loss/rl"], metrics["loss/mtp"], state.opt_state
+            # Ratios come without a Gram matrix, and with no condition number.
+            return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), found)
+
+        whole = step(0)
+        tiny.close(step(first), whole, 1e-12)
+        with pytest.raises(AssertionError):
+            tiny.close(step(first + 1), whole, 1e-12)

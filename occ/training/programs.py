@@ -16,7 +16,7 @@ from occ.tasks import Task
 from occ.training.calibration import build_calibration
 from occ.training.config import TrainConfig
 from occ.training.optimizer import build_optimizer
-from occ.training.rollout import RolloutPrograms, build_programs
+from occ.training.rollout import RolloutPrograms, build_programs, lengths
 from occ.training.sharding import batch_shardings, make_mesh, replicated, tree_shardings
 from occ.training.state import TrainState, init_state
 from occ.training.step import TrainStep, make_train_step
@@ -60,7 +60,7 @@ def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = Non
     return Programs(
         graphdef,
         rollout,
-        jit_train_step(graphdef, config, mesh, state),
+        jit_train_step(graphdef, config, mesh, state, lengths(config, task)[0]),
         jax.jit(begin, out_shardings=shardings),
         mesh,
         state,
@@ -68,13 +68,29 @@ def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = Non
 
 
 def jit_train_step(
-    graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh, state: TrainState
+    graphdef: nnx.GraphDef,
+    config: TrainConfig,
+    mesh: Mesh,
+    state: TrainState,
+    prompt_columns: int = 0,
 ) -> Any:
-    """The train step for states and minibatches that live on the mesh as they should."""
+    """The train step for states and minibatches that live on the mesh as they should.
+
+    Args:
+      graphdef, config, mesh: of the run.
+      state: shapes and shardings, from `abstract_state`.
+      prompt_columns: leading columns of padded minibatches that hold prompts alone.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    per_row = config.layout.sequences_per_row if config.layout.pack else 1
+    layout = config.layout
+    step = make_train_step(
+        graphdef,
+        config,
+        sequences_per_row=layout.sequences_per_row if layout.pack else 1,
+        prompt_columns=0 if layout.pack else prompt_columns,
+    )
     return jax.jit(
-        make_train_step(graphdef, config, sequences_per_row=per_row),
+        step,
         donate_argnums=0,
         in_shardings=(shardings, batch_shardings(mesh)),
         out_shardings=(shardings, replicated(mesh)),

@@ -24,7 +24,7 @@ from occ.training.stages import Stages
 
 
 class Scores(NamedTuple):
-    """Forward pass over sampled sequences, in token alignment.
+    """Forward pass over sampled sequences, in token alignment; prompts are not scored.
 
     Attributes:
       log_prob: float [B, T], main head.
@@ -101,6 +101,7 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
             segment_ids,
             rollout.temperature,
             config.layout.logits_chunk,
+            columns,
         )
         main, *heads = stages.score(params)
         if not heads:

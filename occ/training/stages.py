@@ -60,7 +60,7 @@ class TokenScores(NamedTuple):
     """What a head says of the batch's tokens, in token alignment.
 
     Attributes:
-      log_prob: float [B, T], of each token; 0 where `predictable` is False.
+      log_prob: float [B, T], of each token; 0 where `predictable` is False, and in prompt columns.
       entropy: float [B, T], of the distribution that the token was drawn from; likewise.
       greedy: int32 [B, T], the most likely token there.
     """
@@ -79,6 +79,7 @@ class Stages:
       tokens, positions, segment_ids: int32 [B, T], the batch's layout.
       temperature: logits are divided by it, as they were when sampling.
       logits_chunk: columns whose logits exist at one time; 0 is all of them.
+      prompt_columns: leading columns whose tokens are not scored, since they hold prompts alone.
     """
 
     graphdef: nnx.GraphDef
@@ -88,6 +89,7 @@ class Stages:
     segment_ids: Any
     temperature: float = 1.0
     logits_chunk: int = 0
+    prompt_columns: int = 0
 
     def on(self, batch: Minibatch) -> Stages:
         """The same model on another batch."""
@@ -123,12 +125,12 @@ class Stages:
                 jnp.argmax(logits, axis=-1).astype(jnp.int32),
             )
 
-        scores = self._in_chunks(score, hidden, mtp.labels_at_source(self.tokens, depth))
+        scores = self._in_chunks(score, depth, hidden, mtp.labels_at_source(self.tokens, depth))
         log_prob, entropy, greedy = (mtp.align(values, depth) for values in scores)
-        predictable = self.predictable(depth)
+        scored = self._scored(depth)
         return TokenScores(
-            log_prob=jnp.where(predictable, log_prob, 0),
-            entropy=jnp.where(predictable, entropy, 0),
+            log_prob=jnp.where(scored, log_prob, 0),
+            entropy=jnp.where(scored, entropy, 0),
             greedy=greedy,
         )
 
@@ -155,8 +157,8 @@ class Stages:
             return mtp.distillation(self._logits(parts, hidden, depth), target)
 
         target_hidden = jax.lax.stop_gradient(mtp.ahead(main_hidden, depth))
-        values = mtp.align(self._in_chunks(diverge, hidden, target_hidden), depth)
-        return jnp.where(self.predictable(depth), values, 0)
+        values = mtp.align(self._in_chunks(diverge, depth, hidden, target_hidden), depth)
+        return jnp.where(self._scored(depth), values, 0)
 
     def _logits(self, parts: Parts, hidden: jax.Array, depth: int) -> jax.Array:
         """Logits of the main head (depth 0) or MTP head `depth` >= 1, at their source positions."""
@@ -186,15 +188,22 @@ class Stages:
     def _chunked(self) -> bool:
         return 0 < self.logits_chunk < self.tokens.shape[1]
 
-    def _in_chunks(self, function: Callable[..., Any], *columns: jax.Array) -> Any:
-        """Applies a function of columns [B, T, ...] to a few columns at a time.
+    def _in_chunks(self, function: Callable[..., Any], depth: int, *columns: jax.Array) -> Any:
+        """Applies a function of columns [B, T, ...] to those that are sources of scored tokens.
 
-        What the function needs in between, logits above all, exists for those columns alone: in
-        the backward pass it is computed again.
+        In chunks it takes a few columns at a time. What the function needs in between, logits above
+        all, exists for those columns alone: in the backward pass it is computed again. The result
+        is 0 in the columns that are left out.
         """
-        time, chunk = self.tokens.shape[1], self.logits_chunk
+        first = max(self.prompt_columns - depth - 1, 0)
+        time, chunk = self.tokens.shape[1] - first, self.logits_chunk
+        columns = tuple(values[:, first:] for values in columns)
+
+        def put_back(values):
+            return jnp.pad(values, [(0, 0), (first, 0)]) if first else values
+
         if not self._chunked:
-            return function(*columns)
+            return jax.tree.map(put_back, function(*columns))
         count = -(-time // chunk)
 
         def cut(values):
@@ -203,10 +212,17 @@ class Stages:
             return jnp.moveaxis(padded.reshape(-1, count, chunk, *values.shape[2:]), 1, 0)
 
         def join(values):
-            return jnp.moveaxis(values, 0, 1).reshape(-1, count * chunk)[:, :time]
+            return put_back(jnp.moveaxis(values, 0, 1).reshape(-1, count * chunk)[:, :time])
 
         chunks = tuple(cut(values) for values in columns)
         return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda c: function(*c)), chunks))
+
+    def _scored(self, depth: int) -> Bool[Array, "batch time"]:
+        """Which tokens the head at this depth scores."""
+        predictable = self.predictable(depth)
+        if not self.prompt_columns:
+            return predictable
+        return predictable & (jnp.arange(self.tokens.shape[1]) >= self.prompt_columns)[None]
 
     def predictable(self, depth: int) -> Bool[Array, "batch time"]:
         """Which tokens the head at this depth can predict from within their own sequence."""

@@ -27,7 +27,11 @@ TrainStep = Callable[[TrainState, Minibatch], tuple[TrainState, dict[str, jax.Ar
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, config: TrainConfig, *, sequences_per_row: int = 1
+    graphdef: nnx.GraphDef,
+    config: TrainConfig,
+    *,
+    sequences_per_row: int = 1,
+    prompt_columns: int = 0,
 ) -> TrainStep:
     """Builds the pure train step of a run.
 
@@ -35,6 +39,8 @@ def make_train_step(
       graphdef: the model without its variables, from `split_model`.
       config: the run's configuration.
       sequences_per_row: S, the most sequences packed in a row of a minibatch.
+      prompt_columns: leading columns of all minibatches without a response token; the output head
+        leaves them out.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`. Jit it with `donate_argnums=0`. Metrics are
@@ -54,6 +60,7 @@ def make_train_step(
             batch.segment_ids,
             config.rollout.temperature,
             config.layout.logits_chunk,
+            prompt_columns,
         )
         gradient = step_gradient(
             stages,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.configs import paper
 from occ.models import pretrained
-from occ.models.pretrained import names
+from occ.models.pretrained import architectures, names
 from tests import published
 from tests.published import CASES, GLM, LAYER, MIMO, write_folder
 from tests.published_checks import EXPECTED, TOLERANCE, configured, error, errors, logits
@@ -68,6 +69,80 @@ def test_an_unsupported_field_is_named(tmp_path, name, field, value):
     (folder / "config.json").write_text(json.dumps(raw | {field: value}))
     with pytest.raises(ValueError, match=field):
         pretrained.read_config(folder)
+
+
+MIMO_7B = {
+    "architectures": ["MiMoForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 32768,
+    "model_type": "mimo",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 640000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151680,
+}
+GLM_4_5_AIR = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 131072,
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "torch_dtype": "bfloat16",
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "config"),
+    [(MIMO_7B, paper.mimo_7b()), (GLM_4_5_AIR, paper.glm_4_5_air())],
+    ids=["MiMo-7B", "GLM-4.5-Air"],
+)
+def test_the_papers_models_are_those_of_their_config_files(raw, config):
+    """And their tensors have the published names: 16 of a MiMo module, a layer after the last."""
+    found = architectures.from_json(raw)
+    assert architectures.architecture(found) == architectures.architecture(config)
+    assert found.mtp.concatenation == config.mtp.concatenation
+    assert architectures.from_json(architectures.to_json(found)) == found
+    tensors = [name for leaf in names.stored_leaves(found).values() for name in leaf.names.values()]
+    assert len(set(tensors)) == len(tensors)
+    module = [name for name in tensors if name.startswith(names.module_prefix(0, found))]
+    assert module[0].startswith("model.mtp_layers.0." if found.moe is None else "model.layers.46.")
+    # Of a mixture: attention and norms 9, router 2, shared 3, experts 3 each, and 4 of the module.
+    assert len(module) == (16 if found.moe is None else 9 + 2 + 3 + 3 * 128 + 4)
 
 
 def test_newer_config_files_say_the_same(tmp_path):

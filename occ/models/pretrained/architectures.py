@@ -146,8 +146,8 @@ def to_json(config: ModelConfig, like: dict[str, Any] | None = None) -> dict[str
         before = from_json(like)
         changed = [
             name
-            for name, value in _architecture(before).items()
-            if _architecture(config)[name] != value
+            for name, value in architecture(before).items()
+            if architecture(config)[name] != value
         ]
         if changed:
             raise ValueError(
@@ -164,7 +164,7 @@ def to_json(config: ModelConfig, like: dict[str, Any] | None = None) -> dict[str
     return raw
 
 
-def _architecture(config: ModelConfig) -> dict[str, Any]:
+def architecture(config: ModelConfig) -> dict[str, Any]:
     """What is the same in every run of a model."""
     fields = dataclasses.asdict(config)
     if fields["moe"] is not None:

@@ -108,8 +108,9 @@ def on_policy_log_prob(problem: Problem) -> np.ndarray:
     return np.asarray(scores.log_prob)[:, -problem.sizes.response :]
 
 
-def build(problem: Problem, name: str) -> Program:
-    """The jitted step of a regime."""
+def build(problem: Problem, key: str) -> Program:
+    """The jitted step of a regime; "REGIME+prompts" runs the output head on prompts as well."""
+    name, _, prompts = key.partition("+")
     config = train_config(problem.sizes, name)
     graphdef, params, rest = parameters(problem, config.model)
     modules = config.model.mtp.num_modules
@@ -117,7 +118,10 @@ def build(problem: Problem, name: str) -> Program:
     calibration = build_calibration(config.mtp, modules)
     state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
     state = jax.tree.map(jnp.array, state)  # donated: the weights may not be shared
-    train_step = jax.jit(make_train_step(graphdef, config), donate_argnums=0)
+    columns = 0 if prompts else problem.sizes.length - problem.sizes.response
+    train_step = jax.jit(
+        make_train_step(graphdef, config, prompt_columns=columns), donate_argnums=0
+    )
 
     def step() -> tuple[float, float]:
         nonlocal state

@@ -37,7 +37,8 @@ class Run:
 
     Attributes:
       folders: of runs.
-      pretrained: folders of published models; their evaluations go to runs/evaluations/NAME.
+      pretrained: published models, each a folder, a .gguf file, or "package:NAME" of a package that
+        holds one; their evaluations go to runs/evaluations/NAME.
       benchmarks: names of published sets; none are the six of the paper's average.
       k: samples a problem.
       temperature, top_p, top_k: of sampling.
@@ -54,7 +55,7 @@ class Run:
     """
 
     folders: tyro.conf.Positional[tuple[pathlib.Path, ...]] = ()
-    pretrained: tuple[pathlib.Path, ...] = ()
+    pretrained: tuple[str, ...] = ()
     benchmarks: tuple[str, ...] = ()
     k: int = 32
     temperature: float = 1.0
@@ -125,9 +126,9 @@ def run(arguments: Run) -> list[pathlib.Path]:
         model = evaluated.from_run(folder, arguments.checkpoint, names, options)
         evaluate(model, arguments, folder / arguments.name)
         folders.append(folder)
-    for path in arguments.pretrained:
-        folder = pathlib.Path("runs/evaluations") / path.name
-        model = evaluated.from_pretrained(path, names, options)
+    for source in arguments.pretrained:
+        model = evaluated.from_pretrained(source, names, options)
+        folder = pathlib.Path("runs/evaluations") / model.name
         evaluate(model, arguments, folder / arguments.name)
         folders.append(folder)
     return folders

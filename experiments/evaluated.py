@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import runs
-from occ import tasks
+from occ import sources, tasks
 from occ.evaluation import acceptance
 from occ.evaluation.completions import Sampler, Settings, benchmark_key
 from occ.generation.sampling import SamplingConfig, check_fits, generate
@@ -102,21 +102,22 @@ def from_run(
 
 
 def from_pretrained(
-    folder: pathlib.Path, benchmarks: Sequence[str] | None, task_options: dict[str, Any]
+    source: str, benchmarks: Sequence[str] | None, task_options: dict[str, Any]
 ) -> Model:
     """A published model, on one device.
 
     Args:
-      folder: with its weights and tokenizer.
+      source: of its weights and tokenizer, as `sources.resolve` reads it: a folder, or a .gguf file.
       benchmarks: names; None are all six.
       task_options: of `mathematics.load`; "data_dir" at least.
     """
-    from occ.models import pretrained
+    from occ.models import gguf, pretrained
 
-    loaded = pretrained.load(folder)
-    options = {"tokenizer": str(folder), "extract": "boxed"} | task_options
+    path = sources.resolve(source)
+    loaded = gguf.load(path) if path.suffix == ".gguf" else pretrained.load(path)
+    options = {"tokenizer": str(path), "extract": "boxed"} | task_options
     config = TrainConfig(
-        name=folder.name,
+        name=path.stem,
         model=loaded.config,
         task="math",
         task_options=options,
@@ -125,8 +126,8 @@ def from_pretrained(
     task, problems = _task(config, benchmarks, {})
     graphdef, *_ = training_programs.abstract_model(config)
     return Model(
-        label=folder.name,
-        name=folder.name,
+        label=path.stem,
+        name=path.stem,
         config=config,
         task=task,
         benchmarks=problems,

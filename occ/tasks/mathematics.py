@@ -25,6 +25,7 @@ from typing import Literal, overload
 
 import numpy as np
 
+from occ import sources
 from occ.tasks import datasets
 from occ.tasks.datasets.answers import DAPO_AFTER, DAPO_BEFORE, same_problem
 from occ.tasks.datasets.files import Row
@@ -138,8 +139,8 @@ def load(
     """Prepares the sets that are not prepared yet, and selects from them.
 
     Args:
-      tokenizer: a folder with a model's tokenizer.json; or one itself; or "characters", one token
-        an ASCII character, for demonstrations.
+      tokenizer: where a model's is (`sources.resolve`): a folder with tokenizer.json, or a .gguf
+        file; or one itself; or "characters", one token an ASCII character, for demonstrations.
       data_dir: for files and prepared sets; see `datasets.builder`.
       dataset: whose "train" split is trained on; None loads benchmarks alone.
       benchmarks: whose "test" splits are evaluated on.
@@ -152,7 +153,8 @@ def load(
       limits: on each of them.
 
     Raises:
-      ValueError: unknown set or `extract`; a set without that split; nothing is left to train on.
+      ValueError: unknown set or `extract`; no such tokenizer; a set without that split; nothing is
+        left to train on.
       FileNotFoundError: files of a set are missing and cannot be downloaded.
       RuntimeError: the verifier does not start.
     """
@@ -202,9 +204,9 @@ def _tokenizer(tokenizer: str | pathlib.Path | Tokenizer) -> Tokenizer:
     if isinstance(tokenizer, str | pathlib.Path):
         if str(tokenizer) == "characters":
             return CharacterTokenizer(CHARACTERS)
-        from occ.tasks.pretrained_tokenizer import PretrainedTokenizer
+        from occ.tasks import pretrained_tokenizer
 
-        return PretrainedTokenizer.from_folder(pathlib.Path(tokenizer))
+        return pretrained_tokenizer.load(sources.resolve(str(tokenizer)))
     return tokenizer
 
 

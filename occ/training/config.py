@@ -383,6 +383,11 @@ class TrainConfig:
                 "TrainConfig: warm_start.kind='own_samples' trains MTP modules, and there are "
                 "none. Set model.mtp.num_modules >= 1, or warm_start.steps=0."
             )
+        if self.warm_start.learns_modules and self.warm_start.batch_size % self.layout.row_parts:
+            raise ValueError(
+                f"TrainConfig: warm_start.batch_size ({self.warm_start.batch_size}) cannot be cut "
+                f"evenly on {self.layout.row_parts} devices (data x fsdp x expert)."
+            )
         rows = self.rollout.prompts * self.rollout.samples // self.rollout.minibatches
         if rows % (self.layout.row_parts * self.layout.micro_batches):
             raise ValueError(

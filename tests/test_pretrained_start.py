@@ -1,0 +1,224 @@
+"""Runs that begin with published weights, and modules that learn from the model's own samples."""
+
+import dataclasses
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import runs
+from occ import tasks
+from occ.models.pretrained import PretrainedWarning, save
+from occ.training import loop, own_samples
+from occ.training.config import (
+    EvaluationConfig,
+    LayoutConfig,
+    PretrainedConfig,
+    RolloutConfig,
+    TrainConfig,
+    WarmStartConfig,
+    regime,
+)
+from occ.training.pretrained_start import load_model
+from occ.training.sharding import make_mesh, tree_shardings
+from tests import test_gguf, tiny
+
+TASK = tasks.load("arithmetic", digits=1, train_size=20, test_size=8)
+TRUNK = test_gguf.CONFIG
+MODEL = dataclasses.replace(TRUNK, mtp=tiny.model_config(1).mtp)
+OWN = WarmStartConfig(kind="own_samples", steps=40, batch_size=8, learning_rate=1e-2, pool=32)
+
+
+def with_weights(path, **changes):
+    base = TrainConfig(
+        name="pretrained",
+        model=MODEL,
+        task="arithmetic",
+        mtp=regime("occ_paper"),
+        pretrained=PretrainedConfig(path=str(path)),
+        evaluation=EvaluationConfig(prompts=4, samples=1),
+        rollout=RolloutConfig(prompts=4, samples=4, minibatches=2),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    _, params, _ = tiny.build_model(TRUNK)
+    # A model with habits: it repeats some tokens, which can be foreseen.
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(jnp.asarray, params)
+    table = params["embedding"]["embedding"] * jnp.asarray(
+        rng.choice([0.3, 4.0], (32, 1)), "float32"
+    )
+    params = {**params, "embedding": {"embedding": table}}
+    path = tmp_path_factory.mktemp("weights") / "tiny.gguf"
+    return test_gguf.write(path, test_gguf.tensors_of(params, TRUNK)), params
+
+
+@pytest.fixture(scope="module")
+def programs(weights):
+    return loop.build(with_weights(weights[0]), TASK)
+
+
+@pytest.fixture(scope="module")
+def loaded(weights):
+    return load_model(with_weights(weights[0], warm_start=OWN))
+
+
+# -- weights of others ------------------------------------------------------------------------
+
+
+def test_the_weights_of_a_file_and_fresh_modules_make_the_model(weights, loaded):
+    params, rest = loaded
+    modules = params["mtp"]
+    chex.assert_trees_all_equal({k: v for k, v in params.items() if k != "mtp"}, weights[1])
+    last = jax.tree.map(lambda leaf: leaf[-1], weights[1]["layers"])
+    chex.assert_trees_all_equal(modules["0"]["block"], last)
+    assert rest == {}
+
+
+def test_modules_that_nothing_will_warm_up_are_warned_of(weights):
+    with pytest.warns(PretrainedWarning, match="NEVER TRAINED"):
+        params, _ = load_model(
+            with_weights(weights[0], pretrained=PretrainedConfig(str(weights[0]), "random"))
+        )
+    block, last = params["mtp"]["0"]["block"], params["layers"]
+    assert not np.array_equal(block["mlp"]["up"]["kernel"], last["mlp"]["up"]["kernel"][-1])
+
+
+def test_everything_lies_where_training_wants_it(weights):
+    layout = LayoutConfig(fsdp=2, tensor=2)
+    config = with_weights(weights[0], layout=layout, warm_start=OWN)
+    params, _ = load_model(config)
+    expected = tree_shardings(params, make_mesh(layout))
+    jax.tree.map(
+        lambda leaf, sharding: chex.assert_equal(leaf.sharding, sharding), params, expected
+    )
+
+
+def test_a_folder_with_modules_brings_its_own(tmp_path):
+    model = dataclasses.replace(MODEL, qkv_bias=True, tied_embeddings=False)
+    _, params, rest = tiny.build_model(model)
+    save(tmp_path / "folder", model, params, rest)
+    config = with_weights(tmp_path / "folder", model=model)
+    chex.assert_trees_all_equal(load_model(config)[0], params)
+    other = dataclasses.replace(model, mtp=dataclasses.replace(model.mtp, num_modules=2))
+    with pytest.raises(ValueError, match="mtp: .*num_modules=2.* in the configuration"):
+        load_model(dataclasses.replace(config, model=other))
+
+
+def test_weights_of_another_model_are_refused(weights):
+    other = dataclasses.replace(MODEL, width=64, head_dim=16)
+    with pytest.raises(ValueError, match="width: 64 in the configuration, 32 in the files"):
+        load_model(with_weights(weights[0], model=other))
+    with pytest.raises(ValueError, match="no file or folder 'nowhere'"):
+        load_model(with_weights("nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PretrainedConfig("x", attach="first_block"), "attach must be one of"),
+        (lambda: WarmStartConfig(kind="answers"), "kind must be one of"),
+        (lambda: WarmStartConfig(pool=0), "pool must be > 0"),
+        (
+            lambda: with_weights("x", model=TRUNK, mtp=regime("rl_only"), warm_start=OWN),
+            "trains MTP modules, and there are none",
+        ),
+        (
+            lambda: with_weights(
+                "x",
+                layout=LayoutConfig(data=4),
+                warm_start=dataclasses.replace(OWN, batch_size=6),
+            ),
+            "batch_size .6. .* 4 devices",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -- own samples ------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_detach(weights, loaded):
+    """On the same minibatch: cross-entropy of the modules, cut at the trunk's output."""
+    config = with_weights(weights[0], mtp=regime("detach"))
+    graphdef, *_ = tiny.build_model(MODEL)
+    model = graphdef, *loaded
+    batch = tiny.minibatch(config, model)
+    detach = tiny.gradient(config, model, batch).gradient["mtp"]
+    samples = own_samples.Samples(batch.tokens, batch.segment_ids, batch.response_mask)
+
+    def loss(params):
+        return own_samples.modules_loss(graphdef, params, loaded[1], samples, config)[0]
+
+    gradient = jax.jit(jax.grad(loss))(loaded[0])
+    tiny.close(gradient["mtp"], detach, 1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["layers"]))
+    assert np.any(gradient["embedding"]["embedding"])  # which the warm-up leaves out
+
+
+@pytest.mark.standard_promotion
+def test_the_warm_up_teaches_the_modules_alone(weights, programs):
+    random = PretrainedConfig(str(weights[0]), attach="random")
+    config = with_weights(weights[0], pretrained=random, warm_start=OWN)
+    loaded = load_model(config)
+    losses = []
+    with jax.set_mesh(programs.mesh):
+        params, before, after = own_samples.warm_up_modules(
+            programs, *loaded, config, TASK, lambda step, all: losses.append(all)
+        )
+    assert losses[-1][0] < losses[0][0] - 0.2
+    assert after[0] > before[0] + 0.2
+    chex.assert_trees_all_equal({**params, "mtp": None}, {**loaded[0], "mtp": None})
+    changed = jax.tree.map(lambda a, b: np.any(a != b), params["mtp"], loaded[0]["mtp"])
+    assert all(jax.tree.leaves(changed))
+
+
+def test_samples_are_the_models_own(weights, loaded, programs):
+    """Drawn as rollouts are, and of training prompts."""
+    config = with_weights(weights[0], warm_start=OWN)
+    with jax.set_mesh(programs.mesh):
+        held_out, pool = own_samples.draw(programs, *loaded, config, TASK)
+        again, _ = own_samples.draw(programs, *loaded, config, TASK)
+    assert len(held_out.tokens) == 16 and len(pool.tokens) == 32
+    chex.assert_trees_all_equal(held_out, again)
+    assert not np.array_equal(held_out.tokens, pool.tokens[:16])
+    columns = TASK.max_prompt_tokens
+    prompts = {problem.prompt for problem in TASK.train}
+    present = pool.segment_ids[:, :columns] > 0
+    assert set(TASK.tokenizer.decode_batch(pool.tokens[:, :columns], present)) <= prompts
+    assert not pool.response_mask[:, :columns].any() and pool.response_mask.any(axis=1).all()
+    assert (pool.response_mask <= (pool.segment_ids > 0)).all()
+
+
+@pytest.mark.standard_promotion
+def test_a_starting_point_is_made_once(weights, programs, tmp_path, monkeypatch):
+    config = with_weights(weights[0], warm_start=dataclasses.replace(OWN, steps=3))
+    params, rest = runs.starting_point(config, TASK, programs, tmp_path)
+    stored = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    monkeypatch.setattr(runs, "warm_up_modules", None)  # cannot be called again
+    chex.assert_trees_all_equal(
+        runs.starting_point(config, TASK, programs, tmp_path), (params, rest)
+    )
+    assert stored < 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # modules alone
+    longer = dataclasses.replace(config, max_response_tokens=3)
+    with pytest.raises(TypeError):
+        runs.starting_point(longer, TASK, programs, tmp_path)
+
+
+@pytest.mark.standard_promotion
+def test_a_run_goes_on_from_published_weights(weights, programs, tmp_path):
+    config = with_weights(weights[0], rollouts=1, warm_start=dataclasses.replace(OWN, steps=2))
+    start = runs.starting_point(config, TASK, programs, tmp_path / "starts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = loop.run(config, TASK, programs, start, tmp_path / "run")
+    assert result["rollouts"] == 1 and len(result["final"]["mtp_acceptance"]) == 1

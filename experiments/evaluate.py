@@ -28,6 +28,7 @@ from experiments import evaluated, runs
 from experiments.compiled import keep_compiled
 from occ.evaluation import benchmarks
 from occ.evaluation.completions import Settings, complete, open_folder
+from occ.tasks.math_task import MathTask
 from occ.training.rollout import lengths
 
 
@@ -124,14 +125,22 @@ def run(arguments: Run) -> list[pathlib.Path]:
     folders = []
     for folder in arguments.folders:
         model = evaluated.from_run(folder, arguments.checkpoint, names, options)
-        evaluate(model, arguments, folder / arguments.name)
+        _evaluate_and_close(model, arguments, folder / arguments.name)
         folders.append(folder)
     for source in arguments.pretrained:
         model = evaluated.from_pretrained(source, names, options)
         folder = pathlib.Path("runs/evaluations") / model.name
-        evaluate(model, arguments, folder / arguments.name)
+        _evaluate_and_close(model, arguments, folder / arguments.name)
         folders.append(folder)
     return folders
+
+
+def _evaluate_and_close(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> None:
+    try:
+        evaluate(model, arguments, folder)
+    finally:
+        if isinstance(model.task, MathTask):
+            model.task.verifier.close()
 
 
 def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def from_run(
     benchmarks: Sequence[str] | None,
     task_options: dict[str, Any],
 ) -> Model:
-    """A checkpoint of a run.
+    """A checkpoint of a run, on the devices of its layout; its whole state is read, and checked.
 
     Args:
       folder: of the run.
@@ -107,12 +107,17 @@ def from_pretrained(
     """A published model, on one device.
 
     Args:
-      source: of its weights and tokenizer, as `sources.resolve` reads it: a folder, or a .gguf file.
+      source: of its weights and tokenizer, as `sources.resolve` reads it: a folder or a .gguf file.
       benchmarks: names; None are all six.
       task_options: of `mathematics.load`; "data_dir" at least.
+
+    Raises:
+      ValueError: no such files, or no "data_dir".
     """
     from occ.models import gguf, pretrained
 
+    if "data_dir" not in task_options:
+        raise ValueError("evaluate: a published model brings no benchmarks; give --data-dir.")
     path = sources.resolve(source)
     loaded = gguf.load(path) if path.suffix == ".gguf" else pretrained.load(path)
     options = {"tokenizer": str(path), "extract": "boxed"} | task_options

@@ -241,26 +241,14 @@ def test_invalid_samples_stay_invalid(tmp_path):
     assert found.invalid == 4 and found.accuracy.tolist() == [1.0] * 4
 
 
-def test_a_run_on_published_problems_is_evaluated_on_benchmarks(tmp_path, capsys):
-    fixtures_math.write(tmp_path / "data", ["dapo_math_17k", "amc", "minerva_math"])
+def test_a_run_on_published_problems_is_evaluated_on_benchmarks(tmp_path):
+    """Those that are asked for, without its training set; the demonstration goes all the way."""
+    fixtures_math.write(tmp_path / "data", ["amc"])
     config = evaluate_fixtures.config(tmp_path / "data")
-    options = config.task_options | {"benchmarks": ["minerva_math"], "max_response_tokens": 4}
-    config = dataclasses.replace(config, task_options=options, mtp=regime("detach"))
-    begin(tmp_path / "run", config).verifier.close()
-    evaluate.run(
-        evaluate.Run(
-            (tmp_path / "run",),
-            benchmarks=("amc",),
-            k=2,
-            rows=4,
-            acceptance_prompts=0,
-            verify=False,
-        )
-    )
-    [row, *others] = (tmp_path / "run" / "evaluation" / "amc.jsonl").read_text().splitlines()
-    assert len(others) == 3 and json.loads(row)["correct"] is False
-    assert json.loads(row)["problem"] in ("0", "1") and json.loads(row)["tokens"] <= 4
-    assert "detach, seed 0: AMC: avg@2 0.0, pass@2 0.0" in capsys.readouterr().out
+    task, benchmarks = evaluated._task(config, ("amc",), {"max_prompt_tokens": 150})
+    task.verifier.close()
+    assert list(benchmarks) == ["amc"] and len(benchmarks["amc"]) == 2 and len(task.train) == 0
+    assert (task.max_prompt_tokens, task.max_response_tokens) == (150, 24)
 
 
 def test_a_published_model_is_evaluated(tmp_path, monkeypatch, capsys):
@@ -291,11 +279,28 @@ def test_a_published_model_is_evaluated(tmp_path, monkeypatch, capsys):
     assert len(summary["benchmarks"]["amc"]["mtp_acceptance"]) == 1
 
 
+@pytest.mark.slow
+def test_the_demonstration_comes_to_its_table(tmp_path, capsys):
+    text = evaluate.fixtures(evaluate.Fixtures(tmp_path, k=2))
+    jax.config.update("jax_compilation_cache_dir", None)
+    lines = text.splitlines()
+    assert lines[0].startswith(
+        "| regime | AIME 2024 | AIME 2025 | AMC | MATH-500 | Minerva Math | "
+    )
+    assert [line.split(" | ")[0] for line in lines[2:4]] == [
+        "| detach, seed 0",
+        "| occ_paper, seed 0",
+    ]
+    assert "dapo_math_17k: 20 of 21 problems" in capsys.readouterr().out
+
+
 def test_a_task_of_its_own_problems_has_no_published_benchmarks(run_folder):
     with pytest.raises(ValueError, match=r"has one benchmark, 'test', got \['amc'\]"):
         evaluate.run(arguments(run_folder, benchmarks=("amc",)))
     with pytest.raises(ValueError, match="expected folders of runs"):
         evaluate.run(evaluate.Run())
+    with pytest.raises(ValueError, match="give --data-dir"):
+        evaluate.run(evaluate.Run(pretrained=("models/m",)))
 
 
 # -- the table ------------------------------------------------------------------------------------

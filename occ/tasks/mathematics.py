@@ -216,7 +216,9 @@ def _source(name: str, split: str, data_dir: str | pathlib.Path, verify: bool) -
         raise ValueError(
             f"mathematics: {name!r} has no split {split!r}, only {sorted(published.files)}."
         )
-    return datasets.prepare(name, data_dir, verify=verify).as_data_source(split=split)
+    builder = datasets.prepare(name, data_dir, verify=verify)
+    logger.info("%s: %s", name, datasets.counts(builder)[split])
+    return builder.as_data_source(split=split)
 
 
 def _problem(name: str, row: Row, ask: Callable[[str], str]) -> Problem:

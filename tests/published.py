@@ -183,12 +183,12 @@ def tensors(raw, seed=0):
     return found
 
 
-def write(folder, raw, values, dtype="float32"):
-    """A folder of one file; correction biases are float32 whatever the rest is."""
+def write(folder, raw, values, dtype="float32", wide=("e_score_correction_bias",)):
+    """A folder of one file; tensors with such endings are float32 whatever the rest is."""
     folder.mkdir(parents=True)
-    chosen = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    chosen = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
     stored = {
-        name: value if name.endswith("e_score_correction_bias") else value.astype(chosen)
+        name: value if name.endswith(wide) else value.astype(chosen)
         for name, value in values.items()
     }
     (folder / "config.json").write_text(json.dumps(raw | {"torch_dtype": dtype}))

@@ -13,7 +13,7 @@ from occ.models import pretrained
 from occ.models.pretrained import names, reading
 from occ.models.pretrained.folder import WeightFolder
 from occ.training.config import LayoutConfig
-from occ.training.sharding import make_mesh, tree_shardings
+from occ.training.sharding import make_mesh, parameter_spec, tree_shardings
 from occ.trees import path_string
 from tests import published
 from tests.published import CASES, GLM, LAYER, MIMO, write_folder
@@ -175,6 +175,19 @@ def test_overrides_decide_the_dtype_in_memory(tmp_path):
     assert stored(tmp_path / "saved") == stored(folder)
 
 
+def test_mixed_dtypes_are_kept_where_the_model_is_wide_enough(tmp_path):
+    """transformers saves the router in float32 in a bfloat16 model."""
+    wide = ("e_score_correction_bias", "mlp.gate.weight")
+    tensors = published.tensors(CASES["glm"])
+    folder = published.write(tmp_path / "model", CASES["glm"], tensors, "bfloat16", wide)
+    with pytest.warns(pretrained.PretrainedWarning, match=r"2 tensors .* float32 holds all"):
+        pretrained.load(folder)
+    model = pretrained.load(folder, pretrained.read_config(folder, param_dtype="float32"))
+    pretrained.save(tmp_path / "saved", model.config, model.params, model.rest, like=folder)
+    assert len({dtype for _, dtype, _ in stored(folder).values()}) == 2
+    assert stored(tmp_path / "saved") == stored(folder)
+
+
 def test_rounding_on_the_way_in_is_said(tmp_path):
     folder = write_folder(tmp_path / "model", "llama")
     config = pretrained.read_config(folder, param_dtype="bfloat16")
@@ -283,6 +296,11 @@ def test_a_modules_own_embedding_and_head_are_what_it_reads_and_says(tmp_path):
     model = pretrained.load(published.write(tmp_path / "model", CASES["glm"], tensors))
     main, module = errors(model, "glm")
     assert main < TOLERANCE < 0.1 < module
+
+
+def test_a_modules_own_leaves_lie_where_the_trunks_do():
+    for path in ("embedding/embedding", "output_head/kernel"):
+        assert parameter_spec(f"mtp/0/{path}", (13, 16)) == parameter_spec(path, (13, 16))
 
 
 def test_modules_without_copies_are_written_without(tmp_path):

@@ -115,6 +115,18 @@ def test_fused_equals_exact_equals_plain_autodiff(x64, heads, kind, loss):
     tiny.close(gradients["exact"], expected, 1e-12)
 
 
+def test_a_modules_own_head_says_the_same_in_chunks(x64):
+    model_config = tiny.model_config(1, "float64", mtp=OWN)
+    graphdef, params, rest = model = tiny.build_model(model_config)
+    config = tiny.train_config(regime("detach"), model_config)
+    batch = tiny.minibatch(config, model)
+    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    whole, chunked = (
+        jax.jit(dataclasses.replace(stages, logits_chunk=chunk).score)(params) for chunk in (0, 4)
+    )
+    tiny.close([s.log_prob for s in chunked], [s.log_prob for s in whole], 1e-12)
+
+
 def test_fused_equals_exact_in_float32():
     model_config = tiny.model_config(2, mtp=SEQUENTIAL, qkv_bias=True, qk_norm=True)
     model = tiny.build_model(model_config)

@@ -171,7 +171,7 @@ def _warn_of_rounding(folder: WeightFolder, stored: dict[str, Stored]) -> None:
         warnings.warn(
             f"load: {len(rounded)} tensors of {folder.path} are rounded to a narrower type, such "
             f"as {rounded[0]} from {folder.dtype(rounded[0])}; written back they will differ. "
-            "ModelConfig.param_dtype decides.",
+            "ModelConfig.param_dtype decides: float32 holds all of them exactly.",
             PretrainedWarning,
             stacklevel=3,
         )

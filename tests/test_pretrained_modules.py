@@ -57,6 +57,7 @@ def test_buffers_of_old_files_are_no_weights(tmp_path):
         ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
         ("llama", "partial_rotary_factor", 0.5),
         ("llama", "quantization_config", {"quant_method": "fp8"}),
+        ("qwen2", "use_mrope", True),
         ("glm", "scoring_func", "softmax"),
         ("llama", "torch_dtype", "float8_e4m3fn"),
         ("llama", "num_hidden_layers", None),
@@ -143,6 +144,17 @@ def test_the_papers_models_are_those_of_their_config_files(raw, config):
     assert module[0].startswith("model.mtp_layers.0." if found.moe is None else "model.layers.46.")
     # Of a mixture: attention and norms 9, router 2, shared 3, experts 3 each, and 4 of the module.
     assert len(module) == (16 if found.moe is None else 9 + 2 + 3 + 3 * 128 + 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("llama", (4, 4)), ("qwen3", (4, 128)), ("glm", (4, 4))]
+)
+def test_fields_that_are_left_out_have_the_familys_defaults(name, expected):
+    left_out = ("num_key_value_heads", "head_dim", "partial_rotary_factor")
+    raw = {key: value for key, value in CASES[name].items() if key not in left_out}
+    config = architectures.from_json(raw)
+    assert (config.num_kv_heads, config.head_dim) == expected
+    assert config.rotary_fraction == (0.5 if name == "glm" else 1.0)
 
 
 def test_newer_config_files_say_the_same(tmp_path):

@@ -27,7 +27,8 @@ class Family:
       qkv_bias: from config.json.
       qk_norm: likewise.
       attention_bias: the field may be True, for query, key and value alone.
-      rotary_fraction: where config.json says nothing.
+      head_dim: where config.json says nothing; None is width / heads.
+      rotary_fraction: likewise.
       concatenation: of the MTP modules' inputs.
     """
 
@@ -35,6 +36,7 @@ class Family:
     qkv_bias: Callable[[dict[str, Any]], bool]
     qk_norm: Callable[[dict[str, Any]], bool]
     attention_bias: bool = False
+    head_dim: int | None = None
     rotary_fraction: float = 1.0
     concatenation: Any = "hidden_embedding"
 
@@ -42,7 +44,7 @@ class Family:
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", lambda raw: False, lambda raw: False),
     "qwen2": Family("Qwen2ForCausalLM", lambda raw: True, lambda raw: False, attention_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", lambda raw: False, lambda raw: True),
+    "qwen3": Family("Qwen3ForCausalLM", lambda raw: False, lambda raw: True, head_dim=128),
     "mimo": Family("MiMoForCausalLM", lambda raw: True, lambda raw: False, attention_bias=True),
     "glm4_moe": Family(
         "Glm4MoeForCausalLM",
@@ -58,6 +60,8 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
+    "use_mrope": (False, None),
+    "rope_interleave": (False, None),
     "scoring_func": ("sigmoid", None),
     "topk_method": ("noaux_tc", None),
     "moe_layer_freq": (1, None),
@@ -100,7 +104,7 @@ def from_json(raw: dict[str, Any]) -> ModelConfig:
     family = _family(raw)
     _check_supported(raw, family)
     heads = _field(raw, "num_attention_heads")
-    head_dim = raw.get("head_dim")
+    kv_heads, head_dim = raw.get("num_key_value_heads"), raw.get("head_dim", family.head_dim)
     tied = raw.get("tie_word_embeddings", False)
     dtype = raw.get("torch_dtype", raw.get("dtype", "float32"))
     if dtype not in DTYPES:
@@ -111,7 +115,7 @@ def from_json(raw: dict[str, Any]) -> ModelConfig:
         num_layers=_field(raw, "num_hidden_layers"),
         width=_field(raw, "hidden_size"),
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads", heads),
+        num_kv_heads=heads if kv_heads is None else kv_heads,
         head_dim=_field(raw, "hidden_size") // heads if head_dim is None else head_dim,
         mlp_width=_field(raw, "intermediate_size"),
         max_length=_field(raw, "max_position_embeddings"),
@@ -143,12 +147,8 @@ def to_json(config: ModelConfig, like: dict[str, Any] | None = None) -> dict[str
         raw = _fresh_json(config)
     else:
         raw = dict(like)
-        before = from_json(like)
-        changed = [
-            name
-            for name, value in architecture(before).items()
-            if architecture(config)[name] != value
-        ]
+        now, before = architecture(config), architecture(from_json(like))
+        changed = [name for name, value in before.items() if now[name] != value]
         if changed:
             raise ValueError(
                 f"save: the model differs from the one of `like` in {', '.join(changed)}. Pass the "

@@ -130,13 +130,21 @@ def _gather(variables: dict[str, jax.Array]) -> Callable[[_Tensor], np.ndarray]:
     """The function that brings one tensor to the host, in every process."""
 
     def gather(tensor: _Tensor) -> np.ndarray:
-        piece = variables[tensor.path][tensor.place]
-        if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
+        piece = _tensor(variables[tensor.path], tensor.place)
+        if not piece.is_fully_addressable:
             piece = multihost_utils.process_allgather(piece, tiled=True)
         value = np.asarray(piece).astype(tensor.dtype, copy=False)
         return np.ascontiguousarray(value.T if tensor.transposed else value)
 
     return gather
+
+
+@jax.jit
+def _tensor(leaf: Any, place: tuple[Any, ...]) -> jax.Array:
+    """One tensor of a leaf; compiled once for each shape and not for each layer and expert."""
+    for index in place:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, index, axis=0, keepdims=False)
+    return leaf
 
 
 def _write_shards(

@@ -139,7 +139,7 @@ def test_a_column_that_is_missing_is_named(tmp_path):
     path = tmp_path / "file.parquet"
     fixtures_math.write_rows(path, rows)
     with pytest.raises(ValueError, match=r"row 0: expected a field 'question', there is no"):
-        list(files.rows(path, datasets.find("amc"), "file"))
+        list(files.rows(path, datasets.find("amc"), path.name))
 
 
 def test_a_solution_without_a_box_is_named(tmp_path):
@@ -147,7 +147,7 @@ def test_a_solution_without_a_box_is_named(tmp_path):
     problem = fixtures_math.math_rows("algebra", "train")[0]
     fixtures_math.write_rows(path, [problem, problem | {"solution": "Two."}])
     with pytest.raises(ValueError, match=r"row 1: field 'solution': expected a solution with"):
-        list(files.rows(path, datasets.find("math"), "file"))
+        list(files.rows(path, datasets.find("math"), path.name))
 
 
 def test_a_file_with_another_sum_is_refused(tmp_path):
@@ -160,14 +160,14 @@ def test_a_file_with_another_sum_is_refused(tmp_path):
 
 
 def test_without_file_and_network_the_error_says_where_to_put_it(tmp_path, monkeypatch):
-    def refuse(manager, url):
+    def refuse(url, **_):
         assert url == (
             "https://huggingface.co/datasets/math-ai/aime25/resolve/"
             "563bb8404243c5f09de6ec262f2db674fe5bce9b/test.jsonl"
         )
         raise requests.exceptions.ConnectionError
 
-    monkeypatch.setattr("tensorflow_datasets.download.DownloadManager.download", refuse)
+    monkeypatch.setattr(requests, "head", refuse)
     with pytest.raises(FileNotFoundError, match="could not be downloaded") as caught:
         datasets.prepare("aime_2025", tmp_path)
     assert str(tmp_path / "manual" / "aime_2025" / "test.jsonl") in str(caught.value)
@@ -176,7 +176,11 @@ def test_without_file_and_network_the_error_says_where_to_put_it(tmp_path, monke
 def test_a_downloaded_file_is_used(tmp_path, monkeypatch):
     fixtures_math.write(tmp_path / "elsewhere", ["amc"])
     name = datasets.find("amc").files["test"][0].path
-    downloaded = tmp_path / "elsewhere" / "manual" / "amc" / name
+    downloaded = tmp_path / "a_name_without_an_ending"
+    (tmp_path / "elsewhere" / "manual" / "amc" / name).rename(downloaded)
+    answer = requests.Response()
+    answer.status_code = 200
+    monkeypatch.setattr(requests, "head", lambda url, **_: answer)
     monkeypatch.setattr(
         "tensorflow_datasets.download.DownloadManager.download", lambda manager, url: downloaded
     )

@@ -129,10 +129,11 @@ def test_the_papers_task_says_what_it_lacks(tmp_path, monkeypatch):
     config = CONFIGS["mimo_7b_dapo"]()
     with pytest.raises(ValueError, match=r"there is no file or folder 'models/MiMo-7B-RL'"):
         tasks.load(config.task, **config.task_options)
-    monkeypatch.setattr(
-        "tensorflow_datasets.download.DownloadManager.download",
-        lambda *_: (_ for _ in ()).throw(ConnectionError("no network")),
-    )
+
+    def refuse(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("requests.head", refuse)
     options = config.task_options | {"tokenizer": "characters"}
     with pytest.raises(FileNotFoundError, match=r"put it there"):
         tasks.load(config.task, **options)

@@ -27,11 +27,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import requests
 import tensorflow_datasets as tfds
 
 from occ.tasks.datasets.answers import same_problem
 from occ.tasks.datasets.files import Row, rows, sha256
 from occ.tasks.datasets.published import TABLE, File, Published, find
+
+SECONDS = 20  # to wait for an answer from where a file is published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,8 @@ class PublishedProblems(tfds.core.GeneratorBasedBuilder):
             return by_hand
         url = self._published.url(file)
         try:
+            # TFDS tries for minutes before it says that there is no network.
+            requests.head(url, allow_redirects=True, timeout=SECONDS).raise_for_status()
             return pathlib.Path(manager.download(url))
         except OSError as error:  # of requests and of urllib too
             raise FileNotFoundError(

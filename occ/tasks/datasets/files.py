@@ -35,14 +35,14 @@ def rows(file: pathlib.Path, published: Published, name: str) -> Iterator[Row]:
     """The problems of one file, in its order.
 
     Args:
-      file: .parquet or .jsonl.
+      file: on this machine, whatever its name.
       published: says what its fields mean.
-      name: of the file, for identities.
+      name: as released, ending in .parquet or .jsonl; also for identities.
 
     Raises:
       ValueError: a row lacks a field or has a wrong value there; file, row and field are named.
     """
-    for number, row in enumerate(_read(file, published)):
+    for number, row in enumerate(_read(file, published, pathlib.PurePath(name).suffix)):
         try:
             yield _row(row, published, f"{name}:{number}")
         except (LookupError, TypeError, ValueError) as error:
@@ -57,8 +57,8 @@ def _words(error: Exception) -> str:
     return str(error.args[0]) if error.args else str(error)
 
 
-def _read(file: pathlib.Path, published: Published) -> Iterator[dict[str, Any]]:
-    if file.suffix == ".parquet":
+def _read(file: pathlib.Path, published: Published, suffix: str) -> Iterator[dict[str, Any]]:
+    if suffix == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as parquet:
             wanted = {path.split(".")[0] for path in _paths(published).values()}
             # Only columns that are needed and there: a missing one is told by `_value`.
@@ -67,11 +67,11 @@ def _read(file: pathlib.Path, published: Published) -> Iterator[dict[str, Any]]:
                 columns = parquet.schema_arrow.names
             for batch in parquet.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
                 yield from batch.to_pylist()
-    elif file.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         with file.open(encoding="utf-8") as lines:
             yield from (json.loads(line) for line in lines if line.strip())
     else:
-        raise ValueError(f"{file}: expected a .parquet or .jsonl file.")
+        raise ValueError(f"{file}: expected a .parquet or .jsonl file, got {suffix!r}.")
 
 
 def _paths(published: Published) -> dict[str, str]:

@@ -106,8 +106,8 @@ def _files(path: pathlib.Path) -> dict[str, str]:
     """The file of each tensor as the index has it; {} for a single file."""
     if not path.is_dir():
         raise ValueError(
-            f"{path} is not a folder. Pass a folder with config.json and .safetensors files, "
-            "downloaded beforehand."
+            f"{path} is not a folder (of a .gguf file: occ.models.gguf.load). Pass a folder with "
+            "config.json and .safetensors files, downloaded beforehand."
         )
     if (path / INDEX).exists():
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]

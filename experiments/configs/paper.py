@@ -52,7 +52,9 @@ def mimo_7b() -> ModelConfig:
         compute_dtype="bfloat16",
         remat="full",
         attention="splash",
-        mtp=MTPConfig(num_modules=1, concatenation="hidden_embedding"),
+        mtp=MTPConfig(
+            num_modules=1, concatenation="hidden_embedding", hidden_after_final_norm=True
+        ),
     )
 
 
@@ -90,7 +92,9 @@ def glm_4_5_air() -> ModelConfig:
             # times the tokens. Dropped pairs are counted in "router/dropped".
             capacity_factor=2.0,
         ),
-        mtp=MTPConfig(num_modules=1, concatenation="embedding_hidden"),
+        mtp=MTPConfig(
+            num_modules=1, concatenation="embedding_hidden", hidden_after_final_norm=True
+        ),
     )
 
 

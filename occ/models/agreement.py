@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from occ.models.config import ModelConfig
 
 DESCRIBED = (
@@ -39,6 +41,12 @@ def check_agrees(config: ModelConfig, found: ModelConfig, source: str) -> None:
       ValueError: lists the fields that differ.
     """
     names = [*DESCRIBED, "mtp"] if found.mtp.num_modules else [*DESCRIBED]
+    if found.moe is not None and config.moe is not None:
+        # Buffers between devices are the configuration's choice as well.
+        capacity = config.moe.capacity_factor
+        found = dataclasses.replace(
+            found, moe=dataclasses.replace(found.moe, capacity_factor=capacity)
+        )
     differ = [
         f"{name}: {getattr(config, name)} in the configuration, {getattr(found, name)} in the files"
         for name in names

@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import tqdm
 import tyro
@@ -42,6 +41,7 @@ from experiments.claims_grid import (
     baseline,
     cells,
 )
+from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.following import one_core_processes
 from occ.training import loop
@@ -163,7 +163,7 @@ def run_cell(cell: Cell, arguments: Run) -> float:
     """Runs the missing seeds of one cell in this process; returns seconds."""
     started = time.perf_counter()
     scratch = pathlib.Path("runs/claims")
-    jax.config.update("jax_compilation_cache_dir", str((scratch / "compiled").absolute()))
+    keep_compiled(scratch / "compiled")
     config, task = _setting(cell.setting, arguments.quick)
     change = {**CORE, **AROUND, **BEYOND}.get(cell.variant)
     programs, start = None, None

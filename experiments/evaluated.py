@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
-import types
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -23,10 +20,12 @@ from occ.generation.sampling import SamplingConfig, check_fits, generate
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts
 from occ.training import programs as training_programs
+from occ.training.batch import segments_of
 from occ.training.checkpoints import Checkpoints
 from occ.training.config import REGIMES, TrainConfig, regime
 from occ.training.processes import to_host
 from occ.training.rollout import Scores, build_programs
+from occ.training.run_folder import read_config
 from occ.training.sharding import for_generation, make_mesh
 
 PUBLISHED = ("math", "dapo_math_17k")
@@ -77,8 +76,6 @@ def from_run(
     Raises:
       ValueError: the folder holds no run or no checkpoint; the task has no such benchmarks.
     """
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no run: it has no config.json.")
     config = read_config(folder)
     task, problems = _task(config, benchmarks, task_options)
     built = training_programs.build(config, task)
@@ -233,42 +230,9 @@ def measure_acceptance(
         rows = np.minimum(np.arange(start, start + settings.rows), len(problems) - 1)
         key = benchmark_key(settings.seed, name)
         made = to_host(greedy(tokens[rows], mask[rows], key, rows.astype(np.int32)))
-        in_prompt = np.pad(mask[rows], ((0, 0), (0, settings.max_response_tokens)))
-        segment_ids = (in_prompt | made.response_mask).astype(np.int32)
+        segment_ids = segments_of(mask[rows], made.response_mask)
         agrees = to_host(model.score(model.params, model.rest, made.tokens, segment_ids)).mtp_agrees
         counts = acceptance.count(agrees[:, :size], made.response_mask[:size])
         total = counts if total is None else total.plus(counts)
     assert total is not None
     return acceptance.summary(total)
-
-
-# -- configurations in run folders ----------------------------------------------------------------
-
-
-def read_config(folder: pathlib.Path) -> TrainConfig:
-    """The configuration of a run, from its config.json.
-
-    Raises:
-      ValueError: a field that there is not, for example of another version of the project.
-    """
-    file = folder / "config.json"
-    try:
-        return _build(TrainConfig, json.loads(file.read_text()))
-    except TypeError as error:
-        raise ValueError(
-            f"{file}: {error}. It was written by another version; environment.json has its commit."
-        ) from error
-
-
-def _build(kind: Any, value: Any) -> Any:
-    """A value of JSON as what a field was declared as."""
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        return kind(**{name: _build(hints.get(name), entry) for name, entry in value.items()})  # type: ignore[operator]
-    origin = typing.get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
-        options = [option for option in typing.get_args(kind) if option is not type(None)]
-        return None if value is None else _build(options[0], value)
-    if origin is tuple and isinstance(value, list):
-        return tuple(value)
-    return value

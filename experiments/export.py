@@ -18,12 +18,12 @@ from typing import Literal
 import jax
 import tyro
 
-from experiments.evaluated import read_config
 from occ.models import pretrained
 from occ.training.checkpoints import Checkpoints
 from occ.training.config import TrainConfig
 from occ.training.layout import LayoutConfig
 from occ.training.programs import abstract_model, abstract_state
+from occ.training.run_folder import read_config
 from occ.training.sharding import make_mesh
 
 
@@ -52,8 +52,6 @@ def export(arguments: Arguments) -> int:
     Raises:
       ValueError: the folder holds no run or no checkpoint, or the target exists.
     """
-    if not (arguments.run / "config.json").exists():
-        raise ValueError(f"{arguments.run} holds no run: it has no config.json.")
     config = read_config(arguments.run)
     if config.layout.devices > jax.device_count():
         config = dataclasses.replace(config, layout=LayoutConfig())

@@ -328,3 +328,12 @@ def test_no_warnings_without_damage(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         restore(folder)
+
+
+def test_a_reader_that_fails_leaves_what_a_run_is_writing(folder):
+    unfinished = folder / "3.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    with pytest.raises(KeyError), Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.read(state_after(0)).number == 2
+        raise KeyError
+    assert unfinished.exists() and numbers(folder) == [1, 2]

@@ -21,7 +21,7 @@ from occ.training.checkpoints import Checkpoints
 from occ.training.config import regime
 from occ.training.history import History
 from occ.training.rollout import Scores
-from occ.training.run_folder import RunFolder
+from occ.training.run_folder import RunFolder, read_config
 from tests import fixtures_math, published, test_tokenizers, tiny
 
 pytestmark = pytest.mark.standard_promotion
@@ -193,13 +193,13 @@ def test_a_configuration_comes_back_from_its_file(tmp_path, name):
     config = CONFIGS[name]()
     written = json.dumps(dataclasses.asdict(config))
     (tmp_path / "config.json").write_text(written)
-    found = evaluated.read_config(tmp_path)
+    found = read_config(tmp_path)
     assert json.dumps(dataclasses.asdict(found)) == written
     assert dataclasses.replace(found, task_options=config.task_options) == config
     known = json.loads((tmp_path / "config.json").read_text()) | {"colour": "red"}
     (tmp_path / "config.json").write_text(json.dumps(known))
     with pytest.raises(ValueError, match="colour.*written by another version"):
-        evaluated.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 def test_regimes_are_known_by_their_configuration(tmp_path):

@@ -71,8 +71,9 @@ def test_what_a_minibatch_holds(model, programs):
     batch = rollout.batch
     segment_ids, mask = np.asarray(batch.segment_ids), np.asarray(batch.response_mask)
     scores = tiny.score(*model, batch.tokens, batch.positions, batch.segment_ids)
-    np.testing.assert_allclose(batch.old_log_prob, scores[0].log_prob, atol=1e-5)
-    np.testing.assert_allclose(batch.old_mtp_log_prob[0], scores[1].log_prob, atol=1e-5)
+    for old, score in zip((batch.old_log_prob, batch.old_mtp_log_prob[0]), scores, strict=True):
+        np.testing.assert_allclose(old[:, COLUMNS:], score.log_prob[:, COLUMNS:], atol=1e-5)
+        assert not old[:, :COLUMNS].any()  # prompts are not scored
     # Sampled token by token with a cache, and scored in one pass: the same distribution.
     np.testing.assert_allclose(
         np.asarray(batch.rollout_log_prob)[mask], np.asarray(batch.old_log_prob)[mask], atol=1e-4

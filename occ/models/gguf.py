@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import gguf
 import jax
 import numpy as np
-from flax import nnx
 
 from occ.models.agreement import check_agrees
 from occ.models.config import ModelConfig, MTPConfig
-from occ.models.decoder import Decoder, split_model
 from occ.models.pretrained.model import Pretrained
+from occ.models.pretrained.names import abstract_variables
 
 ARCHITECTURE = "llama"
 
@@ -206,7 +205,7 @@ def _has(name: str, config: ModelConfig) -> bool:
 
 def _parameters(tensors: dict[str, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Every parameter, by its path, in the dtype of parameters; one at a time."""
-    _, shapes, _ = split_model(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+    shapes, _ = abstract_variables(config)
 
     def read(tensor: str, convert: Callable[..., np.ndarray], shape: tuple[int, ...]):
         values = _dequantise(tensors[tensor])

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 
@@ -94,6 +95,24 @@ def check(batch: Minibatch, num_modules: int) -> None:
                 f"Minibatch.{name}: expected {kind.__name__} {shape} for tokens {rows_and_time} "
                 f"and {num_modules} MTP modules, got {jnp.result_type(value)} {jnp.shape(value)}."
             )
+
+
+def segments_of(prompt_mask: np.ndarray, response_mask: np.ndarray) -> np.ndarray:
+    """Segment ids of rows that hold one left-padded prompt and its response, on the host.
+
+    Args:
+      prompt_mask: bool [B, P], False on padding.
+      response_mask: bool [B, T], False in the P columns of the prompt.
+
+    Returns:
+      int32 [B, T], 1 on tokens and 0 on padding.
+
+    >>> segments_of(np.array([[False, True]]), np.array([[False, False, True, False]])).tolist()
+    [[0, 1, 1, 0]]
+    """
+    present = np.array(response_mask)
+    present[:, : prompt_mask.shape[1]] |= prompt_mask
+    return present.astype(np.int32)
 
 
 def positions_from_segments(segment_ids: jax.Array) -> jax.Array:

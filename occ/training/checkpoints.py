@@ -62,6 +62,7 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int = 2, *, read_only: bool = False):
         self._folder = folder.absolute()
         self._policy = _NewestAndBest(keep)
+        self._read_only = read_only
         self._bytes = 0  # of the last state that was given to save
         options = ocp.CheckpointManagerOptions(
             create=True, cleanup_tmp_directories=True, preservation_policy=self._policy
@@ -192,7 +193,7 @@ class Checkpoints:
             if error is None:  # else the first error tells more
                 raise
         finally:
-            if kind is not None and is_first():
+            if kind is not None and is_first() and not self._read_only:
                 # At the next start they would go anyway; a full disk needs the space now.
                 for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(unfinished, ignore_errors=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from occ.tasks import Task
 from occ.tasks.prompts import encode_prompts
+from occ.training.batch import segments_of
 from occ.training.config import TrainConfig
 from occ.training.processes import key_on_mesh, to_host
 from occ.training.rollout import RolloutPrograms, judge, lengths
@@ -49,7 +50,14 @@ def evaluate(
     return {
         "greedy": _share(greedy_rewards, greedy_valid),
         "sampled": _share(rewards, valid),
-        "mtp_acceptance": _acceptance(programs, params, rest, greedy, mask),
+        "mtp_acceptance": mtp_acceptance(
+            programs,
+            params,
+            rest,
+            greedy.tokens,
+            segments_of(mask, greedy.response_mask),
+            greedy.response_mask,
+        ),
     }
 
 
@@ -57,9 +65,21 @@ def _share(rewards: np.ndarray, valid: np.ndarray) -> float:
     return float(rewards[valid].mean()) if valid.any() else float("nan")
 
 
-def _acceptance(programs, params, rest, greedy, prompt_mask) -> list[float]:
-    in_prompt = np.zeros(greedy.tokens.shape, bool)
-    in_prompt[:, : prompt_mask.shape[1]] = prompt_mask
-    segment_ids = (in_prompt | greedy.response_mask).astype(np.int32)
-    scores = to_host(programs.score(params, rest, greedy.tokens, segment_ids))
-    return [float(agrees[greedy.response_mask].mean()) for agrees in scores.mtp_agrees]
+def mtp_acceptance(
+    programs: RolloutPrograms,
+    params: Any,
+    rest: Any,
+    tokens: Any,
+    segment_ids: Any,
+    response_mask: Any,
+) -> list[float]:
+    """Share of the response tokens that each module's most likely token is: [K].
+
+    Args:
+      programs: of the run.
+      params, rest: the model.
+      tokens, segment_ids: int32 [B, T].
+      response_mask: bool [B, T].
+    """
+    scores = to_host(programs.score(params, rest, tokens, segment_ids))
+    return [float(agrees[response_mask].mean()) for agrees in scores.mtp_agrees]

@@ -22,8 +22,9 @@ from flax import nnx
 from occ.objectives import masked, mtp
 from occ.tasks import Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
-from occ.training.batch import positions_from_segments
+from occ.training.batch import positions_from_segments, segments_of
 from occ.training.config import TrainConfig
+from occ.training.evaluate import mtp_acceptance
 from occ.training.processes import key_on_mesh, to_host, to_mesh
 from occ.training.programs import Programs
 from occ.training.rollout import lengths
@@ -80,7 +81,8 @@ def warm_up_modules(
     """
     settings = config.warm_start
     held_out, pool = draw(programs, params, rest, config, task)
-    before = acceptance(programs, params, rest, held_out)
+    before = mtp_acceptance(programs.rollout, params, rest, *held_out)
+    columns, _ = lengths(config, task)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, settings.steps // 10 + 1, settings.steps + 1, 0.0
     )
@@ -91,7 +93,7 @@ def warm_up_modules(
     def step(modules, opt_state, params, rest, batch):
         def loss(modules):
             parts = partition(params)._replace(modules=modules)
-            return modules_loss(programs.graphdef, join(parts), rest, batch, config)
+            return modules_loss(programs.graphdef, join(parts), rest, batch, config, columns)
 
         gradient, losses = jax.grad(loss, has_aux=True)(modules)
         updates, opt_state = optimizer.update(gradient, opt_state, modules)
@@ -107,11 +109,17 @@ def warm_up_modules(
         if number % 10 == 0 or number == settings.steps - 1:
             on_step(number, to_host(losses).tolist())
     params = join(parts._replace(modules=modules))
-    return WarmedUp(params, before, acceptance(programs, params, rest, held_out))
+    after = mtp_acceptance(programs.rollout, params, rest, *held_out)
+    return WarmedUp(params, before, after)
 
 
 def modules_loss(
-    graphdef: nnx.GraphDef, params: Any, rest: Any, batch: Samples, config: TrainConfig
+    graphdef: nnx.GraphDef,
+    params: Any,
+    rest: Any,
+    batch: Samples,
+    config: TrainConfig,
+    prompt_columns: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy of the modules on the responses, and each module's own [K].
 
@@ -125,6 +133,7 @@ def modules_loss(
         batch.segment_ids,
         config.rollout.temperature,
         config.layout.logits_chunk,
+        prompt_columns,
     )
     parts = partition(params)
     hidden = jax.lax.stop_gradient(stages.trunk(parts).hidden)
@@ -153,14 +162,7 @@ def draw(
         prompts, prompt_mask = encode_prompts(task.tokenizer, texts, columns)
         key = key_on_mesh(config.seed, SAMPLING_KEY + portion)
         sampled = to_host(programs.rollout.sample(params, rest, prompts, prompt_mask, key))
-        present = np.array(sampled.response_mask)
-        present[:, :columns] = prompt_mask
-        drawn.append(Samples(sampled.tokens, present.astype(np.int32), sampled.response_mask))
+        segment_ids = segments_of(prompt_mask, sampled.response_mask)
+        drawn.append(Samples(sampled.tokens, segment_ids, sampled.response_mask))
     pool = jax.tree.map(lambda *portions: np.concatenate(portions), *drawn[1:])
     return drawn[0], pool
-
-
-def acceptance(programs: Programs, params: Any, rest: Any, samples: Samples) -> list[float]:
-    """Share of the response tokens that each module's most likely token is."""
-    scores = to_host(programs.rollout.score(params, rest, samples.tokens, samples.segment_ids))
-    return [float(agrees[samples.response_mask].mean()) for agrees in scores.mtp_agrees]

@@ -16,7 +16,7 @@ from occ.generation.sampling import Generation, SamplingConfig, check_fits, gene
 from occ.objectives import advantages
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
-from occ.training.batch import Minibatch, positions_from_segments
+from occ.training.batch import Minibatch, positions_from_segments, segments_of
 from occ.training.config import TrainConfig
 from occ.training.processes import collect_shares, key_on_mesh, my_share, to_host
 from occ.training.sharding import for_generation
@@ -108,7 +108,7 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
             nothing = jnp.zeros((0, *tokens.shape), main.log_prob.dtype)
             return Scores(main.log_prob, nothing, nothing > 0)
         agrees = [
-            (head.greedy == tokens) & stages.predictable(depth)
+            (head.greedy == tokens) & stages.scored(depth)
             for depth, head in enumerate(heads, start=1)
         ]
         return Scores(
@@ -238,10 +238,8 @@ def _length_penalty(sampled: Generation, config: TrainConfig, response: int) -> 
 
 def _batch(programs, params, rest, sampled, prompt_mask, counted, advantage) -> Minibatch:
     """The sequences with the old policies' log-probs."""
-    rows, time = sampled.tokens.shape
-    in_prompt = np.zeros((rows, time), bool)
-    in_prompt[:, : prompt_mask.shape[1]] = prompt_mask
-    segment_ids = (in_prompt | sampled.response_mask).astype(np.int32)
+    rows = sampled.tokens.shape[0]
+    segment_ids = segments_of(prompt_mask, sampled.response_mask)
     response_mask = sampled.response_mask & counted[:, None]
     old = to_host(programs.score(params, rest, sampled.tokens, segment_ids))
     return Minibatch(

@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import pathlib
 import subprocess
+import types
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -116,6 +118,39 @@ class RunFolder:
         if is_first():
             with disk.explained(self.path, len(text)):
                 disk.replace_text(self.path / name, text)
+
+
+def read_config(folder: pathlib.Path) -> TrainConfig:
+    """The configuration of a run, from its folder.
+
+    Raises:
+      ValueError: it holds no run, or one with a field that there is not, for example of another
+        version of the project.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder} holds no run: it has no config.json.")
+    try:
+        return _as_declared(TrainConfig, json.loads(file.read_text()))
+    except TypeError as error:
+        raise ValueError(
+            f"{file}: {error}. It was written by another version; environment.json has its commit."
+        ) from error
+
+
+def _as_declared(kind: Any, value: Any) -> Any:
+    """A value of JSON as what a field was declared as."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        fields = {name: _as_declared(hints.get(name), entry) for name, entry in value.items()}
+        return kind(**fields)  # type: ignore[operator]
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        return None if value is None else _as_declared(options[0], value)
+    if origin is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
 
 
 def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:

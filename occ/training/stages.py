@@ -127,7 +127,7 @@ class Stages:
 
         scores = self._in_chunks(score, depth, hidden, mtp.labels_at_source(self.tokens, depth))
         log_prob, entropy, greedy = (mtp.align(values, depth) for values in scores)
-        scored = self._scored(depth)
+        scored = self.scored(depth)
         return TokenScores(
             log_prob=jnp.where(scored, log_prob, 0),
             entropy=jnp.where(scored, entropy, 0),
@@ -158,7 +158,7 @@ class Stages:
 
         target_hidden = jax.lax.stop_gradient(mtp.ahead(main_hidden, depth))
         values = mtp.align(self._in_chunks(diverge, depth, hidden, target_hidden), depth)
-        return jnp.where(self._scored(depth), values, 0)
+        return jnp.where(self.scored(depth), values, 0)
 
     def _logits(self, parts: Parts, hidden: jax.Array, depth: int) -> jax.Array:
         """Logits of the main head (depth 0) or MTP head `depth` >= 1, at their source positions."""
@@ -217,7 +217,7 @@ class Stages:
         chunks = tuple(cut(values) for values in columns)
         return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda c: function(*c)), chunks))
 
-    def _scored(self, depth: int) -> Bool[Array, "batch time"]:
+    def scored(self, depth: int) -> Bool[Array, "batch time"]:
         """Which tokens the head at this depth scores."""
         predictable = self.predictable(depth)
         if not self.prompt_columns:

@@ -6,6 +6,7 @@ computes `decay ** count` with an integer count, which strict dtype promotion fo
 runs it carries the mark `standard_promotion`.
 """
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -32,6 +33,9 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A reference in torch, which doctest would import; the extra parity has it.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["reference_torch.py"]
 
 CHECKED = ["occ.objectives", "occ.models", "occ.generation", "occ.evaluation"]
 # Not the two trees of training: jax fills them with shapes, shardings and numpy arrays as well.

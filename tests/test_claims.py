@@ -165,6 +165,7 @@ def test_scores_know_a_good_estimator_from_a_bad_one():
     assert opposed.spearman == pytest.approx(-1) and opposed.sign == 0
 
 
+@pytest.mark.slow
 def test_following_a_run_measures_every_estimator(at, monkeypatch):
     monkeypatch.setitem(estimator_fidelity.MODELS, "tiny", (claims_grid.MAIN, lambda run: run))
     config = dataclasses.replace(CONFIGS[claims_grid.MAIN]())

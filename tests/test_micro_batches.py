@@ -67,10 +67,8 @@ def test_micro_batches_give_the_whole_minibatchs_step(x64, name):
     assert_same(parts, whole, 1e-9)
 
 
-@pytest.mark.parametrize(
-    "aggregation",
-    ["seq-mean-token-mean", pytest.param("seq-mean-token-sum", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum"])
 def test_micro_batches_under_other_aggregations_and_two_heads(x64, aggregation):
     objective = ObjectiveConfig(aggregation=aggregation, kl_coefficient=0.1)
     for name in ("exact", "proxy_fused"):

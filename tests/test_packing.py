@@ -93,14 +93,18 @@ MTP = {
     "cross_fitted": MTPTrainingConfig(measure="cross_fitted"),
     "row_subset": MTPTrainingConfig(measure="row_subset", placement="fused", row_fraction=0.3),
 }
+SLOW = ("cross_fitted", "row_subset")
 
 
-@pytest.mark.parametrize("name", MTP)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MTP]
+)
 def test_packing_changes_no_step(x64, name):
     for padded, packed in steps(MTP[name]):
         assert_same(padded, packed, 1e-9)
 
 
+@pytest.mark.slow
 def test_packing_under_what_is_counted_by_sequence(x64):
     """Sequences that idle are left out, and must not have been counted before."""
     objective = ObjectiveConfig(aggregation="seq-mean-token-mean", policy=PolicyConfig(kind="gspo"))
@@ -119,6 +123,7 @@ def test_packing_and_micro_batches_of_halves(x64):
         assert_same(padded, packed, 1e-9)
 
 
+@pytest.mark.slow
 def test_packing_leaves_a_routers_load_as_it_is(x64):
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
     for padded, packed in steps(MTP["proxy"], model={"moe": moe}):
@@ -235,6 +240,7 @@ def test_the_minibatches_of_a_rollout_have_one_shape():
     assert {part.tokens.shape for part in minibatches(nothing, config)} == {(1, 12)}
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_a_run_compiles_once_or_when_packed_once_a_rung(tmp_path):
     """Whatever lengths it meets: counted by the compiled programs themselves."""

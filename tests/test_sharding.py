@@ -217,7 +217,7 @@ def single_moe():
 @pytest.mark.parametrize(
     "layout",
     [
-        "fsdp-expert-tensor",
+        pytest.param("fsdp-expert-tensor", marks=pytest.mark.slow),
         "data-expert",
         pytest.param("expert", marks=pytest.mark.slow),
         pytest.param("fsdp", marks=pytest.mark.slow),

@@ -97,8 +97,12 @@ def test_a_detached_mtp_loss_does_not_depend_on_shared_parameters(tied, own):
 
 @pytest.mark.parametrize(
     ("loss", "heads", "kind"),
-    [("ce", 1, SEQUENTIAL), ("policy", 2, SEQUENTIAL), ("ce", 2, PARALLEL), ("ce", 2, OWN)],
-    ids=["ce-1-sequential", "policy-2-sequential", "ce-2-parallel", "ce-2-own"],
+    [
+        pytest.param("ce", 1, SEQUENTIAL, marks=pytest.mark.slow, id="ce-1-sequential"),
+        pytest.param("policy", 2, SEQUENTIAL, id="policy-2-sequential"),
+        pytest.param("ce", 2, PARALLEL, id="ce-2-parallel"),
+        pytest.param("ce", 2, OWN, marks=pytest.mark.slow, id="ce-2-own"),
+    ],
 )
 def test_fused_equals_exact_equals_plain_autodiff(x64, heads, kind, loss):
     """The same weights at the trunk's output, at the parameters, or on whole gradients."""
@@ -305,7 +309,7 @@ def test_every_target_masked_is_zero_and_finite():
         assert np.isfinite(float(got.heads[0].metrics["loss/mtp"]))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_mixture_of_experts_goes_through_both_placements(x64, remat):
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
     model_config = tiny.model_config(1, "float64", moe=moe, remat=remat)

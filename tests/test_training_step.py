@@ -284,7 +284,7 @@ def test_configurations_that_cannot_work_are_refused(unchecked, build, message):
 @pytest.mark.parametrize(
     ("mtp", "logits_chunk"),
     [
-        (regime("occ"), 0),
+        pytest.param(regime("occ"), 0, marks=pytest.mark.slow),
         (dataclasses.replace(regime("ce"), loss="distill"), 2),
         (regime("occ_released"), 0),
     ],

@@ -1,9 +1,9 @@
 """What is computed on padding, and what packing and generation in portions save of it.
 
-Claim: where responses differ in length, most token positions of a padded minibatch hold no token;
-packed minibatches take fewer rows and less time a step, and change nothing but rounding.
+Question: how much of what generation and training compute holds no token, and do fewer rows save
+time? In the settings of the claims, whose rows are nearly full, no: see LOG.md.
 Command: python -m experiments.padding
-Cost: five minutes on two CPU cores, most of it the settings' warm starts.
+Cost: four minutes on two CPU cores, most of it the settings' warm starts.
 
 Each layout trains on the same rollout, of the policy after the warm start. Waste is the share of
 computed token positions that hold no token. Layouts take turns within a round; ratios of seconds

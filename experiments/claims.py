@@ -30,6 +30,7 @@ import tyro
 
 from experiments import claims_report, runs
 from experiments.claims_grid import (
+    APART,
     AROUND,
     BEYOND,
     CONTROL,
@@ -38,6 +39,7 @@ from experiments.claims_grid import (
     SEEDS,
     SHUFFLED,
     Cell,
+    apart,
     baseline,
     cells,
 )
@@ -110,7 +112,7 @@ def run(arguments: Run) -> int:
         )
     wanted = [
         cell
-        for cell in cells()
+        for cell in cells() + (apart() if arguments.variants else [])
         if (not arguments.settings or cell.setting in arguments.settings)
         and (not arguments.variants or cell.variant in arguments.variants)
         and cell.setting in CONFIGS
@@ -165,7 +167,7 @@ def run_cell(cell: Cell, arguments: Run) -> float:
     scratch = pathlib.Path("runs/claims")
     keep_compiled(scratch / "compiled")
     config, task = _setting(cell.setting, arguments.quick)
-    change = {**CORE, **AROUND, **BEYOND}.get(cell.variant)
+    change = {**CORE, **AROUND, **BEYOND, **APART}.get(cell.variant)
     programs, start = None, None
     for seed in missing(arguments, cell):
         if change is None:

@@ -162,6 +162,22 @@ BEYOND: dict[str, Change] = {
 }
 """Where joint training might gain: modules that stay good drafters, a target of higher quality."""
 
+APART: dict[str, Change] = {
+    "occ_by_layer": _mtp(_occ(groups="layer")),
+    "drafter_occ_by_layer": _mtp(_occ(own_loss="ce", reference="own", groups="layer")),
+    "occ_noise_aware": _mtp(
+        _occ(
+            measure="cross_fitted",
+            smoothing=0.9,
+            rule="noisy_optimal",
+            rule_options={"step_smoothness": 0.5},
+        )
+    ),
+}
+"""Fixed after the grid had run, in the settings of BEYOND and beside a Detach of their own: a
+coefficient a layer, and averaged correlations between halves against the noise that a step carries.
+Named by `--variants`, with a `--folder` of their own; a plain `run` leaves them out."""
+
 BASELINES = {"two_modules": "two_modules_detach", "gspo": "gspo_detach"}
 BASELINES |= {f"rate_{factor}": f"rate_{factor}_detach" for factor in ("0.5", "2", "4")}
 BASELINES |= {f"minibatches_{count}": f"minibatches_{count}_detach" for count in (1, 8)}
@@ -182,6 +198,11 @@ def cells() -> list[Cell]:
     around = [Cell(MAIN, variant) for variant in AROUND]
     beyond = [Cell(setting, variant) for setting in BEYOND_SETTINGS for variant in BEYOND]
     return core + controls + beyond + around
+
+
+def apart() -> list[Cell]:
+    """Cells that are run when they are named."""
+    return [Cell(setting, variant) for setting in BEYOND_SETTINGS for variant in APART]
 
 
 def baseline(variant: str) -> str:

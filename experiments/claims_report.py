@@ -13,7 +13,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 
-from experiments.claims_grid import BEYOND, CONTROL, CORE, MAIN, SETTINGS, SHUFFLED, baseline, cells
+from experiments.claims_grid import (
+    APART,
+    BEYOND,
+    CONTROL,
+    CORE,
+    MAIN,
+    SETTINGS,
+    SHUFFLED,
+    apart,
+    baseline,
+    cells,
+)
 from occ.evaluation.intervals import Estimate, mean_interval, paired_difference
 from occ.training.run_folder import read_rows
 
@@ -28,7 +39,7 @@ def read(folder: pathlib.Path) -> Results:
       ValueError: there are none, or some that do not share their warm start.
     """
     results: Results = {}
-    for setting, variant in cells():
+    for setting, variant in cells() + apart():
         file = folder / setting / f"{variant}.jsonl"
         if file.exists():
             rows = sorted(read_rows(file), key=lambda row: row["seed"])
@@ -350,13 +361,14 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
     results = read(folder)
     output.mkdir(parents=True, exist_ok=True)
     core = [name for name in (*CORE, CONTROL) if name != "detach"]
+    beyond = [name for name in (*BEYOND, *APART) if any(name in runs for runs in results.values())]
     sections = {
         "Correlation with the RL gradient (claims 1, 2, 7)": correlation_table(results),
         "Reward minus Detach's (claim 3)": fixed_table(results),
         "The log-ratio proxy (claim 4, and the control)": proxy_table(results),
         "Final sampled accuracy minus Detach's (claim 5)": against_detach_table(results, core),
         "Beyond the paper's regimes": against_detach_table(
-            {s: r for s, r in results.items() if set(BEYOND) & set(r)}, list(BEYOND)
+            {s: r for s, r in results.items() if set(beyond) & set(r)}, beyond
         ),
         **{
             f"{setting}{', with changes one at a time' if setting == MAIN else ''}": accuracy_table(
@@ -366,11 +378,12 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
             if setting in results
         },
     }
-    n = {len(rows) for runs in results.values() for rows in runs.values()}
+    counts = {len(rows) for runs in results.values() for rows in runs.values()}
+    n = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     text = (
         "Points of per cent unless said otherwise; mean and 95 % Student-t interval over seeds "
-        f"(n = {min(n)} to {max(n)}); differences are paired by seed, bold where the interval "
-        "excludes 0. With this many comparisons one in twenty is bold by chance.\n\n"
+        f"(n = {n}); differences are paired by seed, bold where the interval excludes 0. "
+        "With this many comparisons one in twenty is bold by chance.\n\n"
     )
     text += "\n\n".join(f"### {title}\n\n{table}" for title, table in sections.items()) + "\n"
     (output / "table.md").write_text(text)

@@ -25,9 +25,14 @@ pytestmark = pytest.mark.standard_promotion
 
 def test_every_cell_of_the_grid_builds():
     """Configuration and calibration; the controls' are built from rows."""
-    grid = claims_grid.cells()
+    grid = claims_grid.cells() + claims_grid.apart()
     assert len(grid) == len(set(grid))
-    changes = {**claims_grid.CORE, **claims_grid.AROUND, **claims_grid.BEYOND}
+    changes = {
+        **claims_grid.CORE,
+        **claims_grid.AROUND,
+        **claims_grid.BEYOND,
+        **claims_grid.APART,
+    }
     for cell in grid:
         assert cell.setting in CONFIGS
         if cell.variant in claims_grid.CONTROLS:

@@ -2,7 +2,6 @@
 
 import pathlib
 import random
-import re
 
 import numpy as np
 import pytest
@@ -16,9 +15,7 @@ from occ.tasks.math_task import MathTask, MathVerifier
 from occ.tasks.math_values import compare, quantity
 from occ.tasks.tokenizer import CharacterTokenizer
 from occ.tasks.workers import Limits, WorkerPool
-from tests import hostile_answers
 from tests.faulty_checks import FAULTS
-from tests.hostile_answers import HOSTILE
 
 # Reference | answer. One pair a line.
 EQUAL = r"""
@@ -328,63 +325,6 @@ def test_order_matters_in_a_tuple_and_not_in_a_set(numbers, rng):
 
 
 # -- what is wrong, and what is invalid -------------------------------------------------------
-
-
-def test_the_corpus_is_of_the_size_it_claims():
-    assert len(set(HOSTILE)) == len(HOSTILE) >= 120
-
-
-def test_hostile_answers_do_nothing_and_are_wrong(verifier, tmp_path, monkeypatch):
-    """Nothing but costly mathematics makes a sample invalid, so no model can choose to be so."""
-    monkeypatch.chdir(tmp_path)
-    before = verifier.pool.map([("x", "x")] * 2)
-    verdicts = verifier.judge(["x^2+1"] * len(HOSTILE), boxed(HOSTILE))
-    by_answer = dict(zip(HOSTILE, verdicts, strict=True))
-    costly = [by_answer.pop(answer) for answer in hostile_answers.COSTLY]
-    assert {answer: v for answer, v in by_answer.items() if v.reward != 0.0} == {}
-    assert {verdict.reward for verdict in costly} <= {0.0, None}
-    assert any(verdict.reward is None for verdict in costly)  # or the bounds were never reached
-    for folder in (tmp_path, pathlib.Path("/"), pathlib.Path(__file__).parent):
-        assert not (folder / hostile_answers.CANARY).exists()
-    assert verifier.pool.map([("x", "x")] * 2) == before == [True, True]
-
-
-@pytest.mark.parametrize("answer", [*hostile_answers.POWERS, *hostile_answers.FACTORIALS])
-def test_large_values_are_refused_before_they_are_evaluated(answer):
-    text = normalise(answer[:513])
-    assert unreadable(text)
-
-
-def test_hostile_answers_are_not_evaluated_in_this_process(monkeypatch):
-    """The cheap tiers alone, with every way to run a text taken away."""
-    with monkeypatch.context() as patch:
-        for name in ("eval", "exec", "compile"):
-            patch.setattr(f"builtins.{name}", None)
-        for answer in HOSTILE:
-            text = normalise(answer[:512])
-            if unreadable(text) is None:
-                compare("12", text)
-                compare(text, "12")
-
-
-FRAGMENTS = re.findall(
-    r"\S+",
-    r"""
-    \frac{ \sqrt{ \text{ \left( \right) { } ( ) [ ] | ! ^ ^{ _ , . / + - * = < % & \\ \{ \} \pi
-    \infty \cup \binom{ \log \sin \pm \cdot \in x n i e 0 1 2 9 12 99 __ ' " $ # import eval(
-    """,
-)
-FRAGMENTS += [" ", "\0", "\n", "\N{SUPERSCRIPT TWO}"]
-
-
-@given(st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join), max_size=8))
-@settings(derandomize=True, deadline=None, max_examples=60)
-def test_any_answer_gets_a_verdict_and_costs_no_worker(verifier, answers):
-    verdicts = verifier.judge(
-        ["x^2+1"] * len(answers), [f"Answer\n\\boxed{{{a}}}" for a in answers]
-    )
-    assert all(verdict.reward in (0.0, 1.0, None) for verdict in verdicts)
-    assert verifier.pool.map([("x", "x"), ("x", "y")]) == [True, False]
 
 
 @given(st.text(max_size=200), st.text(max_size=200))

@@ -20,12 +20,14 @@ def main():
     parser.add_argument("--processes", type=int)
     parser.add_argument("--index", type=int)
     parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--packed", action="store_true", help="and generated in portions")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", given.devices)
-    config = dataclasses.replace(
-        CONFIG, layout=LayoutConfig(data=2, fsdp=2), rollouts=given.rollouts, checkpoint_every=2
-    )
+    layout = LayoutConfig(data=2, fsdp=2)
+    if given.packed:
+        layout = dataclasses.replace(layout, pack=True, sequences_per_row=2, generation_rows=8)
+    config = dataclasses.replace(CONFIG, layout=layout, rollouts=given.rollouts, checkpoint_every=2)
     arguments = train.Arguments(
         config,
         folder=given.folder,

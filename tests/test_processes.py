@@ -56,6 +56,15 @@ def rows_of(folder):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
+def check_same(alone, together):
+    """The same samples, so the same rewards; the other metrics to rounding."""
+    assert len(alone) == len(together) == 4
+    for expected, got in zip(alone, together, strict=True):
+        assert got["reward"] == expected["reward"]
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 LONGER = ("--rollouts", "60")
 
 
@@ -69,12 +78,8 @@ def test_two_processes_are_one_run_and_end_together(tmp_path):
     assert one.wait(300) == 0, said(tmp_path)
     two = start_two(tmp_path / "two")
     assert [process.wait(300) for process in two] == [0, 0], said(tmp_path)
-    alone, together = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
-    assert len(alone) == len(together) == 4
-    for expected, got in zip(alone, together, strict=True):
-        assert got["reward"] == expected["reward"]
-        for name, value in expected.items():
-            np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    together = rows_of(tmp_path / "two")
+    check_same(rows_of(tmp_path / "one"), together)
 
     killed = tmp_path / "killed"
     two = start_two(killed, *LONGER)
@@ -93,6 +98,16 @@ def test_two_processes_are_one_run_and_end_together(tmp_path):
     rows = rows_of(killed)
     assert [row["rollout"] for row in rows] == list(range(60))
     assert rows[:4] == together
+
+
+@pytest.mark.slow
+def test_packing_and_portions_are_the_same_in_two_processes(tmp_path):
+    """Every process packs all rows alike, and fills up portions of all prompts, not of its own."""
+    one = start(tmp_path / "one", 4, "--packed")
+    assert one.wait(300) == 0, said(tmp_path)
+    two = start_two(tmp_path / "two", "--packed")
+    assert [process.wait(300) for process in two] == [0, 0], said(tmp_path)
+    check_same(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"))
 
 
 def test_shares_cover_all_rows_once():

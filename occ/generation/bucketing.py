@@ -72,11 +72,13 @@ class Bucketed:
       program: jitted `(params, rest, prompts, prompt_mask, key, rows=...) -> Generation`.
       rows_at_a_time: R; 0 runs the program once, on the batch as it is.
       pad_token: stands on the left of prompts.
+      fetch: whole values of arrays, on the host; several processes need one that gathers.
     """
 
     program: Callable[..., Generation]
     rows_at_a_time: int
     pad_token: int
+    fetch: Callable[[Any], Any] = jax.device_get
 
     def __post_init__(self):
         if self.rows_at_a_time < 0:
@@ -114,7 +116,7 @@ class Bucketed:
         ]
         widened = [
             self._widen(generation, columns - portion.columns)
-            for generation, portion in zip(jax.device_get(generated), cut, strict=True)
+            for generation, portion in zip(self.fetch(generated), cut, strict=True)
         ]
         # The first of every row, in their order: rows that only filled up a portion fall away.
         _, order = np.unique(np.concatenate([portion.rows for portion in cut]), return_index=True)

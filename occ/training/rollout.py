@@ -89,7 +89,7 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
             )
 
         compiled = jax.jit(sample)
-        return Bucketed(compiled, config.layout.generation_rows, task.tokenizer.pad_id)
+        return Bucketed(compiled, config.layout.generation_rows, task.tokenizer.pad_id, to_host)
 
     def score(params, rest, tokens, segment_ids):
         positions = positions_from_segments(segment_ids)

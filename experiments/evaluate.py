@@ -3,6 +3,7 @@ r"""avg@k, pass@k and maj@k of trained runs and published models on benchmarks o
     python -m experiments.evaluate run RUN_FOLDER ... --data-dir data       # k 32, top-p 0.7
     python -m experiments.evaluate run RUN_FOLDER --benchmarks aime_2024 amc --k 8 --checkpoint best
     python -m experiments.evaluate run --pretrained models/MiMo-7B-RL --data-dir data
+    python -m experiments.evaluate run RUN_FOLDER --mesh fsdp 128 --distributed      # on each host
     python -m experiments.evaluate table RUN_FOLDER ...         # the paper's layout, as Markdown
     python -m experiments.evaluate fixtures                     # all of it, on files made here
 
@@ -28,7 +29,10 @@ from experiments import evaluated, runs
 from experiments.compiled import keep_compiled
 from occ.evaluation import benchmarks
 from occ.evaluation.completions import Settings, complete, open_folder
+from occ.models.partitioning import AXES
 from occ.tasks.math_task import MathTask
+from occ.training.config import LayoutConfig
+from occ.training.processes import is_first, join, wait_for_all
 from occ.training.rollout import lengths
 
 
@@ -53,6 +57,10 @@ class Run:
       seed: of sampling.
       name: of the folder for the files, in each run's.
       verify: refuse files of benchmarks that are not the published ones.
+      mesh: devices along its axes (data, fsdp, expert, tensor; 1 where left out); none are the
+        run's own mesh, and one device for published models.
+      distributed, coordinator, processes, index: one of several processes, as in
+        `experiments.train`.
     """
 
     folders: tyro.conf.Positional[tuple[pathlib.Path, ...]] = ()
@@ -73,6 +81,23 @@ class Run:
     seed: int = 0
     name: str = "evaluation"
     verify: bool = True
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    index: int | None = None
+
+    def layout(self) -> LayoutConfig | None:
+        """Where models live; None is for each to say.
+
+        Raises:
+          ValueError: no such axis.
+        """
+        sizes: dict[str, Any] = self.mesh
+        unknown = sorted(set(sizes) - set(AXES))
+        if unknown:
+            raise ValueError(f"evaluate run: --mesh has the axes {AXES}, got {unknown}.")
+        return LayoutConfig(**sizes) if sizes else None
 
     def task_options(self) -> dict[str, Any]:
         """Options of `mathematics.load` in place of a run's own."""
@@ -120,15 +145,17 @@ def run(arguments: Run) -> list[pathlib.Path]:
     """
     if not arguments.folders and not arguments.pretrained:
         raise ValueError("evaluate run: expected folders of runs, or --pretrained.")
+    if arguments.distributed:
+        join(arguments.coordinator, arguments.processes, arguments.index)
     names = arguments.benchmarks or None
-    options = arguments.task_options()
+    options, layout = arguments.task_options(), arguments.layout()
     folders = []
     for folder in arguments.folders:
-        model = evaluated.from_run(folder, arguments.checkpoint, names, options)
+        model = evaluated.from_run(folder, arguments.checkpoint, names, options, layout)
         _evaluate_and_close(model, arguments, folder / arguments.name)
         folders.append(folder)
     for source in arguments.pretrained:
-        model = evaluated.from_pretrained(source, names, options)
+        model = evaluated.from_pretrained(source, names, options, layout)
         folder = pathlib.Path("runs/evaluations") / model.name
         _evaluate_and_close(model, arguments, folder / arguments.name)
         folders.append(folder)
@@ -144,7 +171,7 @@ def _evaluate_and_close(model: evaluated.Model, arguments: Run, folder: pathlib.
 
 
 def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """One model on its benchmarks; returns what summary.json holds."""
+    """One model on its benchmarks; returns what summary.json holds, on the first process."""
     prompt, response = lengths(model.config, model.task)
     if arguments.max_prompt_tokens is not None:
         prompt = arguments.max_prompt_tokens
@@ -162,6 +189,12 @@ def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> di
         seed=arguments.seed,
         model=model.name,
     )
+    parts = model.config.layout.row_parts
+    if arguments.rows % parts:
+        raise ValueError(
+            f"evaluate run: --rows {arguments.rows} cannot be cut evenly on {parts} devices (data "
+            "x fsdp x expert). Choose a multiple."
+        )
     open_folder(folder, settings)
     with jax.set_mesh(model.mesh):
         sampler = evaluated.sampler(model, evaluated.sampling_config(model, settings))
@@ -172,19 +205,25 @@ def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> di
         }
         results = {}
         for name, problems in model.benchmarks.items():
-            with tqdm.tqdm(desc=f"{model.label}: {name}", unit="sample", leave=False) as bar:
+            title = f"{model.label}: {name}"
+            with tqdm.tqdm(desc=title, unit="sample", leave=False, disable=not is_first()) as bar:
 
                 def show(done: int, total: int, bar: tqdm.tqdm = bar) -> None:
                     bar.total = total
                     bar.update(done - bar.n)
 
                 rows = complete(sampler, model.task, name, problems, settings, folder, show)
-            results[name] = benchmarks.result(name, rows)
             accepted = evaluated.measure_acceptance(
                 model, name, arguments.acceptance_prompts, settings
             )
+            if not is_first():
+                continue
+            results[name] = benchmarks.result(name, rows)
             summary["benchmarks"][name] = results[name].summary() | {"mtp_acceptance": accepted}
             print(line(model.label, results[name], accepted))
+    wait_for_all(f"{folder} is evaluated")
+    if not is_first():
+        return summary
     average = benchmarks.average(results, list(results))
     summary["average"] = {"benchmarks": list(results), **average._asdict()}
     runs.write_json(folder / "summary.json", summary)

@@ -22,7 +22,15 @@ from occ.tasks.prompts import encode_prompts
 from occ.training import programs as training_programs
 from occ.training.batch import segments_of
 from occ.training.checkpoints import Checkpoints
-from occ.training.config import REGIMES, TrainConfig, regime
+from occ.training.config import (
+    REGIMES,
+    LayoutConfig,
+    PretrainedConfig,
+    TrainConfig,
+    WarmStartConfig,
+    regime,
+)
+from occ.training.pretrained_start import load_model
 from occ.training.processes import to_host
 from occ.training.rollout import Scores, build_programs
 from occ.training.run_folder import read_config
@@ -64,19 +72,23 @@ def from_run(
     which: Literal["newest", "best"],
     benchmarks: Sequence[str] | None,
     task_options: dict[str, Any],
+    layout: LayoutConfig | None = None,
 ) -> Model:
-    """A checkpoint of a run, on the devices of its layout; its whole state is read, and checked.
+    """A checkpoint of a run; its whole state is read, and checked.
 
     Args:
       folder: of the run.
       which: of its checkpoints.
       benchmarks: names; None are all six, or "test", the test problems of a task without any.
       task_options: in place of the run's own, for tasks of published problems.
+      layout: where it will live; None is where it was trained.
 
     Raises:
       ValueError: the folder holds no run or no checkpoint; the task has no such benchmarks.
     """
     config = read_config(folder)
+    if layout is not None:
+        config = _moved(config, layout)
     task, problems = _task(config, benchmarks, task_options)
     built = training_programs.build(config, task)
     with (
@@ -99,14 +111,18 @@ def from_run(
 
 
 def from_pretrained(
-    source: str, benchmarks: Sequence[str] | None, task_options: dict[str, Any]
+    source: str,
+    benchmarks: Sequence[str] | None,
+    task_options: dict[str, Any],
+    layout: LayoutConfig | None = None,
 ) -> Model:
-    """A published model, on one device.
+    """A published model.
 
     Args:
       source: of its weights and tokenizer, as `sources.resolve` reads it: a folder or a .gguf file.
       benchmarks: names; None are all six.
       task_options: of `mathematics.load`; "data_dir" at least.
+      layout: where it will live; None is one device.
 
     Raises:
       ValueError: no such files, or no "data_dir".
@@ -116,17 +132,20 @@ def from_pretrained(
     if "data_dir" not in task_options:
         raise ValueError("evaluate: a published model brings no benchmarks; give --data-dir.")
     path = sources.resolve(source)
-    loaded = gguf.load(path) if path.suffix == ".gguf" else pretrained.load(path)
+    model = gguf.read_config(path) if path.suffix == ".gguf" else pretrained.read_config(path)
     options = {"tokenizer": str(path), "extract": "boxed"} | task_options
-    config = TrainConfig(
+    published = TrainConfig(
         name=path.stem,
-        model=loaded.config,
+        model=model,
         task="math",
         task_options=options,
-        mtp=regime("detach" if loaded.config.mtp.num_modules else "rl_only"),
+        mtp=regime("detach" if model.mtp.num_modules else "rl_only"),
+        pretrained=PretrainedConfig(str(path)),
     )
+    config = published if layout is None else _moved(published, layout)
     task, problems = _task(config, benchmarks, {})
     graphdef, *_ = training_programs.abstract_model(config)
+    params, rest = load_model(config)
     return Model(
         label=path.stem,
         name=path.stem,
@@ -134,11 +153,17 @@ def from_pretrained(
         task=task,
         benchmarks=problems,
         graphdef=graphdef,
-        params=loaded.params,
-        rest=loaded.rest,
+        params=params,
+        rest=rest,
         score=build_programs(graphdef, config, task).score,
         mesh=make_mesh(config.layout),
     )
+
+
+def _moved(config: TrainConfig, layout: LayoutConfig) -> TrainConfig:
+    """On another mesh, with no minibatch and no warm start that would have to fit it."""
+    one = dataclasses.replace(config.rollout, prompts=layout.row_parts, samples=2, minibatches=1)
+    return dataclasses.replace(config, layout=layout, rollout=one, warm_start=WarmStartConfig())
 
 
 def _task(

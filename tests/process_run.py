@@ -1,4 +1,7 @@
-"""One process of a tiny run on four devices: `python -m tests.process_run FOLDER DEVICES [...]`."""
+"""One process of a tiny run on four devices: `python -m tests.process_run FOLDER DEVICES [...]`.
+
+With `--evaluate NAME`, of the evaluation of a run that has ended.
+"""
 
 import argparse
 import dataclasses
@@ -7,7 +10,7 @@ import sys
 
 import jax
 
-from experiments import train
+from experiments import evaluate, train
 from occ.training.config import LayoutConfig
 from tests.durable_run import CONFIG
 
@@ -21,22 +24,34 @@ def main():
     parser.add_argument("--index", type=int)
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--packed", action="store_true", help="and generated in portions")
+    parser.add_argument("--evaluate", metavar="NAME")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", given.devices)
+    group = {
+        "distributed": given.processes is not None,
+        "coordinator": given.coordinator,
+        "processes": given.processes,
+        "index": given.index,
+    }
+    if given.evaluate:
+        evaluate.run(
+            evaluate.Run(
+                folders=(given.folder,),
+                mesh={"data": 2, "tensor": 2},
+                name=given.evaluate,
+                k=3,
+                rows=4,
+                acceptance_prompts=3,
+                **group,
+            )
+        )
+        return 0
     layout = LayoutConfig(data=2, fsdp=2)
     if given.packed:
         layout = dataclasses.replace(layout, pack=True, sequences_per_row=2, generation_rows=8)
     config = dataclasses.replace(CONFIG, layout=layout, rollouts=given.rollouts, checkpoint_every=2)
-    arguments = train.Arguments(
-        config,
-        folder=given.folder,
-        distributed=given.processes is not None,
-        coordinator=given.coordinator,
-        processes=given.processes,
-        index=given.index,
-    )
-    return train.train(arguments)
+    return train.train(train.Arguments(config, folder=given.folder, **group))
 
 
 if __name__ == "__main__":

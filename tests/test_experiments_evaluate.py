@@ -69,6 +69,16 @@ def evaluated_once(trained):
     return trained / "evaluation"
 
 
+def test_on_another_mesh_the_samples_are_the_same(run_folder, evaluated_once):
+    evaluate.run(arguments(run_folder, mesh={"data": 2, "tensor": 2}))
+    moved = run_folder / "evaluation"
+    assert (moved / "test.jsonl").read_text() == (evaluated_once / "test.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"--rows 4 cannot be cut evenly on 8 devices"):
+        evaluate.run(arguments(run_folder, mesh={"fsdp": 8}, name="other"))
+    with pytest.raises(ValueError, match=r"axes .*'tensor'.*, got \['model'\]"):
+        evaluate.run(arguments(run_folder, mesh={"model": 2}))
+
+
 def test_every_sample_is_a_line_and_the_measures_are_of_them(trained, evaluated_once):
     rows = [json.loads(line) for line in (evaluated_once / "test.jsonl").read_text().splitlines()]
     assert sorted((row["index"], row["sample"]) for row in rows) == [

@@ -101,13 +101,24 @@ def test_two_processes_are_one_run_and_end_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_packing_and_portions_are_the_same_in_two_processes(tmp_path):
+def test_packing_portions_and_evaluation_are_the_same_in_two_processes(tmp_path):
     """Every process packs all rows alike, and fills up portions of all prompts, not of its own."""
     one = start(tmp_path / "one", 4, "--packed")
     assert one.wait(300) == 0, said(tmp_path)
     two = start_two(tmp_path / "two", "--packed")
     assert [process.wait(300) for process in two] == [0, 0], said(tmp_path)
     check_same(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"))
+
+    # The run is evaluated alike: the same lines, and a summary that the first process writes.
+    one = start(tmp_path / "one", 4, "--evaluate", "alone")
+    assert one.wait(300) == 0, said(tmp_path)
+    two = start_two(tmp_path / "one", "--evaluate", "together")
+    assert [process.wait(300) for process in two] == [0, 0], said(tmp_path)
+    lines, summaries = (
+        [(tmp_path / "one" / name / file).read_text() for name in ("alone", "together")]
+        for file in ("test.jsonl", "summary.json")
+    )
+    assert lines[0] == lines[1] and lines[0].count("\n") == 30 and summaries[0] == summaries[1]
 
 
 def test_shares_cover_all_rows_once():

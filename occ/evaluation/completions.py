@@ -6,7 +6,7 @@
 A row's random numbers are a function of the seed, the benchmark, the problem's place and the number
 of the sample alone, and a portion always holds the same rows: what was begun ends with the same
 rows as what was never interrupted. A portion is written at once; one that was cut short is made
-again.
+again. Of several processes all sample, and the first one judges and has the files.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from occ.generation.sampling import Generation
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts
 from occ.training import disk
+from occ.training.processes import from_first, is_first, key_on_mesh, to_host
 from occ.training.run_folder import read_rows
 
 MAX_SAMPLES = 4096
@@ -78,7 +79,8 @@ def open_folder(folder: pathlib.Path, settings: Settings) -> None:
     file = folder / "settings.json"
     wanted = dataclasses.asdict(settings)
     if not file.exists():
-        disk.replace_text(file, json.dumps(wanted, indent=2) + "\n")
+        if is_first():
+            disk.replace_text(file, json.dumps(wanted, indent=2) + "\n")
         return
     before = json.loads(file.read_text())
     changes = ", ".join(
@@ -115,7 +117,7 @@ def complete(
       on_portion: told of rows done and rows in all, after every portion.
 
     Returns:
-      The rows, as in the file.
+      The rows, as in the file; on other processes than the first, none.
 
     Raises:
       ValueError: a prompt is longer than `max_prompt_tokens`.
@@ -126,13 +128,12 @@ def complete(
     prompts, mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
     lengths = np.repeat(mask.sum(axis=1), k)
     cut = portions(lengths, columns, settings.rows)
-    rows = _whole_portions(file, cut)
-    finished = {row["portion"] for row in rows}
+    rows = _whole_portions(file, cut) if is_first() else []
     on_portion(len(rows), len(lengths))
+    finished = np.isin(np.arange(len(cut)), [row["portion"] for row in rows])
     key = benchmark_key(settings.seed, name)
-    for number, portion in enumerate(cut):
-        if number in finished:
-            continue
+    for number in np.flatnonzero(~from_first(finished)).tolist():
+        portion = cut[number]
         which, sample = portion.rows // k, portion.rows % k
         generation = sampler(
             prompts[which, columns - portion.columns :],
@@ -140,7 +141,10 @@ def complete(
             key,
             (which * MAX_SAMPLES + sample).astype(np.int32),
         )
-        made = _rows(task, problems, number, portion, k, jax.device_get(generation))
+        generation = to_host(generation)
+        if not is_first():
+            continue
+        made = _rows(task, problems, number, portion, k, generation)
         text = "".join(json.dumps(row) + "\n" for row in made)
         with disk.explained(folder, len(text)):
             disk.append_text(file, text)
@@ -152,7 +156,7 @@ def complete(
 def benchmark_key(seed: int, name: str) -> jax.Array:
     """The key of a benchmark: which others are evaluated, and in what order, changes nothing."""
     digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
-    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest, "big") >> 1)
+    return key_on_mesh(seed, int.from_bytes(digest, "big") >> 1)
 
 
 def _whole_portions(file: pathlib.Path, cut: Sequence[Portion]) -> list[dict[str, Any]]:

@@ -104,6 +104,13 @@ def any_of_all(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def from_first(value: np.ndarray) -> np.ndarray:
+    """The first process's value, on all; its shape is the same on all."""
+    if jax.process_count() == 1:
+        return value
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
 def key_on_mesh(seed: int, fold: int) -> jax.Array:
     """`fold_in(key(seed), fold)`, on every device of the mesh that is set."""
     if jax.process_count() == 1:

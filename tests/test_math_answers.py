@@ -86,6 +86,7 @@ f(x)=x^2 | x^2
 \ln 4 | 2\ln 2
 \log_2 8 | 3
 \sin 30^\circ | \frac12
+1+\sqrt{5}-\sqrt{5+2\sqrt{5}} | \tan 9^\circ
 \frac{\pi}{4} | \arctan 1
 e^{i\pi} | -1
 \frac{1+i}{2} | \frac{1}{1-i}
@@ -150,6 +151,8 @@ y=2x+1 | y=2x
 2xy | 2
 3t | 3
 x | y
+12 | \tan 9^\circ
+x^2+1 | \begin{pmatrix}1&2\end{pmatrix}\begin{pmatrix}1&2\end{pmatrix}
 \sin 30^\circ | \sin 30
 \ln 4 | 2
 1010_2 | 1010_3

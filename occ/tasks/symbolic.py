@@ -21,6 +21,7 @@ from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_la
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
+from sympy.matrices.exceptions import ShapeError
 
 NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
@@ -29,11 +30,12 @@ NORMALIZATION = NormalizationConfig(
 PLACES = 10
 
 # What may be compiled in a worker: numbers and symbols, which sympy reads by evaluating them
-# ("Integer (12 )"), and the arithmetic of exponents that its polynomials generate. Neither can name
-# anything but sympy's numbers: there is no dot outside quotes, and no bracket.
+# ("Integer (12 )"), closed forms that mpmath has found for a number ("sqrt (Integer (20 ))"), and
+# the arithmetic of exponents that its polynomials generate. None can name anything but sympy's
+# numbers and these functions: there is no dot outside quotes, and no bracket.
 PROGRAMS = re.compile(
     r"from sympy import \*"
-    r"|(?:Integer|Float|Rational|Symbol|E|[-+*/() ]|[0-9]|'[0-9A-Za-z_.+-]*')+"
+    r"|(?:Integer|Float|Rational|Symbol|E|pi|sqrt|exp|log|[-+*/() ]|[0-9]|'[0-9A-Za-z_.+-]*')+"
     r"|def monomial_[a-z]+\([A-Za-z, ]+\):\n[0-9A-Za-z_\s()+,*=<>:-]*"
 )
 
@@ -56,6 +58,8 @@ def read(latex: str, *, real: bool = True) -> Any:
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
+    except ShapeError:
+        return None  # a product or sum of matrices that do not fit denotes nothing
     except Exception as error:
         # A syntax error is a bare Exception there; whatever else it raises is a failure.
         if type(error) is not Exception:

@@ -58,6 +58,13 @@ class Arguments:
     processes: int | None = None
     index: int | None = None
 
+    def __post_init__(self):
+        if self.folder is not None and self.folder.parts and self.folder.parts[0].endswith(":"):
+            raise ValueError(
+                f"train: --folder {self.folder} looks like the address of a bucket, expected a "
+                "path. Mount the bucket, and give the path at which all hosts see it."
+            )
+
 
 def train(arguments: Arguments) -> int:
     """Runs it; returns the exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1, disk full."""

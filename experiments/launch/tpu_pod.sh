@@ -4,12 +4,13 @@
 #   experiments/launch/tpu_pod.sh NAME ZONE CONFIG [arguments of experiments.train]
 #
 #   experiments/launch/tpu_pod.sh v5p-128-a us-east5-a mimo_7b_dapo --regime occ_paper \
-#       --folder gs://bucket/runs/mimo-occ
+#       --folder /mnt/shared/runs/mimo-occ
 #
 # Each host needs this checkout in ~/occ-jax with a virtual environment .venv, installed by
 #   pip install -e '.[experiments]' 'jax[tpu]'
-# and sees the run folder at the same path. The processes find each other through the pod's own
-# metadata. The same command goes on after a preemption.
+# and sees the run folder at the same path, on a file system that all hosts share (NFS, or a bucket
+# that is mounted). The processes find each other through the pod's own metadata. The same command
+# goes on after a preemption.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then

@@ -30,14 +30,11 @@ import tyro
 
 from experiments import claims_report, runs
 from experiments.claims_grid import (
-    APART,
-    AROUND,
-    BEYOND,
     CONTROL,
     CONTROLS,
-    CORE,
     SEEDS,
     SHUFFLED,
+    VARIANTS,
     Cell,
     apart,
     baseline,
@@ -167,7 +164,7 @@ def run_cell(cell: Cell, arguments: Run) -> float:
     scratch = pathlib.Path("runs/claims")
     keep_compiled(scratch / "compiled")
     config, task = _setting(cell.setting, arguments.quick)
-    change = {**CORE, **AROUND, **BEYOND, **APART}.get(cell.variant)
+    change = VARIANTS.get(cell.variant)
     programs, start = None, None
     for seed in missing(arguments, cell):
         if change is None:

@@ -178,6 +178,9 @@ APART: dict[str, Change] = {
 coefficient a layer, and averaged correlations between halves against the noise that a step carries.
 Named by `--variants`, with a `--folder` of their own; a plain `run` leaves them out."""
 
+VARIANTS = {**CORE, **AROUND, **BEYOND, **APART}
+"""All but the controls, whose configurations come from other runs' rows."""
+
 BASELINES = {"two_modules": "two_modules_detach", "gspo": "gspo_detach"}
 BASELINES |= {f"rate_{factor}": f"rate_{factor}_detach" for factor in ("0.5", "2", "4")}
 BASELINES |= {f"minibatches_{count}": f"minibatches_{count}_detach" for count in (1, 8)}

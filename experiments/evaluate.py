@@ -52,7 +52,7 @@ class Run:
       extract: where the answer stands; None takes the run's own, and a box for published models.
       max_prompt_tokens, max_response_tokens: tokens; None takes the run's, or 2048 and 8192.
       problems: the first so many of each benchmark; 0 is all.
-      rows: sampled at one time.
+      rows: sampled at one time; None is 64, rounded up so that all devices have as many.
       acceptance_prompts: greedy responses a benchmark, on which MTP acceptance is measured.
       seed: of sampling.
       name: of the folder for the files, in each run's.
@@ -76,7 +76,7 @@ class Run:
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
     problems: int = 0
-    rows: int = 64
+    rows: int | None = None
     acceptance_prompts: int = 32
     seed: int = 0
     name: str = "evaluation"
@@ -177,6 +177,13 @@ def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> di
         prompt = arguments.max_prompt_tokens
     if arguments.max_response_tokens is not None:
         response = arguments.max_response_tokens
+    parts = model.config.layout.row_parts
+    rows = -(-64 // parts) * parts if arguments.rows is None else arguments.rows
+    if rows % parts:
+        raise ValueError(
+            f"evaluate run: --rows {rows} cannot be cut evenly on {parts} devices (data x fsdp x "
+            "expert). Choose a multiple, or leave it out."
+        )
     settings = Settings(
         samples=arguments.k,
         temperature=arguments.temperature,
@@ -184,17 +191,11 @@ def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> di
         top_k=arguments.top_k,
         max_prompt_tokens=prompt,
         max_response_tokens=response,
-        rows=arguments.rows,
+        rows=rows,
         problems=arguments.problems,
         seed=arguments.seed,
         model=model.name,
     )
-    parts = model.config.layout.row_parts
-    if arguments.rows % parts:
-        raise ValueError(
-            f"evaluate run: --rows {arguments.rows} cannot be cut evenly on {parts} devices (data "
-            "x fsdp x expert). Choose a multiple."
-        )
     open_folder(folder, settings)
     with jax.set_mesh(model.mesh):
         sampler = evaluated.sampler(model, evaluated.sampling_config(model, settings))
@@ -212,13 +213,13 @@ def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> di
                     bar.total = total
                     bar.update(done - bar.n)
 
-                rows = complete(sampler, model.task, name, problems, settings, folder, show)
+                samples = complete(sampler, model.task, name, problems, settings, folder, show)
             accepted = evaluated.measure_acceptance(
                 model, name, arguments.acceptance_prompts, settings
             )
             if not is_first():
                 continue
-            results[name] = benchmarks.result(name, rows)
+            results[name] = benchmarks.result(name, samples)
             summary["benchmarks"][name] = results[name].summary() | {"mtp_acceptance": accepted}
             print(line(model.label, results[name], accepted))
     wait_for_all(f"{folder} is evaluated")

@@ -3,7 +3,7 @@
 Question: how much of what generation and training compute holds no token, and do fewer rows save
 time? Asked in settings of the claims, whose rows are nearly full, and in one with long tails.
 Command: python -m experiments.padding
-Cost: four minutes on two CPU cores, most of it the settings' warm starts.
+Cost: five minutes on two CPU cores, most of it the settings' warm starts.
 
 Each layout trains on the same rollout, of the policy after the warm start. Waste is the share of
 computed token positions that hold no token. Layouts take turns within a round; ratios of seconds

@@ -74,3 +74,13 @@ def x64():
     """Runs a test in float64, for comparisons with slow references."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    """Of mathematical answers; each module's own, so that none gets another's worn workers."""
+    from occ.tasks.math_task import MathVerifier
+    from occ.tasks.workers import Limits
+
+    with MathVerifier(limits=Limits(cpu_seconds=2.0)) as verifier:
+        yield verifier

@@ -75,6 +75,9 @@ def test_on_another_mesh_the_samples_are_the_same(run_folder, evaluated_once):
     assert (moved / "test.jsonl").read_text() == (evaluated_once / "test.jsonl").read_text()
     with pytest.raises(ValueError, match=r"--rows 4 cannot be cut evenly on 8 devices"):
         evaluate.run(arguments(run_folder, mesh={"fsdp": 8}, name="other"))
+    evaluate.run(arguments(run_folder, mesh={"data": 3}, rows=None, name="other"))
+    settings = json.loads((run_folder / "other" / "settings.json").read_text())
+    assert settings["rows"] == 66
     with pytest.raises(ValueError, match=r"axes .*'tensor'.*, got \['model'\]"):
         evaluate.run(arguments(run_folder, mesh={"model": 2}))
 

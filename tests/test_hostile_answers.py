@@ -20,16 +20,7 @@ from occ.tasks.math_values import compare
 from occ.tasks.workers import PROGRAM_REFUSED, Limits
 from tests import hostile_answers
 from tests.hostile_answers import HOSTILE
-
-
-def boxed(answers):
-    return [rf"\boxed{{{answer}}}" for answer in answers]
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    with MathVerifier(limits=Limits(cpu_seconds=2.0)) as verifier:
-        yield verifier
+from tests.test_math_answers import boxed
 
 
 def test_the_corpus_is_of_the_size_it_claims():
@@ -140,7 +131,7 @@ def test_ten_thousand_hostile_answers(tmp_path, monkeypatch):
     assert len(verdicts) == len(answers) == 10_000
     assert max(seconds) < limits.wall_seconds + 5  # a worker that starts again included
     # A program that a worker tried to run ends it with a status of its own (workers._guard).
-    assert not [v for v in verdicts if str(PROGRAM_REFUSED) in v.detail]
+    assert not [v for v in verdicts if f"exit status {PROGRAM_REFUSED}" in v.detail]
     for folder in (tmp_path, pathlib.Path("/"), pathlib.Path(__file__).parent):
         assert not (folder / hostile_answers.CANARY).exists()
     assert {verdict.reward for verdict in verdicts} == {0.0, None}

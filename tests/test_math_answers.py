@@ -185,12 +185,6 @@ def boxed(answers):
     return [rf"\boxed{{{answer}}}" for answer in answers]
 
 
-@pytest.fixture(scope="module")
-def verifier():
-    with MathVerifier(limits=Limits(cpu_seconds=2.0)) as verifier:
-        yield verifier
-
-
 # -- where the answer is ----------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from occ.generation.sampling import Generation
@@ -89,7 +88,7 @@ class Bucketed:
 
     def __call__(
         self, params: Any, rest: Any, prompts: Any, prompt_mask: Any, key: jax.Array
-    ) -> Generation:
+    ) -> Any:
         """One response to each prompt, in the order and the columns of the prompts.
 
         Args:
@@ -97,9 +96,12 @@ class Bucketed:
           prompts: int32 [B, P], left-padded.
           prompt_mask: bool [B, P], False on padding.
           key: PRNG key.
+
+        Returns:
+          A `Generation` of numpy arrays.
         """
         if not self.rows_at_a_time:
-            return self.program(params, rest, prompts, prompt_mask, key)
+            return self.fetch(self.program(params, rest, prompts, prompt_mask, key))
         prompts, prompt_mask = np.asarray(prompts), np.asarray(prompt_mask)
         columns = prompts.shape[1]
         cut = portions(prompt_mask.sum(axis=1), columns, self.rows_at_a_time)
@@ -120,9 +122,8 @@ class Bucketed:
         ]
         # The first of every row, in their order: rows that only filled up a portion fall away.
         _, order = np.unique(np.concatenate([portion.rows for portion in cut]), return_index=True)
-        return Generation(
-            *(jnp.asarray(np.concatenate(values)[order]) for values in zip(*widened, strict=True))
-        )
+        whole: list[Any] = [np.concatenate(values)[order] for values in zip(*widened, strict=True)]
+        return Generation(*whole)
 
     def _widen(self, generation: Any, columns: int) -> list[np.ndarray]:
         """The fields of a portion, with so many columns of padding on the left of its prompts."""

@@ -38,13 +38,11 @@ def evaluate(
     prompts, mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
     key = key_on_mesh(config.seed, SAMPLING_KEY)
 
-    greedy = to_host(programs.greedy(params, rest, prompts, mask, key))
+    greedy = programs.greedy(params, rest, prompts, mask, key)
     _, greedy_rewards, greedy_valid = judge(task, problems, greedy, columns)
     repeated = [problem for problem in problems for _ in range(k)]
-    sampled = to_host(
-        programs.evaluation(
-            params, rest, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
-        )
+    sampled = programs.evaluation(
+        params, rest, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
     )
     _, rewards, valid = judge(task, repeated, sampled, columns)
     return {

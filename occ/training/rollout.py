@@ -42,8 +42,8 @@ class RolloutPrograms:
     """The compiled programs of a rollout; they are the same in every regime and for every seed.
 
     Attributes:
-      sample: `(params, rest, prompts, prompt_mask, key) -> Generation` as in training; in portions
-        if the layout says so.
+      sample: `(params, rest, prompts, prompt_mask, key) -> Generation` as in training, on the host;
+        in portions if the layout says so.
       greedy: the same with the most likely tokens.
       evaluation: the same as `EvaluationConfig` says, at temperature 1.
       score: `(params, rest, tokens, segment_ids) -> Scores`.
@@ -169,7 +169,7 @@ def collect(
     problems = [task.train[i] for i in indices for _ in range(rollout.samples)]
     prompts, prompt_mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
     key = key_on_mesh(config.seed, step)
-    sampled = to_host(programs.sample(params, rest, prompts, prompt_mask, key))
+    sampled = programs.sample(params, rest, prompts, prompt_mask, key)
     completions, rewards, valid = judge(task, problems, sampled, columns)
 
     grouped = (rollout.prompts, rollout.samples)

@@ -19,6 +19,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ from occ.training.calibration import build_calibration
 from occ.training.config import LayoutConfig, MTPTrainingConfig, TrainConfig, regime
 from occ.training.optimizer import build_optimizer
 from occ.training.run_folder import environment
+from occ.training.seams import Problem, rl_seam
+from occ.training.stages import Stages, partition
 from occ.training.state import init_state
 from occ.training.step import make_train_step
 
@@ -59,8 +62,9 @@ class Arguments:
       repeats: timed steps a regime; 0 leaves the clock out.
       remat: rematerialisation settings to measure.
       dtype: of computation.
-      logits_chunk: measure every regime again with the logits of so many columns at a time (whose
-        operations the compiler counts for one chunk alone); 0 leaves that out.
+      logits_chunk: measure every regime, and the RL loss alone, again with the logits of so many
+        columns at a time (whose operations the compiler counts for one chunk alone); 0 leaves that
+        out.
       folder: for result.json and table.md.
     """
 
@@ -145,23 +149,66 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     for (name, chunk), mtp in tqdm.tqdm(variants.items(), desc=f"compile, remat {remat}"):
         label = f"{name}, logits of {chunk} columns" if chunk else name
         compiled[label], states[label] = compile_step(model, mtp, batch, chunk)
+
+    def run(name):
+        states[name], _ = jax.block_until_ready(compiled[name](states[name], batch))
+
+    return _costs(compiled, run, arguments.repeats)
+
+
+def measure_head(arguments: Arguments) -> dict[str, dict[str, float]]:
+    """The same of the RL loss alone: from the trunk's output to its gradients, whole and in chunks.
+
+    Every layer of the step has memory of its own; here there is nothing but the loss.
+    """
+    batch = minibatch(arguments)
+    model = model_config(arguments, "none")
+    config = TrainConfig(name="step_cost", model=model, task="arithmetic")
+    graphdef, params, rest = split_model(Decoder(model, nnx.Rngs(0)))
+    shape = (*batch.tokens.shape, arguments.width)
+    hidden = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+    def compiled_head(chunk):
+        def gradient(params, hidden):
+            layout = batch.tokens, batch.positions, batch.segment_ids
+            half = arguments.length // 2
+            stages = Stages(graphdef, rest, *layout, logits_chunk=chunk, prompt_columns=half)
+            seam = rl_seam(Problem(stages, partition(params), batch, config, 1), hidden)
+            return seam.gradient, seam.output.metrics
+
+        return jax.jit(gradient).lower(params, hidden).compile()
+
+    compiled = {
+        "whole": compiled_head(0),
+        f"logits of {arguments.logits_chunk} columns": compiled_head(arguments.logits_chunk),
+    }
+
+    def run(name):
+        jax.block_until_ready(compiled[name](params, hidden))
+
+    return _costs(compiled, run, arguments.repeats)
+
+
+def _costs(compiled: dict[str, Any], run: Callable[[str], None], repeats: int) -> dict[str, Any]:
+    """What compiled programs cost; they take turns at running, and the first is the base."""
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for repeat in tqdm.trange(arguments.repeats + 2, desc="time", disable=not arguments.repeats):
-        for name, step in compiled.items():
+    for repeat in tqdm.trange(repeats + 2, desc="time", disable=not repeats):
+        for name in compiled:
             started = time.perf_counter()
-            states[name], _ = jax.block_until_ready(step(states[name], batch))
+            run(name)
             if repeat >= 2:  # the first ones warm caches up
                 seconds[name].append(time.perf_counter() - started)
-        if not arguments.repeats:
+        if not repeats:
             break
+    base = next(iter(compiled))
     return {
         name: {
-            "flops": float(step.cost_analysis()["flops"]),
-            "temporary_bytes": float(step.memory_analysis().temp_size_in_bytes),
+            "flops": float(program.cost_analysis()["flops"]),
+            "temporary_bytes": float(program.memory_analysis().temp_size_in_bytes),
             "seconds": statistics.median(seconds[name]) if seconds[name] else float("nan"),
-            **_time_ratio(seconds[name], seconds["Detach"]),
+            **_time_ratio(seconds[name], seconds[base]),
         }
-        for name, step in compiled.items()
+        for name, program in compiled.items()
     }
 
 
@@ -181,12 +228,12 @@ def predicted_share(arguments: Arguments, detach_flops: float) -> float:
 
 
 def table(costs: dict[str, dict[str, float]]) -> str:
-    """A row a regime, each figure with its ratio to Detach."""
+    """A row a program, each figure with its ratio to the first's."""
     lines = [
-        "| regime | GFLOP | ratio | temporary MiB | ratio | ms a step | ratio |",
+        "| program | GFLOP | ratio | temporary MiB | ratio | ms a step | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
-    base = costs["Detach"]
+    base = next(iter(costs.values()))
     for name, cost in costs.items():
         cells = [name]
         for key, unit, digits in (("flops", 1e9, 2), ("temporary_bytes", 2**20, 1)):
@@ -214,6 +261,10 @@ def main() -> int:
             f"Rematerialisation: {remat}. Prediction for CE, Policy and OCC fused: "
             f"{1 + share:.3f} times Detach's operations.\n\n{table(costs)}\n"
         )
+        print("\n" + text[-1])
+    if arguments.logits_chunk:
+        result["head"] = measure_head(arguments)
+        text.append(f"The RL loss alone, from the trunk's output:\n\n{table(result['head'])}\n")
         print("\n" + text[-1])
     (arguments.folder / "table.md").write_text("\n".join(text))
     runs.write_json(arguments.folder / "result.json", result)

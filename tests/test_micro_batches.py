@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
+from occ.objectives.policy import PolicyConfig, gspo
 from occ.training.config import (
     LayoutConfig,
     MTPTrainingConfig,
@@ -14,6 +16,8 @@ from occ.training.config import (
     regime,
 )
 from occ.training.micro_batches import interleave, micro_batches
+from occ.training.seams import Problem, rl_seam
+from occ.training.stages import Stages, partition
 from tests import tiny
 
 
@@ -124,6 +128,48 @@ def test_logits_in_chunks_give_the_same_step(x64, name, chunk):
     whole = result(MTP[name], LayoutConfig(), heads=2, objective=objective)
     chunked = result(MTP[name], LayoutConfig(logits_chunk=chunk), heads=2, objective=objective)
     assert_same(chunked, whole, 1e-9)
+
+
+def test_a_loss_of_whole_sequences_is_the_same_in_chunks(x64, monkeypatch):
+    """Tokens of GSPO depend on their sequence's ratio, so no chunk has its gradient by itself."""
+    mtp = MTPTrainingConfig(loss="policy", rule="fixed", placement="fused")
+    objective = ObjectiveConfig(policy=gspo(0.3, 0.3))
+    whole = result(mtp, LayoutConfig(), objective=objective)
+    chunks = LayoutConfig(logits_chunk=4)
+    assert_same(result(mtp, chunks, objective=objective), whole, 1e-9)
+    monkeypatch.setattr(PolicyConfig, "by_token", True)
+    monkeypatch.setattr(tiny, "_COMPILED", {})
+    with pytest.raises(AssertionError):
+        assert_same(result(mtp, chunks, objective=objective), whole, 1e-9)
+
+
+@pytest.mark.parametrize(("policy", "products"), [(PolicyConfig(), 3), (gspo(), 4)])
+def test_logits_in_chunks_are_computed_once_unless_the_loss_is_of_whole_sequences(policy, products):
+    """Of the output head's products: logits, the gradient of its matrix, that of its input."""
+    model_config = tiny.model_config(1)
+    graphdef, params, rest = model = tiny.build_model(model_config)
+    config = tiny.train_config(
+        regime("detach"), model_config, objective=ObjectiveConfig(policy=policy)
+    )
+    batch = tiny.minibatch(config, model, rows=8)
+    layout = batch.tokens, batch.positions, batch.segment_ids
+    stages = Stages(graphdef, rest, *layout, logits_chunk=4)
+    problem = Problem(stages, partition(params), batch, config, 1)
+    hidden = jnp.zeros((*batch.tokens.shape, model_config.width))
+    jaxpr = jax.make_jaxpr(lambda hidden: rl_seam(problem, hidden).gradient)(hidden)
+    assert products_with(model_config.vocab_size, jaxpr.jaxpr) == products
+
+
+def products_with(size, jaxpr):
+    """Matrix products in which an array has a dimension of this size; a loop's body counts once."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            variables = (*equation.invars, *equation.outvars)
+            count += any(size in variable.aval.shape for variable in variables)
+        for inner in jaxprs_in_params(equation.params):
+            count += products_with(size, inner)
+    return count
 
 
 def test_rows_return_to_their_places():

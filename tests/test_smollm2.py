@@ -44,7 +44,7 @@ def test_the_configuration_describes_135_million_parameters():
 def test_the_configuration_is_that_of_the_file(path):
     found = gguf.read_config(path)
     expected = dataclasses.replace(
-        smollm2_135m(), max_length=8192, compute_dtype="float32", mtp=MTPConfig(num_modules=0)
+        smollm2_135m(), compute_dtype="float32", mtp=MTPConfig(num_modules=0)
     )
     assert found == expected
 

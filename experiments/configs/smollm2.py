@@ -38,7 +38,7 @@ RESPONSE_TOKENS = 32
 def smollm2_135m() -> ModelConfig:
     """SmolLM2-135M: a Llama trunk, with one MTP module that it does not come with.
 
-    Source: the GGUF file's own description (`occ.models.gguf.read_config`), but for the context.
+    Source: the GGUF file's own description (`occ.models.gguf.read_config`).
     Reference: Ben Allal et al., SmolLM2, arXiv 2502.02737.
     """
     return ModelConfig(
@@ -49,7 +49,7 @@ def smollm2_135m() -> ModelConfig:
         num_kv_heads=3,
         head_dim=64,
         mlp_width=1536,
-        max_length=PROMPT_TOKENS + RESPONSE_TOKENS,
+        max_length=8192,
         rope_base=100_000.0,
         norm_epsilon=1e-5,
         tied_embeddings=True,

@@ -52,6 +52,11 @@ class PolicyConfig:
                 "it off."
             )
 
+    @property
+    def by_token(self) -> bool:
+        """Whether each token's loss depends on that token's log-prob alone."""
+        return self.kind != "gspo"
+
 
 def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> PolicyConfig:
     """GSPO with the tiny clip range of its paper, which applies to sequence ratios."""

@@ -68,7 +68,9 @@ class Checkpoints:
             create=True, cleanup_tmp_directories=True, preservation_policy=self._policy
         )
         if read_only:
-            options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+            options = ocp.CheckpointManagerOptions(
+                create=False, read_only=True, save_interval_steps=0
+            )
         with self._full_disk_explained():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 

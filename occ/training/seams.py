@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from occ.training.batch import Minibatch, take_rows
 from occ.training.config import TrainConfig
 from occ.training.losses import LossOutput, mtp_loss, rl_loss
-from occ.training.stages import Parts, Stages
+from occ.training.stages import Parts, Stages, substitute
 
 HIDDEN = "hidden"  # the name of the trunk's output beside the readout's parameters in a seam
 
@@ -75,12 +75,12 @@ def rl_seam(problem: Problem, hidden: jax.Array) -> Seam:
     """The RL loss's seam: zero on the modules."""
     stages, parts, batch, config, sequences_per_row = problem
 
-    def loss(readout, hidden):
-        scores = stages.head(parts._replace(readout=readout), hidden, 0)
+    def loss(scores):
         return rl_loss(scores, batch, config.objective, sequences_per_row)
 
-    (readout, cotangent), output = jax.grad(loss, argnums=(0, 1), has_aux=True)(
-        parts.readout, hidden
+    by_token = config.objective.policy.by_token
+    (readout, cotangent), output = stages.head_gradient(
+        loss, parts, parts.readout, hidden, 0, by_token=by_token
     )
     own = jax.tree.map(jnp.zeros_like, parts.modules)
     return Seam({**readout, **own, HIDDEN: cotangent}, output)
@@ -104,37 +104,38 @@ def mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Se
 def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
     """One seam a head. Detached, only the modules are differentiated: nothing is left to leak."""
     stages, parts = problem.stages, problem.parts
-
-    def unpack(modules, shared):
-        readout, hidden_ = shared if attached else (parts.readout, hidden)
-        return parts._replace(modules=modules, readout=readout), hidden_
-
-    shared = (parts.readout, hidden) if attached else ()
+    params = {**parts.modules, **parts.readout} if attached else parts.modules
     states, pull_modules = jax.vjp(
-        lambda modules, shared: stages.modules(*unpack(modules, shared)), parts.modules, shared
+        lambda seam: stages.modules(substitute(parts, seam), seam.get(HIDDEN, hidden)),
+        {**params, HIDDEN: hidden} if attached else params,
     )
-
-    def head_gradient(depth):
-        def loss(modules, shared, state):
-            head_parts, _ = unpack(modules, shared)
-            return _head_loss(problem, head_parts, hidden, state, depth)
-
-        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(
-            parts.modules, shared, states[depth - 1]
-        )
-
     seams = []
     for k in range(states.shape[0]):
-        (own, through_head, cotangent), output = head_gradient(k + 1)
+        (own, cotangent), output = _head_gradient(problem, params, hidden, states[k], k + 1)
         # With sequential modules head k's gradient also reaches modules 1..k-1.
-        cotangents = jnp.zeros_like(states).at[k].set(cotangent)
-        own_below, through_modules = pull_modules(cotangents)
-        gradient = add_trees(own, own_below)
-        if attached:
-            readout, hidden_cotangent = add_trees(through_head, through_modules)
-            gradient = {**gradient, **readout, HIDDEN: hidden_cotangent}
+        (below,) = pull_modules(jnp.zeros_like(states).at[k].set(cotangent))
+        gradient = {**below, **add_trees(own, {name: below[name] for name in own})}
         seams.append(Seam(gradient, output))
     return seams
+
+
+def _head_gradient(
+    problem: Problem, params: dict[str, Any], hidden: jax.Array, state: jax.Array, depth: int
+) -> tuple[tuple[dict[str, Any], jax.Array], LossOutput]:
+    """Gradient of the loss of the MTP head at `depth`, on `params` and on the head's input."""
+    stages, parts, batch, config, sequences_per_row = problem
+    if config.mtp.loss == "distill":
+
+        def composed(params, state):
+            return _head_loss(problem, substitute(parts, params), hidden, state, depth)
+
+        return jax.grad(composed, argnums=(0, 1), has_aux=True)(params, state)
+
+    def loss(scores):
+        return mtp_loss(scores, batch, depth, config.objective, config.mtp, sequences_per_row)
+
+    by_token = config.mtp.loss == "ce" or config.objective.policy.by_token
+    return stages.head_gradient(loss, parts, params, state, depth, by_token=by_token)
 
 
 def _head_loss(

@@ -12,8 +12,8 @@ each stage linearly, so cotangents can be added, or weighted, at every seam.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,12 @@ from occ.models import decoder
 from occ.models.partitioning import constrain
 from occ.objectives import divergences, mtp
 from occ.training.batch import Minibatch
+from occ.training.chunks import Chunks
 
 BLOCKS = ("dense_layers", "layers")
 MODULES = ("mtp",)
+
+Aux = TypeVar("Aux")
 
 
 class Parts(NamedTuple):
@@ -49,6 +52,11 @@ def partition(params: dict[str, Any]) -> Parts:
 def join(parts: Parts) -> dict[str, Any]:
     """The inverse of `partition`."""
     return {**parts.blocks, **parts.readout, **parts.modules}
+
+
+def substitute(parts: Parts, params: dict[str, Any]) -> Parts:
+    """The parameters with others in place of the top-level names in `params`."""
+    return Parts(*({name: params.get(name, part[name]) for name in part} for part in parts))
 
 
 def is_shared(path: str) -> bool:
@@ -118,15 +126,81 @@ class Stages:
         parts = self._gathered(parts)
 
         def score(hidden, labels):
-            logits = self._logits(parts, hidden, depth)
-            return (
-                mtp.log_prob_at_source(logits, labels),
-                divergences.token_entropy(logits),
-                jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            )
+            return self._at_source(parts, hidden, labels, depth)
 
-        scores = self._in_chunks(score, depth, hidden, mtp.labels_at_source(self.tokens, depth))
-        log_prob, entropy, greedy = (mtp.align(values, depth) for values in scores)
+        labels = mtp.labels_at_source(self.tokens, depth)
+        return self._aligned(self._in_chunks(score, depth, hidden, labels), depth)
+
+    def head_gradient(
+        self,
+        loss: Callable[[TokenScores], tuple[jax.Array, Aux]],
+        parts: Parts,
+        names: Collection[str],
+        hidden: Float[Array, "batch time width"],
+        depth: int,
+        *,
+        by_token: bool,
+    ) -> tuple[tuple[dict[str, Any], Float[Array, "batch time width"]], Aux]:
+        """Gradient of a loss of one head's scores, on the head's parameters and its input.
+
+        In chunks, a loss that is a sum over tokens is differentiated chunk by chunk as the scores
+        come, so that no logits are computed twice. Any other loss needs all scores before it has
+        a gradient, and logits a second time.
+
+        Args:
+          loss: `scores -> (loss, aux)`.
+          parts: the parameters.
+          names: top-level names of those that the gradient is wanted for.
+          hidden: the head's input.
+          depth: of the head; 0 is the main one.
+          by_token: the loss is a sum over tokens, each depending on its own scores alone.
+
+        Returns:
+          The gradients on these parameters and on `hidden`, and aux.
+        """
+        if not (self._chunked and by_token):
+
+            def composed(params, hidden):
+                return loss(self.head(substitute(parts, params), hidden, depth))
+
+            params = {name: tree for name, tree in join(parts).items() if name in names}
+            return jax.grad(composed, argnums=(0, 1), has_aux=True)(params, hidden)
+        parts = self._gathered(parts)
+        params = {name: tree for name, tree in join(parts).items() if name in names}
+        chunks = self._chunks(depth)
+        labels = chunks.cut(mtp.labels_at_source(self.tokens, depth))
+
+        def step(total, chunk):
+            index, hidden, labels = chunk
+
+            def of_chunk(params, hidden):
+                scores = self._at_source(substitute(parts, params), hidden, labels, depth)
+                placed = tuple(chunks.place(values, index) for values in scores)
+                return loss(self._aligned(placed, depth))[0], scores
+
+            (gradient, cotangent), scores = jax.grad(of_chunk, argnums=(0, 1), has_aux=True)(
+                params, hidden
+            )
+            return jax.tree.map(jnp.add, total, gradient), (cotangent, scores)
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, (cotangents, scores) = jax.lax.scan(
+            step, zeros, (jnp.arange(chunks.count), chunks.cut(hidden), labels)
+        )
+        _, aux = loss(self._aligned(tuple(chunks.join(values) for values in scores), depth))
+        return (total, chunks.join(cotangents)), aux
+
+    def _at_source(self, parts: Parts, hidden: jax.Array, labels: jax.Array, depth: int) -> Any:
+        """Log-prob, entropy and most likely token, at the positions that predict."""
+        logits = self._logits(parts, hidden, depth)
+        return (
+            mtp.log_prob_at_source(logits, labels),
+            divergences.token_entropy(logits),
+            jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        )
+
+    def _aligned(self, scores_at_source: Any, depth: int) -> TokenScores:
+        log_prob, entropy, greedy = (mtp.align(values, depth) for values in scores_at_source)
         scored = self.scored(depth)
         return TokenScores(
             log_prob=jnp.where(scored, log_prob, 0),
@@ -188,6 +262,12 @@ class Stages:
     def _chunked(self) -> bool:
         return 0 < self.logits_chunk < self.tokens.shape[1]
 
+    def _chunks(self, depth: int) -> Chunks:
+        """The columns that are sources of scored tokens; a single chunk unless they are cut."""
+        first = max(self.prompt_columns - depth - 1, 0)
+        time = self.tokens.shape[1]
+        return Chunks(first, time, self.logits_chunk if self._chunked else time - first)
+
     def _in_chunks(self, function: Callable[..., Any], depth: int, *columns: jax.Array) -> Any:
         """Applies a function of columns [B, T, ...] to those that are sources of scored tokens.
 
@@ -195,27 +275,12 @@ class Stages:
         all, exists for those columns alone: in the backward pass it is computed again. The result
         is 0 in the columns that are left out.
         """
-        first = max(self.prompt_columns - depth - 1, 0)
-        time, chunk = self.tokens.shape[1] - first, self.logits_chunk
-        columns = tuple(values[:, first:] for values in columns)
-
-        def put_back(values):
-            return jnp.pad(values, [(0, 0), (first, 0)]) if first else values
-
+        chunks = self._chunks(depth)
         if not self._chunked:
-            return jax.tree.map(put_back, function(*columns))
-        count = -(-time // chunk)
-
-        def cut(values):
-            padding = [(0, 0), (0, count * chunk - time)] + [(0, 0)] * (values.ndim - 2)
-            padded = jnp.pad(values, padding)
-            return jnp.moveaxis(padded.reshape(-1, count, chunk, *values.shape[2:]), 1, 0)
-
-        def join(values):
-            return put_back(jnp.moveaxis(values, 0, 1).reshape(-1, count * chunk)[:, :time])
-
-        chunks = tuple(cut(values) for values in columns)
-        return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda c: function(*c)), chunks))
+            values = function(*(values[:, chunks.first :] for values in columns))
+            return jax.tree.map(chunks.put_back, values)
+        cut = tuple(chunks.cut(values) for values in columns)
+        return jax.tree.map(chunks.join, jax.lax.map(jax.checkpoint(lambda c: function(*c)), cut))
 
     def scored(self, depth: int) -> Bool[Array, "batch time"]:
         """Which tokens the head at this depth scores."""

@@ -185,13 +185,7 @@ def collectives(program: Program) -> dict[str, Traffic]:
     """Traffic by kind of collective; loops are counted as often as they run."""
     found: dict[str, Traffic] = {}
     for name, times in program.runs().items():
-        shapes = {i.name: i.shape for i in program.computations[name]}
-        for instruction in program.computations[name]:
-            kind = instruction.operation.removesuffix("-start")
-            if kind not in _COLLECTIVES:
-                continue
-            size = _collective_bytes(kind, instruction, shapes)
-            group = _group_size(instruction.rest)
+        for kind, size, group in _collectives_of(program, name):
             before = found.get(kind, Traffic(0, 0, 0.0, 0))
             found[kind] = Traffic(
                 before.times + times,
@@ -200,6 +194,32 @@ def collectives(program: Program) -> dict[str, Traffic]:
                 max(before.largest, size),
             )
     return found
+
+
+def _collectives_of(program: Program, name: str) -> Iterator[tuple[str, int, int]]:
+    """Kind, bytes and number of devices of a computation's collectives, those in fusions included.
+
+    A fusion may hold one beside other work, or a slice of its result; and one that is spread over
+    several fusions is one, since all name the same channel.
+    """
+    spread = set()
+    for instruction in program.computations[name]:
+        called = _CALLED.search(instruction.rest) if instruction.operation == "fusion" else None
+        where = called[1] if called else name
+        for inner in program.computations[where] if called else [instruction]:
+            kind = inner.operation.removesuffix("-start")
+            if kind not in _COLLECTIVES:
+                continue
+            channel = re.search(r"channel_id=(\d+)", inner.rest)
+            if called and channel:
+                if channel[1] in spread:
+                    continue
+                spread.add(channel[1])
+            shapes = {i.name: i.shape for i in program.computations[where]}
+            size = _collective_bytes(kind, inner, shapes)
+            if where.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            yield kind, size, _group_size(inner.rest)
 
 
 def _collective_bytes(kind: str, instruction: Instruction, shapes: dict[str, str]) -> int:

@@ -130,6 +130,17 @@ def test_logits_in_chunks_give_the_same_step(x64, name, chunk):
     assert_same(chunked, whole, 1e-9)
 
 
+@pytest.mark.standard_promotion  # jax.nn.dot_product_attention mixes dtypes
+def test_chunks_add_gradients_of_the_head_up_in_float32():
+    """Under bfloat16 they differ by rounding of sums alone; bfloat16 sums would by 1e-3."""
+    mtp, bfloat16 = regime("detach"), {"compute_dtype": "bfloat16", "tied_embeddings": False}
+    whole, parts = (
+        result(mtp, LayoutConfig(logits_chunk=chunk), dtype="float32", model=bfloat16)
+        for chunk in (0, 3)
+    )
+    tiny.close(parts.gradient["output_head"], whole.gradient["output_head"], 1e-5)
+
+
 def test_a_loss_of_whole_sequences_is_the_same_in_chunks(x64, monkeypatch):
     """Tokens of GSPO depend on their sequence's ratio, so no chunk has its gradient by itself."""
     mtp = MTPTrainingConfig(loss="policy", rule="fixed", placement="fused")

@@ -54,6 +54,37 @@ def test_collectives_in_a_loop_count_as_often_as_they_run():
     assert found["all-reduce"].wire == pytest.approx(2 * 3 / 4 * 5 * 8 * 32 * 4)
 
 
+def test_collectives_in_fusions_count_once():
+    """As the TPU compiler writes them: a scattered sum, and a gather spread over two fusions."""
+    group = "replica_groups={{0,1,2,3}}"
+    text = f"""HloModule m
+%all-reduce-scatter.1 (p: f32[64,8]) -> f32[16,8] {{
+  %p = f32[64,8] parameter(0)
+  %sum = f32[64,8] all-reduce(%p), channel_id=1, {group}, to_apply=%add
+  ROOT %part = f32[16,8] dynamic-slice(%sum, %zero), dynamic_slice_sizes={{16,8}}
+}}
+%start (q: f32[16,8]) -> f32[64,8] {{
+  %q = f32[16,8] parameter(0)
+  ROOT %begun = f32[64,8] all-gather(%q), channel_id=2, {group}, dimensions={{0}}
+}}
+%done (r: f32[16,8]) -> f32[64,8] {{
+  %r = f32[16,8] parameter(0)
+  ROOT %ended = f32[64,8] all-gather(%r), channel_id=2, {group}, dimensions={{0}}
+}}
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {{
+  %x = f32[64,8] parameter(0)
+  %cut = f32[16,8] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %first = f32[64,8] fusion(%cut), kind=kLoop, calls=%start
+  ROOT %second = f32[64,8] fusion(%cut, %first), kind=kLoop, calls=%done
+}}
+"""
+    whole = 64 * 8 * 4
+    assert hlo.collectives(hlo.parse(text)) == {
+        "reduce-scatter": hlo.Traffic(1, whole, 3 / 4 * whole, whole),
+        "all-gather": hlo.Traffic(1, whole, 3 / 4 * whole, whole),
+    }
+
+
 def test_operations_of_loops_branches_and_recomputation():
     x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
     once = 2 * 4 * 8 * 8

@@ -8,7 +8,7 @@ Command, after which --trl-python and --tunix-python may be given:
     python -m experiments.peers.compare --trl-python envs/trl/bin/python \
         --tunix-python envs/tunix/bin/python
 
-Cost: Linux; a gigabyte of memory for each of the eight programs, which all stay alive. Without that
+Cost: Linux; a gigabyte of memory for each of the nine programs, which all stay alive. Without that
 much to spare they time the machine's paging.
 
 Every program is a process that has been warmed up, and the programs take one step each in turn. A
@@ -42,6 +42,7 @@ BASE = "ours, RL alone"
 OURS = {
     BASE: "rl_only",
     "ours, RL alone, prompts scored too": "rl_only+prompts",
+    "ours, RL alone, layers in a loop": "rl_only+scan",
     "ours, Detach": "detach",
     "ours, OCC fused": "occ_paper",
     "ours, OCC exact": "occ",

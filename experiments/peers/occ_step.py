@@ -28,8 +28,11 @@ from occ.training.state import init_state
 from occ.training.step import make_train_step
 
 
-def train_config(sizes: Sizes, name: str) -> TrainConfig:
-    """The run: "rl_only" has no MTP module, as the peers have none, other regimes have one."""
+def train_config(sizes: Sizes, name: str, scan: bool = False) -> TrainConfig:
+    """The run: "rl_only" has no MTP module, as the peers have none, other regimes have one.
+
+    Layers are unrolled, as the peers' are, unless `scan` wants them in a loop.
+    """
     model = ModelConfig(
         vocab_size=sizes.vocab,
         num_layers=sizes.layers,
@@ -41,6 +44,7 @@ def train_config(sizes: Sizes, name: str) -> TrainConfig:
         max_length=sizes.length,
         rope_base=float(problems.ROPE_BASE),
         norm_epsilon=problems.NORM_EPSILON,
+        scan_layers=scan,
         mtp=MTPConfig(num_modules=0 if name == "rl_only" else 1),
     )
     policy = PolicyConfig(clip_low=problems.CLIP_LOW, clip_high=problems.CLIP_HIGH, dual_clip=None)
@@ -109,16 +113,22 @@ def on_policy_log_prob(problem: Problem) -> np.ndarray:
 
 
 def build(problem: Problem, key: str) -> Program:
-    """The jitted step of a regime; "REGIME+prompts" runs the output head on prompts as well."""
-    name, _, prompts = key.partition("+")
-    config = train_config(problem.sizes, name)
+    """The jitted step of a regime.
+
+    Args:
+      problem: what it computes.
+      key: "REGIME", which "+prompts" makes run the output head on prompts as well, and "+scan" the
+        layers in a loop.
+    """
+    name, *options = key.split("+")
+    config = train_config(problem.sizes, name, scan="scan" in options)
     graphdef, params, rest = parameters(problem, config.model)
     modules = config.model.mtp.num_modules
     batch = minibatch(problem, modules)
     calibration = build_calibration(config.mtp, modules)
     state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
     state = jax.tree.map(jnp.array, state)  # donated: the weights may not be shared
-    columns = 0 if prompts else problem.sizes.length - problem.sizes.response
+    columns = 0 if "prompts" in options else problem.sizes.length - problem.sizes.response
     train_step = jax.jit(
         make_train_step(graphdef, config, prompt_columns=columns), donate_argnums=0
     )

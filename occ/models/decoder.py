@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from occ.models.attention import Context, LayerCache
 from occ.models.block import Block, BlockOutput
 from occ.models.config import ModelConfig
-from occ.models.layers import Embedding, Linear, RMSNorm, at_least_float32
+from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
 from occ.models.partitioning import ROWS, constrain
 
@@ -202,19 +202,13 @@ class Decoder(nnx.Module):
     def _readout(
         self, normal: Float[Array, "batch time width"], own_head: Linear | None = None
     ) -> Array:
-        wide = at_least_float32(self.config.compute)
         if own_head is not None:
             kernel = own_head.kernel[...]
         elif self.config.tied_embeddings:
             kernel = self.embedding.embedding[...].T
         else:
             kernel = self.output_head.kernel[...]
-        logits = jax.lax.dot_general(
-            normal,
-            kernel.astype(self.config.compute),
-            (((2,), (0,)), ((), ())),
-            preferred_element_type=wide,
-        )
+        logits = vocabulary_product(normal, kernel, self.config.compute)
         return constrain(logits, ROWS, None, "tensor")
 
 

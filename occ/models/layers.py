@@ -6,6 +6,7 @@ of norms and rotary angles are at least float32.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -58,6 +59,53 @@ class Embedding(nnx.Module):
         # Gathered where it is cut for training; else activations would be, after the lookup.
         table = constrain(self.embedding[...].astype(self.dtype), "tensor")
         return table[tokens]
+
+
+def vocabulary_product(
+    x: Float[Array, "batch time width"], kernel: Float[Array, "width vocab"], dtype: jnp.dtype
+) -> Float[Array, "batch time vocab"]:
+    """x W in a dtype of computation, summed in at least float32.
+
+    So is the kernel's gradient. Where the dtype is narrower than the kernel's, autodiff would round
+    it to that dtype: once for every chunk of columns, and before chips add theirs.
+    """
+    if kernel.dtype == dtype:
+        return _product(x, kernel)
+    return _narrow_product(x, kernel, dtype)
+
+
+def _product(x, kernel):
+    wide = at_least_float32(x.dtype)
+    contracted = (((2,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, contracted, preferred_element_type=wide)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow_product(x, kernel, dtype):
+    return _product(x, kernel.astype(dtype))
+
+
+def _narrow_forward(x, kernel, dtype):
+    # What no gradient is asked for (a detached head's kernel) is not multiplied in vain.
+    asked = tuple(() if primal.perturbed else None for primal in (x, kernel))
+    return _narrow_product(x.value, kernel.value, dtype), (x.value, kernel.value, asked)
+
+
+def _narrow_backward(dtype, residuals, cotangent):
+    x, kernel, asked = residuals
+    over_vocab, over_tokens = (((2,), (1,)), ((), ())), (((0, 1), (0, 1)), ((), ()))
+
+    def product(a, b, contracted, like):
+        wide = jax.lax.dot_general(a, b, contracted, preferred_element_type=cotangent.dtype)
+        return wide.astype(like.dtype)
+
+    return (
+        None if asked[0] is None else product(cotangent, kernel.astype(dtype), over_vocab, x),
+        None if asked[1] is None else product(x, cotangent, over_tokens, kernel),
+    )
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward, symbolic_zeros=True)
 
 
 class RMSNorm(nnx.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -35,6 +36,14 @@ def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
         for size, axes in zip(x.shape, spec, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, jax.P(*fitting))
+
+
+def in_order(*trees: Any) -> tuple[Any, ...]:
+    """The same values; on a mesh, what uses any of them waits until all of them are computed."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return trees
+    return jax.lax.optimization_barrier(trees)
 
 
 def parts(sizes: Mapping[str, int], axes: str | tuple[str, ...] | None) -> int:

@@ -13,7 +13,7 @@ from occ.calibration import Calibration
 from occ.grouped import GroupedCalibration
 from occ.training.losses import LossOutput, merge_outputs
 from occ.training.micro_batches import add, cast_like, merge, over_micro_batches, zeros_like
-from occ.training.seams import HIDDEN, Problem, mtp_seams, rl_seam, trunk
+from occ.training.seams import HIDDEN, Problem, all_seams, trunk
 from occ.training.stages import is_shared, join
 from occ.training.step_gradient import StepGradient, log_ratios, through_trunk, total_load
 
@@ -88,7 +88,7 @@ def loss_gradients(problem: Problem) -> LossGradients:
 
 def _loss_gradients(problem: Problem) -> LossGradients:
     hidden, pull_trunk, router_load = trunk(problem)
-    seams = [rl_seam(problem, hidden), *mtp_seams(problem, hidden, attached=True)]
+    seams = all_seams(problem, hidden, attached=True)
     # jax.lax.ragged_dot has no rule for a second batch dimension.
     vectorized = problem.config.model.moe is None
     pulled = _pull_each(pull_trunk, [seam.gradient[HIDDEN] for seam in seams], vectorized)

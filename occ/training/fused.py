@@ -14,7 +14,7 @@ from occ.calibration import Calibration, CalibrationState
 from occ.training.exact import loss_gradients
 from occ.training.losses import LossOutput
 from occ.training.micro_batches import add, cast_like, merge, over_micro_batches, zeros_like
-from occ.training.seams import Problem, Seam, loss_outputs, mtp_seams, rl_seam, scaled, trunk
+from occ.training.seams import Problem, Seam, all_seams, loss_outputs, scaled, trunk
 from occ.training.stages import join
 from occ.training.step_gradient import StepGradient, log_ratios, through_trunk, total_load
 from occ.trees import zero_unless
@@ -27,8 +27,7 @@ def fused(
     if problem.config.layout.micro_batches > 1:
         return _fused_in_micro_batches(problem, calibration, state, held)
     hidden, pull_trunk, router_load = trunk(problem)
-    main = rl_seam(problem, hidden)
-    heads = mtp_seams(problem, hidden, attached=_attached(problem))
+    main, *heads = all_seams(problem, hidden, attached=_attached(problem))
     auxiliary, finite = calibration.remove_nonfinite(tuple(head.gradient for head in heads))
     if held:
         state = calibration.hold(state, finite)
@@ -145,9 +144,9 @@ def _add_up(
     def step(carry, part, shares):
         total, all_finite = carry
         hidden, pull_trunk, router_load = trunk(part)
-        main = scaled(rl_seam(part, hidden), shares[0])
-        heads = mtp_seams(part, hidden, attached=_attached(part))
-        gradients = tuple(scaled(head, shares[k]).gradient for k, head in enumerate(heads, 1))
+        seams = all_seams(part, hidden, attached=_attached(part))
+        main, *heads = (scaled(seam, share) for seam, share in zip(seams, shares, strict=True))
+        gradients = tuple(head.gradient for head in heads)
         auxiliary, here = calibration.remove_nonfinite(gradients)
         auxiliary = tuple(zero_unless(finite[k], m) for k, m in enumerate(auxiliary))
         reached = {name: main.gradient[name] for name in auxiliary[0]}
@@ -193,10 +192,8 @@ def _weigh_beforehand(
             outputs = loss_outputs(part, hidden)
             here = jnp.stack([jnp.all(jnp.isfinite(head.log_ratio)) for head in outputs[1:]])
             return (readouts, finite & here), outputs
-        main = rl_seam(part, hidden)
-        heads = mtp_seams(part, hidden, attached=_attached(part))
-        _, here = calibration.remove_nonfinite(tuple(head.gradient for head in heads))
-        seams = [main, *heads]
+        seams = all_seams(part, hidden, attached=_attached(part))
+        _, here = calibration.remove_nonfinite(tuple(seam.gradient for seam in seams[1:]))
         readouts = tuple(
             add(total, readout, shares[k])
             for k, (total, readout) in enumerate(zip(readouts, _readouts(part, seams), strict=True))

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from occ.models.partitioning import in_order
 from occ.training.batch import Minibatch, take_rows
 from occ.training.config import TrainConfig
 from occ.training.losses import LossOutput, mtp_loss, rl_loss
+from occ.training.sharding import cut_as_parameters
 from occ.training.stages import Parts, Stages, substitute
 
 HIDDEN = "hidden"  # the name of the trunk's output beside the readout's parameters in a seam
@@ -71,6 +73,16 @@ def trunk(problem: Problem) -> tuple[jax.Array, Any, Any]:
     return jax.vjp(forward, parts.blocks, parts.readout, has_aux=True)
 
 
+def all_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
+    """The seams of the K+1 losses, the RL loss first."""
+    main = rl_seam(problem, hidden)
+    # The output head's gradient, which is whole on every device while it is added up, is cut
+    # before anything else needs memory.
+    hidden, gradient = in_order(hidden, main.gradient)
+    main = main._replace(gradient=gradient)
+    return [main, *mtp_seams(problem, hidden, attached=attached)]
+
+
 def rl_seam(problem: Problem, hidden: jax.Array) -> Seam:
     """The RL loss's seam: zero on the modules."""
     stages, parts, batch, config, sequences_per_row = problem
@@ -83,7 +95,7 @@ def rl_seam(problem: Problem, hidden: jax.Array) -> Seam:
         loss, parts, parts.readout, hidden, 0, by_token=by_token
     )
     own = jax.tree.map(jnp.zeros_like, parts.modules)
-    return Seam({**readout, **own, HIDDEN: cotangent}, output)
+    return Seam({**cut_as_parameters(readout), **own, HIDDEN: cotangent}, output)
 
 
 def mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
@@ -112,10 +124,12 @@ def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[
     seams = []
     for k in range(states.shape[0]):
         (own, cotangent), output = _head_gradient(problem, params, hidden, states[k], k + 1)
+        own, cotangent = in_order(cut_as_parameters(own), cotangent)
         # With sequential modules head k's gradient also reaches modules 1..k-1.
         (below,) = pull_modules(jnp.zeros_like(states).at[k].set(cotangent))
-        gradient = {**below, **add_trees(own, {name: below[name] for name in own})}
-        seams.append(Seam(gradient, output))
+        below = {**below, **cut_as_parameters({name: below[name] for name in own})}
+        gradient = add_trees(own, {name: below[name] for name in own})
+        seams.append(Seam({**below, **gradient}, output))
     return seams
 
 

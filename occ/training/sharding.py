@@ -158,6 +158,23 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return shardings
 
 
+def cut_as_parameters(tree: Any) -> Any:
+    """Gradients, or whatever else is like parameters, cut as these are; without a mesh, the tree.
+
+    Args:
+      tree: of some top-level names of the model's parameters.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+
+    def cut(path, leaf):
+        spec = parameter_spec(path_string(path), leaf.shape)
+        return jax.lax.with_sharding_constraint(leaf, spec)
+
+    return jax.tree_util.tree_map_with_path(cut, tree)
+
+
 def for_generation(params: Any, dtype: Any) -> Any:
     """Parameters gathered along the axes that cut them for training, once for all new tokens.
 

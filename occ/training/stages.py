@@ -123,7 +123,7 @@ class Stages:
         self, parts: Parts, hidden: Float[Array, "batch time width"], depth: int
     ) -> TokenScores:
         """Scores of the tokens by the main head (depth 0) or MTP head `depth` >= 1."""
-        parts = self._gathered(parts)
+        parts = Parts(*map(self._gathered, parts))
 
         def score(hidden, labels):
             return self._at_source(parts, hidden, labels, depth)
@@ -165,7 +165,7 @@ class Stages:
 
             params = {name: tree for name, tree in join(parts).items() if name in names}
             return jax.grad(composed, argnums=(0, 1), has_aux=True)(params, hidden)
-        parts = self._gathered(parts)
+        parts = Parts(*map(self._gathered, parts))
         params = {name: tree for name, tree in join(parts).items() if name in names}
         chunks = self._chunks(depth)
         labels = chunks.cut(mtp.labels_at_source(self.tokens, depth))
@@ -188,7 +188,7 @@ class Stages:
             step, zeros, (jnp.arange(chunks.count), chunks.cut(hidden), labels)
         )
         _, aux = loss(self._aligned(tuple(chunks.join(values) for values in scores), depth))
-        return (total, chunks.join(cotangents)), aux
+        return (self._gathered(total), chunks.join(cotangents)), aux
 
     def _at_source(self, parts: Parts, hidden: jax.Array, labels: jax.Array, depth: int) -> Any:
         """Log-prob, entropy and most likely token, at the positions that predict."""
@@ -223,8 +223,8 @@ class Stages:
           hidden: the module's.
           depth: k >= 1.
         """
-        parts, (main_parts, main_hidden) = self._gathered(parts), main
-        main_parts = self._gathered(main_parts)
+        main_parts, main_hidden = main
+        parts, main_parts = (Parts(*map(self._gathered, p)) for p in (parts, main_parts))
 
         def diverge(hidden, main_hidden):
             target = self._logits(main_parts, main_hidden, 0)
@@ -240,23 +240,24 @@ class Stages:
         logits = model.logits(hidden) if depth == 0 else model.mtp_logits(hidden, depth - 1)
         return logits / self.temperature
 
-    def _gathered(self, parts: Parts) -> Parts:
+    def _gathered(self, params: dict[str, Any]) -> dict[str, Any]:
         """Output heads gathered along the axes that cut parameters, once for all chunks.
 
-        Their gradients are added up over the chunks in their own dtype, and then cut once.
+        Sums of their gradients over the chunks stay so, too: they are then added up over the
+        devices once, and not for every chunk.
+
+        Args:
+          params: some top-level names; an embedding without an output head beside it is one.
         """
         if not self._chunked:
-            return parts
-        modules = {
-            name: {number: _head_gathered(module) for number, module in tree.items()}
-            for name, tree in parts.modules.items()
-        }
-        readout = _head_gathered(parts.readout)
-        if "output_head" not in readout:
-            readout["embedding"] = {
-                "embedding": constrain(readout["embedding"]["embedding"], "tensor")
-            }
-        return parts._replace(readout=readout, modules=modules)
+            return params
+        gathered = _head_gathered(params)
+        if "mtp" in params:
+            gathered["mtp"] = {k: _head_gathered(tree) for k, tree in params["mtp"].items()}
+        if "embedding" in params and "output_head" not in params:
+            table = constrain(params["embedding"]["embedding"], "tensor")
+            gathered["embedding"] = {"embedding": table}
+        return gathered
 
     @property
     def _chunked(self) -> bool:

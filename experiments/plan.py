@@ -1,7 +1,7 @@
 """A run at full size, compiled for machines that are not there: what it needs, and how long.
 
-Claim: the paper's runs fit 128 TPU v5p chips. OCC from log-ratios in the fused placement needs an
-eighth more memory than Detach, and a forward pass of its own where there are several micro-batches.
+Claim: the paper's runs fit 128 TPU v5p chips. OCC from log-ratios in the fused placement needs the
+memory of Detach, and a forward pass of its own where there are several micro-batches.
 Command: python -m experiments.plan mimo_7b_dapo --topology v5p:4x4x8
 Cost: some minutes a regime on two CPU cores. Needs the TPU compiler: pip install '.[plan]'.
 

@@ -59,6 +59,7 @@ class Arguments:
     Attributes:
       layers, width, vocab: of the model; heads of 64, MLP of four widths, one MTP module.
       rows, length: of the minibatch, sequences and tokens a sequence.
+      regimes: what is measured, Detach first: ratios are to it.
       repeats: timed steps a regime; 0 leaves the clock out.
       remat: rematerialisation settings to measure.
       dtype: of computation.
@@ -73,11 +74,20 @@ class Arguments:
     vocab: int = 128
     rows: int = 8
     length: int = 64
+    regimes: tuple[str, ...] = tuple(REGIMES)
     repeats: int = 40
     remat: tuple[str, ...] = ("none", "full")
     dtype: str = "float32"
     logits_chunk: int = 0
     folder: pathlib.Path = pathlib.Path("runs/step_cost")
+
+    def __post_init__(self):
+        unknown = set(self.regimes) - set(REGIMES)
+        if unknown or self.regimes[:1] != ("Detach",):
+            raise ValueError(
+                f"step_cost: expected Detach, the base of ratios, and others of {list(REGIMES)}, "
+                f"got {list(self.regimes)}."
+            )
 
 
 def model_config(arguments: Arguments, remat: str) -> ModelConfig:
@@ -143,12 +153,11 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     batch = minibatch(arguments)
     model = model_config(arguments, remat)
     compiled, states = {}, {}
-    variants = {(name, 0): mtp for name, mtp in REGIMES.items()}
-    if arguments.logits_chunk:
-        variants |= {(name, arguments.logits_chunk): mtp for name, mtp in REGIMES.items()}
-    for (name, chunk), mtp in tqdm.tqdm(variants.items(), desc=f"compile, remat {remat}"):
+    chunks = (0, arguments.logits_chunk) if arguments.logits_chunk else (0,)
+    variants = [(name, chunk) for chunk in chunks for name in arguments.regimes]
+    for name, chunk in tqdm.tqdm(variants, desc=f"compile, remat {remat}"):
         label = f"{name}, logits of {chunk} columns" if chunk else name
-        compiled[label], states[label] = compile_step(model, mtp, batch, chunk)
+        compiled[label], states[label] = compile_step(model, REGIMES[name], batch, chunk)
 
     def run(name):
         states[name], _ = jax.block_until_ready(compiled[name](states[name], batch))

@@ -196,10 +196,13 @@ def test_advice_names_what_to_change():
     assert "does not fit" in line and "micro_batches" in line
 
 
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="the TPU compiler is not installed: pip install '.[plan]'",
 )
+
+
+@needs_compiler
 def test_a_small_slice_compiles_for_tpus(tmp_path):
     config = small_config(fsdp=2, tensor=2)
     arguments = plan.Arguments(config, "v5e:2x2", ("OCC fused",), folder=tmp_path)
@@ -207,3 +210,17 @@ def test_a_small_slice_compiles_for_tpus(tmp_path):
     cost = result["costs"]["OCC fused"]
     assert 0 < cost["temporaries"] < 2**30
     assert cost["collectives"]
+
+
+@needs_compiler
+def test_a_small_slice_adds_the_heads_gradient_up_once(tmp_path):
+    """Over the chips, however many chunks of logits there are."""
+    added = []
+    for chunk in (1, 4):
+        config = small_config(fsdp=4, logits_chunk=chunk)
+        arguments = plan.Arguments(config, "v5e:2x2", ("Detach",), rollouts=False, folder=tmp_path)
+        found = plan.plan(arguments, lambda line: None)["costs"]["Detach"]["collectives"]
+        sums = [found[kind] for kind in ("all-reduce", "reduce-scatter") if kind in found]
+        added.append(sum(traffic.bytes for traffic in sums))
+    gradient = 4 * config.model.vocab_size * config.model.width
+    assert min(added) > gradient > abs(added[0] - added[1])

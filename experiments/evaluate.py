@@ -48,8 +48,9 @@ class Run:
       k: samples a problem.
       temperature, top_p, top_k: of sampling.
       checkpoint: of each run.
-      data_dir: with the benchmarks; None takes the run's own.
-      extract: where the answer stands; None takes the run's own, and a box for published models.
+      data_dir: with the benchmarks; None takes the run's own, or the test problems of its task.
+      extract: where the answer stands; None takes the run's own, and a box for published models
+        and runs on other tasks.
       max_prompt_tokens, max_response_tokens: tokens; None takes the run's, or 2048 and 8192.
       problems: the first so many of each benchmark; 0 is all.
       rows: sampled at one time; None is 64, rounded up so that all devices have as many.

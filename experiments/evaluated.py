@@ -80,13 +80,16 @@ def from_run(
       folder: of the run.
       which: of its checkpoints.
       benchmarks: names; None are all six, or "test", the test problems of a task without any.
-      task_options: in place of the run's own, for tasks of published problems.
+      task_options: in place of the run's own, for tasks of published problems; with a "data_dir"
+        every run that has a tokenizer for texts is judged on published problems.
       layout: where it will live; None is where it was trained.
 
     Raises:
       ValueError: the folder holds no run or no checkpoint; the task has no such benchmarks.
     """
     config = read_config(folder)
+    if "data_dir" in task_options:
+        config = _on_published(config)
     if layout is not None:
         config = _moved(config, layout)
     task, problems = _task(config, benchmarks, task_options)
@@ -164,6 +167,27 @@ def _moved(config: TrainConfig, layout: LayoutConfig) -> TrainConfig:
     """On another mesh, with no minibatch and no warm start that would have to fit it."""
     one = dataclasses.replace(config.rollout, prompts=layout.row_parts, samples=2, minibatches=1)
     return dataclasses.replace(config, layout=layout, rollout=one, warm_start=WarmStartConfig())
+
+
+def _on_published(config: TrainConfig) -> TrainConfig:
+    """As if the run had been on published problems, which its own tokenizer reads."""
+    if config.task in PUBLISHED:
+        return config
+    tokenizer = config.task_options.get("tokenizer")
+    if tokenizer is None:
+        raise ValueError(
+            f"evaluate: --data-dir asks for published problems, and task {config.task!r} of this "
+            "run has no tokenizer for texts. Leave it out: the run is then judged on its own test "
+            "problems."
+        )
+    options = {"tokenizer": tokenizer, "extract": "boxed"}
+    return dataclasses.replace(
+        config,
+        task="math",
+        task_options=options,
+        max_prompt_tokens=None,
+        max_response_tokens=None,
+    )
 
 
 def _task(

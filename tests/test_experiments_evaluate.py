@@ -264,6 +264,24 @@ def test_a_run_on_published_problems_is_evaluated_on_benchmarks(tmp_path):
     assert (task.max_prompt_tokens, task.max_response_tokens) == (150, 24)
 
 
+def test_a_run_on_another_task_is_evaluated_on_benchmarks_where_it_reads_texts(
+    tmp_path, run_folder
+):
+    fixtures_math.write(tmp_path / "data", ["amc"])
+    data = str(tmp_path / "data")
+    options = {"data_dir": data, "max_prompt_tokens": 150, "verify": False}
+    other = dataclasses.replace(
+        evaluate_fixtures.config(tmp_path / "elsewhere"),
+        task="reasoning_gym",
+        task_options={"dataset": "chain_sum", "tokenizer": "characters"},
+    )
+    task, benchmarks = evaluated._task(evaluated._on_published(other), ("amc",), options)
+    task.verifier.close()
+    assert list(benchmarks) == ["amc"] and "boxed" in benchmarks["amc"][0].prompt
+    with pytest.raises(ValueError, match="'arithmetic' of this run has no tokenizer for texts"):
+        evaluate.run(arguments(run_folder, data_dir=tmp_path / "data"))
+
+
 def test_a_published_model_is_evaluated(tmp_path, monkeypatch, capsys):
     """MiMo's layout with random weights, its own tokenizer and chat template."""
     monkeypatch.chdir(tmp_path)

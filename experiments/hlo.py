@@ -287,37 +287,58 @@ def _touched(program: Program, instruction: Instruction, shapes: dict[str, str])
     if instruction.operation == "fusion":
         called = _CALLED.search(instruction.rest)
         if called:
-            return _fusion_bytes(program.computations[called[1]], sizes, result)
+            return _fusion_bytes(program, program.computations[called[1]], sizes, result)
     if instruction.operation.endswith("-start") and instruction.shape.startswith("("):
         return max(result, sum(sizes))  # whose result holds its operand as well
     return sum(sizes) + result
 
 
-def _fusion_bytes(inside: list[Instruction], sizes: list[int], result: int) -> int:
+def _fusion_bytes(
+    program: Program, inside: list[Instruction], sizes: list[int], result: int
+) -> int:
     shapes = {i.name: i.shape for i in inside}
     total = result
     for instruction in inside:
         if result and instruction.root and instruction.operation == "dynamic-update-slice":
             total = shape_bytes(shapes.get(instruction.operands[1], ""))
-    for parameter in inside:
-        number = re.match(r"(\d+)\)", parameter.rest)
-        if parameter.operation != "parameter" or number is None:
-            continue
-        uses = [i for i in inside if parameter.name in i.operands]
-        parts = [_part(use, parameter.name, shapes) for use in uses]
-        whole = sizes[int(number[1])] if int(number[1]) < len(sizes) else 0
-        known = [part for part in parts if part is not None]
-        total += min(whole, sum(known)) if len(known) == len(parts) and parts else whole
+    for name, number in _parameters(inside):
+        whole = sizes[number] if number < len(sizes) else 0
+        part = _part(program, inside, name)
+        total += whole if part is None else min(whole, part)
     return total
 
 
-def _part(use: Instruction, name: str, shapes: dict[str, str]) -> int | None:
-    """Bytes that an instruction takes of an operand, if that is a part; None for all of it."""
-    if use.operation == "dynamic-slice" and use.operands[0] == name:
-        return shape_bytes(use.shape)
-    if use.operation == "dynamic-update-slice" and use.operands[0] == name:
-        return shape_bytes(shapes.get(use.operands[1], ""))
-    return None
+def _parameters(inside: list[Instruction]) -> Iterator[tuple[str, int]]:
+    """Names and numbers of a computation's parameters."""
+    for instruction in inside:
+        number = re.match(r"(\d+)\)", instruction.rest)
+        if instruction.operation == "parameter" and number is not None:
+            yield instruction.name, int(number[1])
+
+
+def _part(program: Program, inside: list[Instruction], name: str) -> int | None:
+    """Bytes that a computation takes of one of its arrays, if only parts; None for all of it."""
+    shapes = {i.name: i.shape for i in inside}
+    uses = [i for i in inside if name in i.operands]
+    total = 0
+    for use in uses:
+        part: int | None = None
+        called = _CALLED.search(use.rest)
+        if use.operation == "dynamic-slice" and use.operands[0] == name:
+            part = shape_bytes(use.shape)
+        elif use.operation == "dynamic-update-slice" and use.operands[0] == name:
+            part = shape_bytes(shapes.get(use.operands[1], ""))
+        elif use.operation == "bitcast":
+            part = _part(program, inside, use.name)
+        elif use.operation == "fusion" and called:
+            inner = program.computations[called[1]]
+            names = {number: parameter for parameter, number in _parameters(inner)}
+            number = use.operands.index(name)
+            part = _part(program, inner, names[number]) if number in names else None
+        if part is None:
+            return None
+        total += part
+    return total if uses else None
 
 
 # ---------------------------------------------------------------------------------------------

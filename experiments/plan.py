@@ -281,15 +281,18 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
         for name in arguments.regimes:
             one = dataclasses.replace(config, mtp=regime(REGIMES[name]))
             traced, state = trace_train_step(one, mesh)
-            if devices:
-                costs[name] = compiled_cost(traced, count)
-            else:
+            title = f"{name}, train step"
+            if not devices:
                 costs[name] = estimated_cost(one, traced, state, count)
-            report(describe(f"{name}, train step", costs[name], chip, config))
+                report(describe(title, costs[name], chip, train_advice(config)))
+            elif cost := _compiled(title, traced, count, chip, train_advice(config), report):
+                costs[name] = cost
         if arguments.rollouts and devices:
             traced, _ = trace_generation(config, mesh)
-            costs["Generation"] = compiled_cost(traced, count, config.max_response_tokens or 1)
-            report(describe("Generation of a rollout", costs["Generation"], chip, config))
+            title, trips = "Generation of a portion", config.max_response_tokens or 1
+            ideas = generation_advice(config)
+            if cost := _compiled(title, traced, count, chip, ideas, report, trips):
+                costs["Generation"] = cost
     text = table(costs, chip)
     report(text)
     return {
@@ -301,11 +304,33 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
     }
 
 
-def describe(name: str, cost: Cost, chip: Chip, config: TrainConfig) -> str:
-    """A paragraph on one program."""
+def _compiled(
+    title: str,
+    traced: Any,
+    devices: int,
+    chip: Chip,
+    ideas: list[str],
+    report: Any,
+    while_trips: int = 1,
+) -> Cost | None:
+    """The cost of a program, reported; None if the compiler finds no room for it."""
+    try:
+        cost = compiled_cost(traced, devices, while_trips)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        report(f"{title}: does not fit; {'; '.join(ideas)}\n  The compiler: {reason}")
+        return None
+    report(describe(title, cost, chip, ideas))
+    return cost
+
+
+def describe(title: str, cost: Cost, chip: Chip, ideas: list[str]) -> str:
+    """A paragraph on one program; `ideas` say what to change if it does not fit."""
     seconds = cost.seconds(chip)
     lines = [
-        f"{name}: {cost.peak / GIB:.1f} GiB a device of {chip.memory / GIB:.0f} "
+        f"{title}: {cost.peak / GIB:.1f} GiB a device of {chip.memory / GIB:.0f} "
         f"(arguments {cost.arguments / GIB:.1f}, temporaries {cost.temporaries / GIB:.1f})",
         f"  matrix products {cost.flops / 1e12:.1f} TFLOP a device: "
         + ", ".join(f"{kind} {value:.2f} s" for kind, value in seconds.items()),
@@ -315,26 +340,30 @@ def describe(name: str, cost: Cost, chip: Chip, config: TrainConfig) -> str:
             f"  {kind}: {traffic.times} times, {traffic.bytes / 1e9:.2f} GB, "
             f"{traffic.wire / 1e9:.2f} GB over the links, largest {traffic.largest / 1e6:.1f} MB"
         )
-    lines += [f"  {line}" for line in advice(cost, chip, config)]
-    return "\n".join(lines)
+    fits = cost.peak <= 0.95 * chip.memory
+    return "\n".join([*lines, "  fits" if fits else f"  does not fit; {'; '.join(ideas)}"])
 
 
-def advice(cost: Cost, chip: Chip, config: TrainConfig) -> list[str]:
-    """Whether it fits, and what to change if not."""
-    if cost.peak <= 0.95 * chip.memory:
-        return ["fits"]
+def train_advice(config: TrainConfig) -> list[str]:
+    """What to change if a train step does not fit."""
     layout, model = config.layout, config.model
-    ideas = []
-    if cost.arguments > chip.memory / 2:
-        ideas.append("cut parameters further: raise layout.fsdp, layout.expert or layout.tensor")
-    if cost.temporaries > chip.memory / 2:
-        ideas.append(f"raise layout.micro_batches (now {layout.micro_batches})")
-        if model.remat != "full":
-            ideas.append(f"model.remat='full' (now {model.remat!r})")
-        if model.attention == "xla" and not model.attention_chunk:
-            ideas.append("model.attention='splash', or an attention_chunk")
-        ideas.append(f"lower layout.logits_chunk (now {layout.logits_chunk or 'all'})")
-    return [f"does not fit; {'; '.join(ideas) or 'take more devices'}"]
+    ideas = [f"raise layout.micro_batches (now {layout.micro_batches})"]
+    if model.remat != "full":
+        ideas.append(f"model.remat='full' (now {model.remat!r})")
+    if model.attention == "xla" and not model.attention_chunk:
+        ideas.append("model.attention='splash', or an attention_chunk")
+    ideas.append(f"lower layout.logits_chunk (now {layout.logits_chunk or 'all'})")
+    ideas.append("cut parameters further: raise layout.fsdp, layout.expert or layout.tensor")
+    return ideas
+
+
+def generation_advice(config: TrainConfig) -> list[str]:
+    """What to change if generation does not fit."""
+    layout, model = config.layout, config.model
+    ideas = [f"lower layout.generation_rows (now {layout.generation_rows or 'all'})"]
+    if not model.attention_chunk:
+        ideas.append("a model.attention_chunk, for the prompts")
+    return [*ideas, "raise layout.tensor or layout.expert, which cut what is not gathered"]
 
 
 def table(costs: dict[str, Cost], chip: Chip) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,28 @@ def test_traffic_of_a_loop_over_slices_is_that_of_the_slices():
     assert 16 * 3 * matrix <= traffic < 16 * 10 * matrix
 
 
+def test_traffic_of_a_slice_inside_a_fusion_of_a_fusion_is_the_slices():
+    text = """HloModule m
+%inner (a: f32[16,8,8]) -> f32[8,8] {
+  %a = f32[16,8,8] parameter(0)
+  %flat = f32[16,8,8] bitcast(%a)
+  ROOT %one = f32[1,8,8] dynamic-slice(%flat, %i, %zero, %zero), dynamic_slice_sizes={1,8,8}
+}
+%outer (x: f32[8,8], w: f32[16,8,8]) -> f32[8,8] {
+  %x = f32[8,8] parameter(0)
+  %w = f32[16,8,8] parameter(1)
+  %matrix = f32[8,8] fusion(%w), kind=kLoop, calls=%inner
+  ROOT %product = f32[8,8] convolution(%x, %matrix), dim_labels=bf_io->bf
+}
+ENTRY %main (p: f32[8,8], q: f32[16,8,8]) -> f32[8,8] {
+  %p = f32[8,8] parameter(0)
+  %q = f32[16,8,8] parameter(1)
+  ROOT %y = f32[8,8] fusion(%p, %q), kind=kOutput, calls=%outer
+}
+"""
+    assert hlo.memory_traffic(hlo.parse(text)) == 3 * 8 * 8 * 4
+
+
 def test_what_stays_on_the_chip_is_no_memory_traffic():
     text = """HloModule m
 
@@ -192,8 +215,32 @@ def test_a_layout_for_another_number_of_devices_is_refused(tmp_path):
 
 def test_advice_names_what_to_change():
     cost = plan.Cost(10.0, 2e13, 3e13, 1.0, 1.0, {}, 1.0)
-    (line,) = plan.advice(cost, CHIPS["v5p"], small_config())
-    assert "does not fit" in line and "micro_batches" in line
+    config = small_config(generation_rows=8)
+    for ideas, expected in (
+        (plan.train_advice(config), "micro_batches (now 1)"),
+        (plan.generation_advice(config), "lower layout.generation_rows (now 8)"),
+    ):
+        last = plan.describe("Step", cost, CHIPS["v5p"], ideas).splitlines()[-1]
+        assert "does not fit" in last and expected in last
+    small = dataclasses.replace(cost, peak=1.0)
+    assert plan.describe("Step", small, CHIPS["v5p"], []).endswith("  fits")
+
+
+def test_a_program_without_room_is_reported():
+    """And any other fault of the compiler is not swallowed."""
+
+    def traced(message):
+        def compiled():
+            raise jax.errors.JaxRuntimeError(message)
+
+        return types.SimpleNamespace(lower=lambda: types.SimpleNamespace(compile=compiled))
+
+    lines = []
+    full = "RESOURCE_EXHAUSTED: out of memory, 166G\nand more"
+    assert plan._compiled("Step", traced(full), 4, CHIPS["v5p"], ["do this"], lines.append) is None
+    assert lines == ["Step: does not fit; do this\n  The compiler: " + full.splitlines()[0]]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        plan._compiled("Step", traced("INTERNAL: no"), 4, CHIPS["v5p"], [], lines.append)
 
 
 needs_compiler = pytest.mark.skipif(

@@ -250,9 +250,14 @@ def test_a_bounded_capacity_drops_and_counts(x64):
     assert 0.5 < metrics["router/dropped"] < 1
 
 
-def test_generation_on_a_mesh_samples_the_same_tokens():
-    """Parameters are gathered once; rows are divided, and keys belong to rows."""
-    config, model, batch = setting("occ", "float32", LayoutConfig())
+@pytest.mark.parametrize(
+    ("moe", "layout"),
+    [(None, LAYOUTS["data-fsdp-tensor"]), (MOE, LayoutConfig(fsdp=4, expert=2))],
+    ids=["dense", "moe"],
+)
+def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):
+    """Parameters are gathered once for all tokens; rows are divided, and keys belong to rows."""
+    config, model, batch = setting("occ", "float32", LayoutConfig(), moe)
     graphdef, params, rest = model
     sampling = SamplingConfig(max_new_tokens=6, stop_tokens=(1,))
     prompts, mask = np.asarray(batch.tokens[:, :3]) + 2, np.ones((16, 3), bool)
@@ -267,9 +272,11 @@ def test_generation_on_a_mesh_samples_the_same_tokens():
                 key = jax.random.key(3)
                 return generate(graphdef, gathered, rest, prompts, mask, key, config=sampling)
 
+            # What every layer asked for, it would get anew for every token.
+            assert "all_gather" not in str(jax.make_jaxpr(run)(placed, prompts, mask))
             return jax.device_get(jax.jit(run)(placed, prompts, mask))
 
-    alone, together = sample(LayoutConfig()), sample(LAYOUTS["data-fsdp-tensor"])
+    alone, together = sample(LayoutConfig()), sample(layout)
     np.testing.assert_array_equal(together.tokens, alone.tokens)
     np.testing.assert_allclose(together.log_prob, alone.log_prob, atol=1e-5)
     assert len(np.unique(alone.tokens)) > 4

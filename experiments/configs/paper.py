@@ -28,7 +28,9 @@ RESPONSE_TOKENS = 8192
 
 # For 128 TPU v5p chips; `python -m experiments.plan` shows what they need.
 MIMO_LAYOUT = LayoutConfig(fsdp=128, logits_chunk=512)
-GLM_LAYOUT = LayoutConfig(fsdp=8, expert=16, micro_batches=4, logits_chunk=512)
+GLM_LAYOUT = LayoutConfig(
+    fsdp=8, expert=16, micro_batches=4, logits_chunk=512, generation_rows=1024
+)
 
 
 def mimo_7b() -> ModelConfig:
@@ -52,6 +54,7 @@ def mimo_7b() -> ModelConfig:
         compute_dtype="bfloat16",
         remat="full",
         attention="splash",
+        attention_chunk=128,  # of prompts, which attend to a cache
         mtp=MTPConfig(
             num_modules=1, concatenation="hidden_embedding", hidden_after_final_norm=True
         ),
@@ -80,6 +83,7 @@ def glm_4_5_air() -> ModelConfig:
         compute_dtype="bfloat16",
         remat="full",
         attention="splash",
+        attention_chunk=128,  # of prompts, which attend to a cache
         moe=MoEConfig(
             num_experts=128,
             experts_per_token=8,

@@ -17,11 +17,42 @@ from occ.models.partitioning import ROWS, constrain
 P = jax.P
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer: [B, S, kv_heads, head_dim] each."""
+class StackCache(NamedTuple):
+    """Keys and values of a stack of layers: [L, B, S, kv_heads, head_dim] each."""
 
     keys: jax.Array
     values: jax.Array
+
+
+class LayerCache(NamedTuple):
+    """One layer's part of a stack's cache, which stays whole so that it is written in place.
+
+    Attributes:
+      stack: of all layers.
+      layer: int32 [], which of them.
+    """
+
+    stack: StackCache
+    layer: jax.Array
+
+    def add(self, keys: jax.Array, values: jax.Array, column: jax.Array) -> LayerCache:
+        """With the keys and values [B, T, kv_heads, head_dim] of T columns from `column` on."""
+        first = jnp.zeros_like(self.layer)
+        start = (self.layer, first, column.astype(first.dtype), first, first)
+        stack = StackCache(
+            *(
+                jax.lax.dynamic_update_slice(old, new[None], start)
+                for old, new in zip(self.stack, (keys, values), strict=True)
+            )
+        )
+        return self._replace(stack=stack)
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """The layer's keys and values, [B, S, kv_heads, head_dim] each."""
+        keys, values = (
+            jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in self.stack
+        )
+        return keys, values
 
 
 class Context(NamedTuple):
@@ -234,12 +265,7 @@ class Attention(nnx.Module):
         value = heads(self.value, None)
         if cache is not None:
             assert context.column is not None
-            cache = LayerCache(
-                *(
-                    jax.lax.dynamic_update_slice_in_dim(old, new, context.column, axis=1)
-                    for old, new in zip(cache, (key, value), strict=True)
-                )
-            )
-            key, value = cache
+            cache = cache.add(key, value, context.column)
+            key, value = cache.read()
         mixed = attend(query, key, value, context, config.attention_chunk, config.attention)
         return self.output(mixed.reshape(batch, time, -1)), cache

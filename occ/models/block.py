@@ -43,7 +43,7 @@ class Block(nnx.Module):
         x = x + mixed
         normal = self.mlp_norm(x)
         if isinstance(self.mlp, MixtureOfExperts):
-            update, load = self.mlp(normal, context.valid)
+            update, load = self.mlp(normal, context.valid, whole=cache is not None)
         else:
             update, load = self.mlp(normal), None
         return BlockOutput(x + update, cache, load)

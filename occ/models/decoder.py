@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from occ.models.attention import Context, LayerCache
-from occ.models.block import Block, BlockOutput
+from occ.models.attention import Context, LayerCache, StackCache
+from occ.models.block import Block
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
@@ -33,12 +33,12 @@ class Cache(NamedTuple):
     """Keys and values of all layers, for generation.
 
     Attributes:
-      stacks: of each stack of layers, keys and values [L, B, S, kv_heads, head_dim].
+      stacks: of each stack of layers.
       segment_ids: int32 [B, S], 0 where a column is empty or padding.
       column: int32 [], the next column to write, the same for all rows.
     """
 
-    stacks: tuple[LayerCache | None, ...]
+    stacks: tuple[StackCache, ...]
     segment_ids: jax.Array
     column: jax.Array
 
@@ -90,9 +90,8 @@ class Decoder(nnx.Module):
         context = self._context(tokens, positions, segment_ids)
         hidden, loads = constrain(self.embedding(tokens), ROWS), []
         for stack in self._stacks():
-            output = _scan(stack, hidden, context, None, self.config)
-            hidden = output.hidden
-            loads += [] if output.load is None else [output.load]
+            hidden, _, load = _scan(stack, hidden, context, None, self.config)
+            loads += [] if load is None else [load]
         return TrunkOutput(hidden, jnp.concatenate(loads) if loads else None)
 
     def mtp_hidden(
@@ -166,7 +165,7 @@ class Decoder(nnx.Module):
 
         sizes = [jax.tree.leaves(nnx.state(stack))[0].shape[0] for stack in self._stacks()]
         return Cache(
-            stacks=tuple(LayerCache(zeros(size), zeros(size)) for size in sizes),
+            stacks=tuple(StackCache(zeros(size), zeros(size)) for size in sizes),
             segment_ids=jnp.zeros((batch, columns), jnp.int32),
             column=jnp.zeros((), jnp.int32),
         )
@@ -185,9 +184,9 @@ class Decoder(nnx.Module):
         context = Context(positions, segment_ids, filled, cache.column)
         hidden, stacks = constrain(self.embedding(tokens), ROWS), []
         for stack, stack_cache in zip(self._stacks(), cache.stacks, strict=True):
-            output = _scan(stack, hidden, context, stack_cache, self.config)
-            hidden = output.hidden
-            stacks.append(output.cache)
+            hidden, written, _ = _scan(stack, hidden, context, stack_cache, self.config)
+            assert written is not None
+            stacks.append(written)
         return hidden, Cache(tuple(stacks), filled, cache.column + tokens.shape[1])
 
     # -- pieces -------------------------------------------------------------------------------
@@ -232,23 +231,30 @@ def _stack(config: ModelConfig, rngs: nnx.Rngs, size: int, *, sparse: bool) -> B
 
 
 def _scan(
-    stack: Block, hidden: jax.Array, context: Context, cache: LayerCache | None, config: ModelConfig
-) -> BlockOutput:
-    """Applies the layers in order; cache and load come back with a leading layer axis."""
+    stack: Block, hidden: jax.Array, context: Context, cache: StackCache | None, config: ModelConfig
+) -> tuple[jax.Array, StackCache | None, jax.Array | None]:
+    """Applies the layers in order: hidden state, cache, and the load with a leading layer axis.
+
+    Layers hand the cache on, and each writes its columns into it: as an input and output of its
+    own for each layer, it would be copied for every token.
+    """
     graphdef, variables = nnx.split(stack)
     size = jax.tree.leaves(variables)[0].shape[0]
 
-    def layer(hidden, inputs):
-        layer_variables, layer_cache = inputs
+    def layer(carry, inputs):
+        hidden, cache = carry
+        layer_variables, number = inputs
         block = nnx.merge(graphdef, layer_variables)
-        output = block(hidden, context, layer_cache)
-        return constrain(output.hidden, ROWS), (output.cache, output.load)
+        output = block(hidden, context, None if cache is None else LayerCache(cache, number))
+        cache = None if output.cache is None else output.cache.stack
+        return (constrain(output.hidden, ROWS), cache), output.load
 
+    numbers = None if cache is None else jnp.arange(size, dtype=jnp.int32)
     unroll = 1 if config.scan_layers else size
-    hidden, (cache, load) = jax.lax.scan(
-        _remat(layer, config), hidden, (variables, cache), unroll=unroll
+    (hidden, cache), load = jax.lax.scan(
+        _remat(layer, config), (hidden, cache), (variables, numbers), unroll=unroll
     )
-    return BlockOutput(hidden, cache, load)
+    return hidden, cache, load
 
 
 def _remat(function: Any, config: ModelConfig) -> Any:

@@ -37,12 +37,15 @@ class ExpertWeights(NamedTuple):
     down: Any
 
 
-_SPECS = ExpertWeights(
+_CUT = ExpertWeights(
     router=P(None, None),
     router_bias=P(None),
     gate=P("expert", "fsdp", "tensor"),
     up=P("expert", "fsdp", "tensor"),
     down=P("expert", "tensor", "fsdp"),
+)
+_WHOLE = _CUT._replace(
+    gate=P("expert", None, "tensor"), up=P("expert", None, "tensor"), down=P("expert", "tensor")
 )
 
 Experts = Callable[..., jax.Array]
@@ -123,11 +126,13 @@ def _exchange(x: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(x, "expert", 0, 0)
 
 
-def on_mesh(function: Any, x: jax.Array, valid: jax.Array, weights: ExpertWeights) -> Any:
+def on_mesh(
+    function: Any, x: jax.Array, valid: jax.Array, weights: ExpertWeights, *, whole: bool
+) -> Any:
     """Runs `function(x, valid, weights, placement) -> (y, load)` on every device's own rows.
 
-    Experts' kernels are gathered along "fsdp"; along "tensor" each device has a part of their
-    hidden width, and y is the sum of the parts.
+    Along "tensor" each device has a part of the experts' hidden width, and y is the sum of the
+    parts. Their kernels are gathered along "fsdp", unless they are `whole` there.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -135,17 +140,18 @@ def on_mesh(function: Any, x: jax.Array, valid: jax.Array, weights: ExpertWeight
     placement = Placement(mesh.shape["expert"])
 
     def local(x, valid, weights):
-        gathered = weights._replace(
-            gate=jax.lax.all_gather(weights.gate, "fsdp", axis=1, tiled=True),
-            up=jax.lax.all_gather(weights.up, "fsdp", axis=1, tiled=True),
-            down=jax.lax.all_gather(weights.down, "fsdp", axis=2, tiled=True),
-        )
-        y, load = function(x, valid, gathered, placement)
+        if not whole:
+            weights = weights._replace(
+                gate=jax.lax.all_gather(weights.gate, "fsdp", axis=1, tiled=True),
+                up=jax.lax.all_gather(weights.up, "fsdp", axis=1, tiled=True),
+                down=jax.lax.all_gather(weights.down, "fsdp", axis=2, tiled=True),
+            )
+        y, load = function(x, valid, weights, placement)
         return jax.lax.psum(y, "tensor"), jax.lax.psum(load, ROWS)
 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(ROWS), P(ROWS), _SPECS),
+        in_specs=(P(ROWS), P(ROWS), _WHOLE if whole else _CUT),
         out_specs=(P(ROWS), P(None)),
     )(x, valid, weights)

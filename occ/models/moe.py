@@ -50,14 +50,24 @@ class MixtureOfExperts(nnx.Module):
         self.dtype = config.compute
 
     def __call__(
-        self, x: Float[Array, "batch time width"], valid: Bool[Array, "batch time"]
+        self,
+        x: Float[Array, "batch time width"],
+        valid: Bool[Array, "batch time"],
+        *,
+        whole: bool = False,
     ) -> tuple[Float[Array, "batch time width"], Float[Array, "experts"]]:
         """The layer's output, and how many tokens each expert received.
 
         On a mesh every device routes its own rows, and tokens travel to the experts' devices; see
         `occ.models.expert_parallel`.
+
+        Args:
+          x: hidden state.
+          valid: tokens that are not padding.
+          whole: expect the kernels gathered along "fsdp", as generation has them, once for all
+            tokens.
         """
-        y, load = on_mesh(self._on_device, x, valid, self._weights())
+        y, load = on_mesh(self._on_device, x, valid, self._weights(), whole=whole)
         y = y.astype(self.dtype)
         return (y if self.shared is None else y + self.shared(x)), load
 

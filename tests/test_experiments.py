@@ -15,7 +15,7 @@ import pytest
 import tyro
 from flax import nnx
 
-from experiments import compare_regimes, report, step_cost, train
+from experiments import compare_regimes, report, sampling_speed, step_cost, train
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
 from experiments.progress import interrupt
@@ -220,3 +220,13 @@ def test_the_benchmark_counts_what_is_expected():
     assert 1 <= flops["OCC fused"] < 1.03 and 1.3 < flops["OCC exact"] < 1.7
     assert 0 < step_cost.predicted_share(arguments, costs["Detach"]["flops"]) < 0.03
     assert "| OCC exact |" in step_cost.table(costs)
+
+
+def test_the_speed_of_sampling_is_of_all_tokens():
+    arguments = sampling_speed.Arguments(
+        layers=1, width=64, vocab=8, rows=2, prompt=2, response=3, repeats=1
+    )
+    found = sampling_speed.measure(arguments)
+    assert found["tokens"] == 2 * 3
+    assert found["cache_bytes"] == 2 * (2 * 5 * 64) * 4  # keys and values of 5 columns a row
+    assert found["temporary_bytes"] > found["cache_bytes"]

@@ -175,7 +175,8 @@ class ModelConfig:
       remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but
         matrix products).
       attention: "xla" leaves attention to the compiler; "splash" is Pallas's kernel for TPUs.
-      attention_chunk: queries whose attention scores exist at one time; 0 is all of them.
+      attention_chunk: queries whose attention scores exist at one time; 0 is all of them. Beside
+        "splash" it is for prompts in generation, which attend to the cache.
       moe: mixture of experts; None is dense.
       mtp: the MTP modules.
     """

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from occ.models.config import ModelConfig
 from occ.models.layers import Linear, RMSNorm, rotary
-from occ.models.partitioning import ROWS, constrain
+from occ.models.partitioning import ROWS, constrain, several_devices
 
 P = jax.P
 
@@ -164,8 +164,8 @@ def _splash(query, key, value, context: Context):
     Reference: Dao et al., FlashAttention, arXiv 2205.14135, whose order of summation it has.
     """
     scaled = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = several_devices()
+    if mesh is None:
         return _splash_on_device(scaled, key, value, context.segment_ids)
     heads = P(ROWS, None, "tensor")
     return jax.shard_map(

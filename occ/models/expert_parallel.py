@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from occ.models.config import MoEConfig
-from occ.models.partitioning import ROWS
+from occ.models.partitioning import ROWS, several_devices
 
 P = jax.P
 
@@ -134,8 +134,8 @@ def on_mesh(
     Along "tensor" each device has a part of the experts' hidden width, and y is the sum of the
     parts. Their kernels are gathered along "fsdp", unless they are `whole` there.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = several_devices()
+    if mesh is None:
         return function(x, valid, weights, Placement())
     placement = Placement(mesh.shape["expert"])
 

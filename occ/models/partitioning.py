@@ -38,10 +38,15 @@ def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P(*fitting))
 
 
+def several_devices() -> jax.sharding.AbstractMesh | None:
+    """The mesh that is set, if it has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def in_order(*trees: Any) -> tuple[Any, ...]:
     """The same values; on a mesh, what uses any of them waits until all of them are computed."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if several_devices() is None:
         return trees
     return jax.lax.optimization_barrier(trees)
 

@@ -127,9 +127,9 @@ def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[
         own, cotangent = in_order(cut_as_parameters(own), cotangent)
         # With sequential modules head k's gradient also reaches modules 1..k-1.
         (below,) = pull_modules(jnp.zeros_like(states).at[k].set(cotangent))
-        below = {**below, **cut_as_parameters({name: below[name] for name in own})}
-        gradient = add_trees(own, {name: below[name] for name in own})
-        seams.append(Seam({**below, **gradient}, output))
+        beyond = {HIDDEN: below.pop(HIDDEN)} if attached else {}
+        gradient = add_trees(own, cut_as_parameters(below))
+        seams.append(Seam({**gradient, **beyond}, output))
     return seams
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from occ.models.partitioning import AXES, ROWS, parts
+from occ.models.partitioning import AXES, ROWS, parts, several_devices
 from occ.training.batch import Minibatch
 from occ.training.config import LayoutConfig
 from occ.trees import path_string
@@ -164,8 +164,7 @@ def cut_as_parameters(tree: Any) -> Any:
     Args:
       tree: of some top-level names of the model's parameters.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if several_devices() is None:
         return tree
 
     def cut(path, leaf):
@@ -185,8 +184,7 @@ def for_generation(params: Any, dtype: Any) -> Any:
       params: the model's, as they live in training.
       dtype: of computation; matrices that are cast to it anyway are gathered in it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if several_devices() is None:
         return params
 
     def gather(path, leaf):

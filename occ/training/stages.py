@@ -123,7 +123,7 @@ class Stages:
         self, parts: Parts, hidden: Float[Array, "batch time width"], depth: int
     ) -> TokenScores:
         """Scores of the tokens by the main head (depth 0) or MTP head `depth` >= 1."""
-        parts = Parts(*map(self._gathered, parts))
+        parts = self._with_heads_gathered(parts)
 
         def score(hidden, labels):
             return self._at_source(parts, hidden, labels, depth)
@@ -158,15 +158,14 @@ class Stages:
         Returns:
           The gradients on these parameters and on `hidden`, and aux.
         """
+        parts = self._with_heads_gathered(parts)
+        params = {name: tree for name, tree in join(parts).items() if name in names}
         if not (self._chunked and by_token):
 
             def composed(params, hidden):
                 return loss(self.head(substitute(parts, params), hidden, depth))
 
-            params = {name: tree for name, tree in join(parts).items() if name in names}
             return jax.grad(composed, argnums=(0, 1), has_aux=True)(params, hidden)
-        parts = Parts(*map(self._gathered, parts))
-        params = {name: tree for name, tree in join(parts).items() if name in names}
         chunks = self._chunks(depth)
         labels = chunks.cut(mtp.labels_at_source(self.tokens, depth))
 
@@ -223,8 +222,8 @@ class Stages:
           hidden: the module's.
           depth: k >= 1.
         """
-        main_parts, main_hidden = main
-        parts, main_parts = (Parts(*map(self._gathered, p)) for p in (parts, main_parts))
+        parts, (main_parts, main_hidden) = self._with_heads_gathered(parts), main
+        main_parts = self._with_heads_gathered(main_parts)
 
         def diverge(hidden, main_hidden):
             target = self._logits(main_parts, main_hidden, 0)
@@ -239,6 +238,9 @@ class Stages:
         model = self._model(parts)
         logits = model.logits(hidden) if depth == 0 else model.mtp_logits(hidden, depth - 1)
         return logits / self.temperature
+
+    def _with_heads_gathered(self, parts: Parts) -> Parts:
+        return Parts(*(self._gathered(part) for part in parts))
 
     def _gathered(self, params: dict[str, Any]) -> dict[str, Any]:
         """Output heads gathered along the axes that cut parameters, once for all chunks.

@@ -108,7 +108,8 @@ def minibatch(config, model, seed=0, rows=4, time=9, drift=0.3):
         advantages=jnp.asarray(np.where(response, rng.normal(size=(rows, 1)), 0), dtype),
         old_log_prob=old,
         old_mtp_log_prob=jnp.stack(own) if own else jnp.zeros((0, rows, time), dtype),
-        rollout_log_prob=old,
+        # Last, so that nothing before it depends on it: importance weights are not 1.
+        rollout_log_prob=drifted(old),
         reference_log_prob=jnp.zeros((rows, time), dtype),
     )
 

@@ -14,7 +14,7 @@ from occ.evaluation.benchmarks import Result
 from occ.evaluation.bootstrap import bootstrap_interval, paired_test
 from occ.evaluation.intervals import Estimate
 from occ.tasks.datasets import SIX, TABLE
-from occ.training.run_folder import read_rows
+from occ.training.durable.run_folder import read_rows
 
 MISSING = "n/a"
 

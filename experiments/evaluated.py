@@ -21,7 +21,6 @@ from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts
 from occ.training import programs as training_programs
 from occ.training.batch import segments_of
-from occ.training.checkpoints import Checkpoints
 from occ.training.config import (
     REGIMES,
     LayoutConfig,
@@ -30,11 +29,12 @@ from occ.training.config import (
     WarmStartConfig,
     regime,
 )
-from occ.training.pretrained_start import load_model
+from occ.training.durable.checkpoints import Checkpoints
+from occ.training.durable.run_folder import read_config
 from occ.training.processes import to_host
 from occ.training.rollout import Scores, build_programs
-from occ.training.run_folder import read_config
 from occ.training.sharding import for_generation, make_mesh
+from occ.training.start.pretrained import load_model
 
 PUBLISHED = ("math", "dapo_math_17k")
 """Tasks that evaluate on published benchmarks; others on their own test problems."""

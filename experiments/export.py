@@ -19,11 +19,11 @@ import jax
 import tyro
 
 from occ.models import pretrained
-from occ.training.checkpoints import Checkpoints
 from occ.training.config import TrainConfig
+from occ.training.durable.checkpoints import Checkpoints
+from occ.training.durable.run_folder import read_config
 from occ.training.layout import LayoutConfig
 from occ.training.programs import abstract_model, abstract_state
-from occ.training.run_folder import read_config
 from occ.training.sharding import make_mesh
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from tensorboardX import SummaryWriter
 
-from occ.training.disk import is_full
+from occ.training.durable.disk import is_full
 
 
 class Interrupt:

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from occ.evaluation.intervals import Estimate, mean_interval, paired_difference
-from occ.training.run_folder import read_rows
+from occ.training.durable.run_folder import read_rows
 
 LABELS = {
     "rl_only": "RL alone",

@@ -16,12 +16,12 @@ from experiments.progress import RunReporter
 from occ import tasks
 from occ.training import loop
 from occ.training.config import TrainConfig
-from occ.training.own_samples import warm_up_modules
-from occ.training.pretrained_start import load_model, stamp
+from occ.training.gradient.stages import partition
 from occ.training.processes import is_first
-from occ.training.stages import partition
-from occ.training.start import load_start, save_start
-from occ.training.warm_start import warm_start
+from occ.training.start.demonstrations import warm_start
+from occ.training.start.own_samples import warm_up_modules
+from occ.training.start.pretrained import load_model, stamp
+from occ.training.start.saved import load_start, save_start
 
 
 def load_task(config: TrainConfig) -> tasks.Task:

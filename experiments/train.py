@@ -30,7 +30,7 @@ from experiments.configs import CONFIGS
 from experiments.progress import interrupt
 from occ.training import loop
 from occ.training.config import TrainConfig, regime
-from occ.training.disk import DiskFullError
+from occ.training.durable.disk import DiskFullError
 from occ.training.processes import is_first, join
 
 RegimeName = Literal["rl_only", "detach", "ce", "policy", "occ", "occ_paper", "occ_released"]

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
+from experiments.configs import CONFIGS
+from experiments.studies import (
     claims,
     claims_grid,
     claims_report,
@@ -15,9 +16,8 @@ from experiments import (
     fidelity_report,
     one_step,
 )
-from experiments.claims_grid import Cell
-from experiments.configs import CONFIGS
-from occ.training.calibration import build_calibration
+from experiments.studies.claims_grid import Cell
+from occ.training.gradient.calibration import build_calibration
 from tests.test_experiments import small
 
 pytestmark = pytest.mark.standard_promotion

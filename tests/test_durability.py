@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from occ.training.run_folder import read_rows
+from occ.training.durable.run_folder import read_rows
 from tests import durable_run
 
 ROOT = pathlib.Path(__file__).parent.parent

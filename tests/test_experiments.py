@@ -15,15 +15,16 @@ import pytest
 import tyro
 from flax import nnx
 
-from experiments import compare_regimes, report, sampling_speed, step_cost, train
+from experiments import compare_regimes, report, train
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
+from experiments.instruments import sampling_speed, step_cost
 from experiments.progress import interrupt
 from occ.models.decoder import Decoder, split_model
 from occ.training import loop
 from occ.training.batch import Minibatch
-from occ.training.calibration import build_calibration
 from occ.training.config import EvaluationConfig, RolloutConfig, WarmStartConfig, regime
+from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.state import init_state
 from occ.training.step import make_train_step

@@ -17,11 +17,11 @@ from occ.evaluation.benchmarks import result
 from occ.evaluation.completions import Settings
 from occ.tasks import VerifierError
 from occ.training import loop
-from occ.training.checkpoints import Checkpoints
 from occ.training.config import regime
-from occ.training.history import History
+from occ.training.durable.checkpoints import Checkpoints
+from occ.training.durable.history import History
+from occ.training.durable.run_folder import RunFolder, read_config
 from occ.training.rollout import Scores
-from occ.training.run_folder import RunFolder, read_config
 from tests import fixtures_math, published, test_tokenizers, tiny
 
 pytestmark = pytest.mark.standard_promotion

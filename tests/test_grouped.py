@@ -10,9 +10,9 @@ import pytest
 
 import occ
 from occ import measures, rules
-from occ.training.calibration import build_calibration, by_layer, is_stacked
 from occ.training.config import MTPTrainingConfig, regime
-from occ.training.stages import partition
+from occ.training.gradient.calibration import build_calibration, by_layer, is_stacked
+from occ.training.gradient.stages import partition
 from tests import tiny
 
 

@@ -13,19 +13,19 @@ import pytest
 
 from occ import tasks
 from occ.training import loop
-from occ.training.calibration import build_calibration
-from occ.training.checkpoints import Checkpoints
 from occ.training.config import (
     EvaluationConfig,
     OptimizerConfig,
     WarmStartConfig,
 )
-from occ.training.nonfinite import first_nonfinite, leaf_name
+from occ.training.durable.bad_updates import first_nonfinite, leaf_name
+from occ.training.durable.checkpoints import Checkpoints
+from occ.training.durable.run_folder import RunFolder, read_rows
+from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
-from occ.training.run_folder import RunFolder, read_rows
-from occ.training.start import load_start, save_start
+from occ.training.start.demonstrations import demonstration_batch, warm_start
+from occ.training.start.saved import load_start, save_start
 from occ.training.state import init_state
-from occ.training.warm_start import demonstration_batch, warm_start
 from tests import tiny
 
 pytestmark = pytest.mark.standard_promotion

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import verifier_speed
+from experiments.instruments import verifier_speed
 from occ.tasks import Problem, VerifierError
 from occ.tasks.math_answers import extract_answer_line, extract_boxed, normalise, unreadable
 from occ.tasks.math_task import MathTask, MathVerifier

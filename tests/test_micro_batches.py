@@ -15,9 +15,9 @@ from occ.training.config import (
     ObjectiveConfig,
     regime,
 )
-from occ.training.micro_batches import interleave, micro_batches
-from occ.training.seams import Problem, rl_seam
-from occ.training.stages import Stages, partition
+from occ.training.gradient.cotangents import Problem, rl_seam
+from occ.training.gradient.micro_batches import interleave, micro_batches
+from occ.training.gradient.stages import Stages, partition
 from tests import tiny
 
 

@@ -20,6 +20,7 @@ from occ.training.config import (
     TrainConfig,
     regime,
 )
+from occ.training.durable.run_folder import read_rows
 from occ.training.packing import (
     RUNGS,
     first_fit,
@@ -29,7 +30,6 @@ from occ.training.packing import (
     row_ladder,
     rows_needed,
 )
-from occ.training.run_folder import read_rows
 from tests import tiny
 
 PACKED = LayoutConfig(pack=True, sequences_per_row=3)

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from experiments import padding
 from experiments.configs import CONFIGS
+from experiments.instruments import padding
 from tests import tiny
 
 

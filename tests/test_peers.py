@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.peers import compare, occ_step, problem
-from experiments.peers.turns import Worker
+from experiments.instruments.peers import compare, occ_step, problem
+from experiments.instruments.peers.turns import Worker
 
 SIZES = problem.Sizes(vocab=29, layers=2, width=16, head_dim=8, mlp_width=20, rows=4, length=12)
 
 NOISY_PROGRAM = """
-from experiments.peers.turns import Program, serve
+from experiments.instruments.peers.turns import Program, serve
 def build():
     print("a library that prints when it is imported")
     losses = iter([0.5, 0.25])

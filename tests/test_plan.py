@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from experiments import hlo, plan
-from experiments.chips import CHIPS, chip_of
 from experiments.configs import CONFIGS
+from experiments.instruments import hlo, plan
+from experiments.instruments.chips import CHIPS, chip_of
 from occ.models.attention import Context, attend
 from occ.training.config import LayoutConfig, RolloutConfig
 

@@ -9,11 +9,11 @@ import pytest
 from experiments import export
 from occ.models import pretrained
 from occ.training import loop
-from occ.training.checkpoints import Checkpoints
 from occ.training.config import LayoutConfig, PretrainedConfig
-from occ.training.history import History
+from occ.training.durable.checkpoints import Checkpoints
+from occ.training.durable.history import History
+from occ.training.durable.run_folder import RunFolder
 from occ.training.programs import abstract_model, abstract_state, fresh_state
-from occ.training.run_folder import RunFolder
 from occ.training.sharding import make_mesh
 from tests import tiny
 from tests.published import write_folder

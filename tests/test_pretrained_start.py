@@ -12,7 +12,7 @@ import pytest
 from experiments import runs
 from occ import tasks
 from occ.models.pretrained import PretrainedWarning, save
-from occ.training import loop, own_samples
+from occ.training import loop
 from occ.training.config import (
     EvaluationConfig,
     LayoutConfig,
@@ -22,8 +22,9 @@ from occ.training.config import (
     WarmStartConfig,
     regime,
 )
-from occ.training.pretrained_start import load_model
 from occ.training.sharding import make_mesh, tree_shardings
+from occ.training.start import own_samples
+from occ.training.start.pretrained import load_model
 from tests import test_gguf, tiny
 
 TASK = tasks.load("arithmetic", digits=1, train_size=20, test_size=8)

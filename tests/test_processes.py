@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from occ.training import processes
-from occ.training.run_folder import read_rows
+from occ.training.durable.run_folder import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -17,8 +17,8 @@ from occ.models import gguf
 from occ.models.config import MTPConfig
 from occ.tasks import pretrained_tokenizer
 from occ.training import programs
-from occ.training.pretrained_start import load_model
 from occ.training.rollout import build_programs
+from occ.training.start.pretrained import load_model
 
 
 @pytest.fixture(scope="module")

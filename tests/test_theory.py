@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 
 from occ import measures, rules, theory
 from occ.training.config import MTPTrainingConfig
-from occ.training.losses import mtp_loss, rl_loss
-from occ.training.stages import Stages, is_shared, partition
+from occ.training.gradient.losses import mtp_loss, rl_loss
+from occ.training.gradient.stages import Stages, is_shared, partition
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("x64")

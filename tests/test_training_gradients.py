@@ -11,10 +11,10 @@ from occ import rules
 from occ.models.config import MoEConfig
 from occ.objectives import mtp as mtp_alignment
 from occ.objectives.policy import PolicyConfig, gspo
-from occ.training.calibration import build_calibration
 from occ.training.config import MTPTrainingConfig, ObjectiveConfig, regime
-from occ.training.losses import mtp_loss, rl_loss
-from occ.training.stages import Stages, is_shared, partition
+from occ.training.gradient.calibration import build_calibration
+from occ.training.gradient.losses import mtp_loss, rl_loss
+from occ.training.gradient.stages import Stages, is_shared, partition
 from tests import tiny
 
 SEQUENTIAL = {"kind": "sequential"}

@@ -20,9 +20,9 @@ from occ.training.config import (
     RolloutConfig,
     regime,
 )
+from occ.training.gradient.stages import is_shared
 from occ.training.optimizer import build_optimizer, is_matrix, learning_rate_schedule
 from occ.training.programs import abstract_model
-from occ.training.stages import is_shared
 from occ.training.step import make_train_step
 from tests import tiny
 

@@ -12,11 +12,11 @@ from flax import nnx
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.training.batch import Minibatch, positions_from_segments
-from occ.training.calibration import build_calibration
 from occ.training.config import OptimizerConfig, RolloutConfig, TrainConfig, regime
-from occ.training.gradients import step_gradient
+from occ.training.gradient.calibration import build_calibration
+from occ.training.gradient.placement import step_gradient
+from occ.training.gradient.stages import Stages
 from occ.training.optimizer import build_optimizer
-from occ.training.stages import Stages
 from occ.training.state import init_state
 
 

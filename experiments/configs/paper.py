@@ -26,7 +26,7 @@ from occ.training.config import (
 PROMPT_TOKENS = 2048
 RESPONSE_TOKENS = 8192
 
-# For 128 TPU v5p chips; `python -m experiments.plan` shows what they need.
+# For 128 TPU v5p chips; `python -m experiments.instruments.plan` shows what they need.
 MIMO_LAYOUT = LayoutConfig(fsdp=128, logits_chunk=512)
 GLM_LAYOUT = LayoutConfig(
     fsdp=8, expert=16, micro_batches=4, logits_chunk=512, generation_rows=1024

@@ -25,9 +25,9 @@ from occ.generation.bucketing import Portion, portions
 from occ.generation.sampling import Generation
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts
-from occ.training import disk
+from occ.training.durable import disk
+from occ.training.durable.run_folder import read_rows
 from occ.training.processes import from_first, is_first, key_on_mesh, to_host
-from occ.training.run_folder import read_rows
 
 MAX_SAMPLES = 4096
 """Of a problem: its samples have numbers, and after so many begin those of the next problem."""

@@ -13,16 +13,16 @@ import jax
 import numpy as np
 
 from occ.tasks import Task
-from occ.training.checkpoints import Checkpoints, Restored
 from occ.training.config import TrainConfig
+from occ.training.durable.bad_updates import LEAF, BadUpdates
+from occ.training.durable.checkpoints import Checkpoints, Restored
+from occ.training.durable.history import History
+from occ.training.durable.run_folder import RunFolder, plain
 from occ.training.evaluate import evaluate
-from occ.training.history import History
-from occ.training.nonfinite import LEAF, BadUpdates
 from occ.training.packing import minibatches, padding_waste
 from occ.training.processes import any_of_all, to_host, to_mesh
 from occ.training.programs import Programs, build, init_model
 from occ.training.rollout import Rollout, collect
-from occ.training.run_folder import RunFolder, plain
 from occ.training.sharding import batch_shardings
 from occ.training.state import TrainState
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from occ.models.decoder import Decoder, split_model
 from occ.tasks import Task
-from occ.training.calibration import build_calibration
 from occ.training.config import TrainConfig
+from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.rollout import RolloutPrograms, build_programs, lengths
 from occ.training.sharding import batch_shardings, make_mesh, replicated, tree_shardings

@@ -18,9 +18,9 @@ from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
 from occ.training.batch import Minibatch, positions_from_segments, segments_of
 from occ.training.config import TrainConfig
+from occ.training.gradient.stages import Stages
 from occ.training.processes import collect_shares, key_on_mesh, my_share, to_host
 from occ.training.sharding import for_generation
-from occ.training.stages import Stages
 
 
 class Scores(NamedTuple):

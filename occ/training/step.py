@@ -14,14 +14,14 @@ from occ import diagnostics
 from occ.grouped import GroupedState
 from occ.models.moe import update_router_bias
 from occ.training.batch import Minibatch, check
-from occ.training.calibration import build_calibration
 from occ.training.config import TrainConfig
-from occ.training.gradients import step_gradient
-from occ.training.nonfinite import LEAF, first_nonfinite
+from occ.training.durable.bad_updates import LEAF, first_nonfinite
+from occ.training.gradient.calibration import build_calibration
+from occ.training.gradient.placement import step_gradient
+from occ.training.gradient.stages import Stages, partition
+from occ.training.gradient.step_gradient import StepGradient
 from occ.training.optimizer import build_optimizer, learning_rate_schedule, second_moment
-from occ.training.stages import Stages, partition
 from occ.training.state import TrainState
-from occ.training.step_gradient import StepGradient
 
 TrainStep = Callable[[TrainState, Minibatch], tuple[TrainState, dict[str, jax.Array]]]
 

@@ -1,0 +1,1 @@
+"""Instruments: what a step, a rollout, an answer costs; plans; other projects in one run."""

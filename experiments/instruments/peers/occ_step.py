@@ -1,0 +1,149 @@
+"""This project's step, in one of its regimes.
+
+python -m experiments.instruments.peers.occ_step FILE REGIME
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.instruments.peers import problem as problems
+from experiments.instruments.peers.problem import Problem, Sizes
+from experiments.instruments.peers.turns import Program, serve
+from occ.models.config import ModelConfig, MTPConfig
+from occ.models.decoder import Decoder, split_model
+from occ.objectives.policy import PolicyConfig
+from occ.training.batch import Minibatch, positions_from_segments
+from occ.training.config import ObjectiveConfig, OptimizerConfig, TrainConfig, regime
+from occ.training.gradient.calibration import build_calibration
+from occ.training.gradient.stages import Stages
+from occ.training.optimizer import build_optimizer
+from occ.training.state import init_state
+from occ.training.step import make_train_step
+
+
+def train_config(sizes: Sizes, name: str, scan: bool = False) -> TrainConfig:
+    """The run: "rl_only" has no MTP module, as the peers have none, other regimes have one.
+
+    Layers are unrolled, as the peers' are, unless `scan` wants them in a loop.
+    """
+    model = ModelConfig(
+        vocab_size=sizes.vocab,
+        num_layers=sizes.layers,
+        width=sizes.width,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.heads,
+        head_dim=sizes.head_dim,
+        mlp_width=sizes.mlp_width,
+        max_length=sizes.length,
+        rope_base=float(problems.ROPE_BASE),
+        norm_epsilon=problems.NORM_EPSILON,
+        scan_layers=scan,
+        mtp=MTPConfig(num_modules=0 if name == "rl_only" else 1),
+    )
+    policy = PolicyConfig(clip_low=problems.CLIP_LOW, clip_high=problems.CLIP_HIGH, dual_clip=None)
+    return TrainConfig(
+        name="peers",
+        model=model,
+        task="arithmetic",
+        objective=ObjectiveConfig(policy=policy, aggregation="token-mean"),
+        mtp=regime(name),
+        optimizer=OptimizerConfig(
+            learning_rate=problems.LEARNING_RATE, clip_norm=problems.CLIP_NORM
+        ),
+    )
+
+
+def parameters(problem: Problem, config: ModelConfig) -> tuple[nnx.GraphDef, Any, Any]:
+    """The model with the problem's weights, as `split_model` gives it; MTP modules are fresh."""
+    weights = jax.tree.map(jnp.asarray, problem.weights)
+    graphdef, params, rest = split_model(Decoder(config, nnx.Rngs(0)))
+
+    def kernels(*names):
+        return {name: {"kernel": weights[name]} for name in names}
+
+    layers = {
+        "attention_norm": {"scale": weights["attention_norm"]},
+        "attention": kernels("query", "key", "value", "output"),
+        "mlp_norm": {"scale": weights["mlp_norm"]},
+        "mlp": kernels("gate", "up", "down"),
+    }
+    params = params | {
+        "embedding": {"embedding": weights["embedding"]},
+        "layers": layers,
+        "final_norm": {"scale": weights["final_norm"]},
+    }
+    return graphdef, params, rest
+
+
+def minibatch(problem: Problem, modules: int) -> Minibatch:
+    """The problem's batch in token alignment."""
+    tokens = jnp.asarray(problem.tokens)
+    prompt = problem.sizes.length - problem.sizes.response
+    old = jnp.pad(jnp.asarray(problem.old_log_prob), [(0, 0), (prompt, 0)])
+    advantages = jnp.broadcast_to(jnp.asarray(problem.advantages)[:, None], tokens.shape)
+    segment_ids = jnp.ones_like(tokens)
+    return Minibatch(
+        tokens=tokens,
+        segment_ids=segment_ids,
+        positions=positions_from_segments(segment_ids),
+        response_mask=jnp.broadcast_to(jnp.arange(tokens.shape[1]) >= prompt, tokens.shape),
+        advantages=advantages,
+        old_log_prob=old,
+        old_mtp_log_prob=jnp.broadcast_to(old, (modules, *old.shape)),
+        rollout_log_prob=old,
+        reference_log_prob=jnp.zeros_like(old),
+    )
+
+
+def on_policy_log_prob(problem: Problem) -> np.ndarray:
+    """Log-probs [B, T / 2] of the responses under the problem's own weights."""
+    config = train_config(problem.sizes, "rl_only")
+    graphdef, params, rest = parameters(problem, config.model)
+    batch = minibatch(problem, 0)
+    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    (scores,) = jax.jit(stages.score)(params)
+    return np.asarray(scores.log_prob)[:, -problem.sizes.response :]
+
+
+def build(problem: Problem, key: str) -> Program:
+    """The jitted step of a regime.
+
+    Args:
+      problem: what it computes.
+      key: "REGIME", which "+prompts" makes run the output head on prompts as well, and "+scan" the
+        layers in a loop.
+    """
+    name, *options = key.split("+")
+    config = train_config(problem.sizes, name, scan="scan" in options)
+    graphdef, params, rest = parameters(problem, config.model)
+    modules = config.model.mtp.num_modules
+    batch = minibatch(problem, modules)
+    calibration = build_calibration(config.mtp, modules)
+    state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
+    state = jax.tree.map(jnp.array, state)  # donated: the weights may not be shared
+    columns = 0 if "prompts" in options else problem.sizes.length - problem.sizes.response
+    train_step = jax.jit(
+        make_train_step(graphdef, config, prompt_columns=columns), donate_argnums=0
+    )
+
+    def step() -> tuple[float, float]:
+        nonlocal state
+        state, metrics = jax.block_until_ready(train_step(state, batch))
+        return float(metrics["loss/rl"]), float(metrics["grad_norm/shared"])
+
+    threads = len(os.sched_getaffinity(0))  # as XLA's pool for CPUs
+    return Program(step, {"versions": f"jax {jax.__version__}", "threads": threads})
+
+
+if __name__ == "__main__":
+    serve(functools.partial(build, problems.load(pathlib.Path(sys.argv[1])), sys.argv[2]))

@@ -1,0 +1,284 @@
+"""A run at full size, compiled for machines that are not there: what it needs, and how long.
+
+Claim: the paper's runs fit 128 TPU v5p chips. OCC from log-ratios in the fused placement needs the
+memory of Detach, and a forward pass of its own where there are several micro-batches.
+Command: python -m experiments.instruments.plan mimo_7b_dapo --topology v5p:4x4x8
+Cost: some minutes a regime on two CPU cores. Needs the TPU compiler: pip install '.[plan]'.
+
+For TPUs, the production train step and generation are compiled for the named slice. Memory is the
+compiler's own plan, collectives are read from the compiled program with loops counted as often as
+they run, operations from the traced one. For GPUs ("h100:128") memory of the state follows from its
+shardings and operations from the traced program; temporaries and collectives are estimated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from experiments import runs
+from experiments.configs import CONFIGS
+from experiments.instruments.chips import Chip, chip_of, tpu_devices
+from experiments.instruments.costs import Cost, compiled_cost, estimated_cost
+from occ.generation.sampling import SamplingConfig, generate
+from occ.training.batch import Minibatch
+from occ.training.config import TrainConfig, regime
+from occ.training.durable.run_folder import environment
+from occ.training.programs import abstract_model, abstract_state, jit_train_step
+from occ.training.sharding import (
+    abstract_mesh,
+    batch_shardings,
+    for_generation,
+    make_mesh,
+    replicated,
+    rows_sharding,
+)
+
+REGIMES = {"Detach": "detach", "OCC fused": "occ_paper", "OCC exact": "occ"}
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of a plan.
+
+    Attributes:
+      config: the configuration; every field can be given.
+      topology: v5e:4x4, v5p:4x4x8, v6e:16x16, or h100:N.
+      regimes: which of "Detach", "OCC fused", "OCC exact" to plan.
+      rollouts: plan generation too.
+      folder: for result.json and plan.md; default runs/plan/CONFIG-TOPOLOGY.
+    """
+
+    config: TrainConfig
+    topology: str = "v5p:4x4x8"
+    regimes: tuple[str, ...] = tuple(REGIMES)
+    rollouts: bool = True
+    folder: pathlib.Path | None = None
+
+
+# ---------------------------------------------------------------------------------------------
+# Abstract inputs
+# ---------------------------------------------------------------------------------------------
+
+
+def minibatch_shapes(config: TrainConfig, mesh: Any) -> Minibatch:
+    """Shapes of a minibatch, with shardings."""
+    assert config.max_prompt_tokens is not None and config.max_response_tokens is not None
+    rows = config.rollout.prompts * config.rollout.samples // config.rollout.minibatches
+    shape = (rows, config.max_prompt_tokens + config.max_response_tokens)
+    dtypes = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    dtypes["response_mask"] = jnp.bool_
+    fields = {
+        name: jax.ShapeDtypeStruct(
+            (config.model.mtp.num_modules, *shape) if name == "old_mtp_log_prob" else shape,
+            dtypes.get(name, jnp.float32),
+            sharding=sharding,
+        )
+        for name, sharding in vars(batch_shardings(mesh)).items()
+    }
+    return Minibatch(**fields)
+
+
+def trace_train_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """The traced production step, and the shapes of its state."""
+    graphdef, params, rest = abstract_model(config)
+    state = abstract_state(config, params, rest, mesh)
+    step = jit_train_step(graphdef, config, mesh, state, config.max_prompt_tokens or 0)
+    return step.trace(state, minibatch_shapes(config, mesh)), state
+
+
+def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """The traced sampling of a whole rollout, and the shapes of the parameters."""
+    graphdef, params, rest = abstract_model(config)
+    state = abstract_state(config, params, rest, mesh)
+    sampling = SamplingConfig(
+        max_new_tokens=config.max_response_tokens or 0,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        stop_tokens=(0,),
+    )
+    rows = config.rollout.prompts * config.rollout.samples
+    if config.layout.generation_rows:
+        rows = min(rows, config.layout.generation_rows)
+    shape = (rows, config.max_prompt_tokens or 0)
+    sharding = rows_sharding(mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def sample(params, rest, prompts, mask, key):
+        gathered = for_generation(params, config.model.compute)
+        return generate(graphdef, gathered, rest, prompts, mask, key, config=sampling)
+
+    traced = jax.jit(sample).trace(
+        state.params,
+        state.rest,
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
+        jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
+    )
+    return traced, state.params
+
+
+# ---------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------
+
+
+def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
+    """Plans a configuration on a topology; every line goes to `report`."""
+    config = arguments.config
+    chip = chip_of(arguments.topology)
+    tpu = not arguments.topology.startswith("h100")
+    devices = tpu_devices(arguments.topology) if tpu else None
+    count = len(devices) if devices else int(arguments.topology.split(":")[1])
+    if config.layout.devices != count:
+        raise ValueError(
+            f"plan: {arguments.topology} has {count} devices, the layout takes "
+            f"{config.layout.devices}. Choose data, fsdp, expert and tensor of "
+            "--config.layout so that their product is the number of devices."
+        )
+    mesh: Any = make_mesh(config.layout, devices) if devices else abstract_mesh(config.layout)
+    costs: dict[str, Cost] = {}
+    context: Any = jax.set_mesh(mesh) if devices else jax.sharding.use_abstract_mesh(mesh)
+    with context:
+        for name in arguments.regimes:
+            one = dataclasses.replace(config, mtp=regime(REGIMES[name]))
+            traced, state = trace_train_step(one, mesh)
+            title = f"{name}, train step"
+            if not devices:
+                shape = minibatch_shapes(one, mesh).tokens.shape
+                costs[name] = estimated_cost(one, traced, state, shape, count)
+                report(describe(title, costs[name], chip, train_advice(config)))
+            elif cost := _compiled(title, traced, count, chip, train_advice(config), report):
+                costs[name] = cost
+        if arguments.rollouts and devices:
+            traced, _ = trace_generation(config, mesh)
+            title, trips = "Generation of a portion", config.max_response_tokens or 1
+            ideas = generation_advice(config)
+            if cost := _compiled(title, traced, count, chip, ideas, report, trips):
+                costs["Generation"] = cost
+    text = table(costs, chip)
+    report(text)
+    return {
+        "config": dataclasses.asdict(config),
+        "topology": arguments.topology,
+        "costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
+        "seconds": {name: cost.seconds(chip) for name, cost in costs.items()},
+        "table": text,
+    }
+
+
+def _compiled(
+    title: str,
+    traced: Any,
+    devices: int,
+    chip: Chip,
+    ideas: list[str],
+    report: Any,
+    while_trips: int = 1,
+) -> Cost | None:
+    """The cost of a program, reported; None if the compiler finds no room for it."""
+    try:
+        cost = compiled_cost(traced, devices, while_trips)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        report(f"{title}: does not fit; {'; '.join(ideas)}\n  The compiler: {reason}")
+        return None
+    report(describe(title, cost, chip, ideas))
+    return cost
+
+
+def describe(title: str, cost: Cost, chip: Chip, ideas: list[str]) -> str:
+    """A paragraph on one program; `ideas` say what to change if it does not fit."""
+    seconds = cost.seconds(chip)
+    lines = [
+        f"{title}: {cost.peak / GIB:.1f} GiB a device of {chip.memory / GIB:.0f} "
+        f"(arguments {cost.arguments / GIB:.1f}, temporaries {cost.temporaries / GIB:.1f})",
+        f"  matrix products {cost.flops / 1e12:.1f} TFLOP a device: "
+        + ", ".join(f"{kind} {value:.2f} s" for kind, value in seconds.items()),
+    ]
+    for kind, traffic in sorted(cost.collectives.items()):
+        lines.append(
+            f"  {kind}: {traffic.times} times, {traffic.bytes / 1e9:.2f} GB, "
+            f"{traffic.wire / 1e9:.2f} GB over the links, largest {traffic.largest / 1e6:.1f} MB"
+        )
+    fits = cost.peak <= 0.95 * chip.memory
+    return "\n".join([*lines, "  fits" if fits else f"  does not fit; {'; '.join(ideas)}"])
+
+
+def train_advice(config: TrainConfig) -> list[str]:
+    """What to change if a train step does not fit."""
+    layout, model = config.layout, config.model
+    ideas = [f"raise layout.micro_batches (now {layout.micro_batches})"]
+    if model.remat != "full":
+        ideas.append(f"model.remat='full' (now {model.remat!r})")
+    if model.attention == "xla" and not model.attention_chunk:
+        ideas.append("model.attention='splash', or an attention_chunk")
+    ideas.append(f"lower layout.logits_chunk (now {layout.logits_chunk or 'all'})")
+    ideas.append("cut parameters further: raise layout.fsdp, layout.expert or layout.tensor")
+    return ideas
+
+
+def generation_advice(config: TrainConfig) -> list[str]:
+    """What to change if generation does not fit."""
+    layout, model = config.layout, config.model
+    ideas = [f"lower layout.generation_rows (now {layout.generation_rows or 'all'})"]
+    if not model.attention_chunk:
+        ideas.append("a model.attention_chunk, for the prompts")
+    return [*ideas, "raise layout.tensor or layout.expert, which cut what is not gathered"]
+
+
+def table(costs: dict[str, Cost], chip: Chip) -> str:
+    """A row a program."""
+    lines = [
+        "| program | arguments GiB | temporaries GiB | peak GiB | TFLOP | traffic TB | links GB "
+        "| compute s | memory s | links s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, cost in costs.items():
+        seconds = cost.seconds(chip)
+        wire = sum(traffic.wire for traffic in cost.collectives.values())
+        cells = [
+            name,
+            *(f"{x / GIB:.1f}" for x in (cost.arguments, cost.temporaries, cost.peak)),
+            f"{cost.flops / 1e12:.0f}",
+            f"{cost.traffic / 1e12:.2f}",
+            f"{wire / 1e9:.0f}",
+            *(f"{seconds[kind]:.2f}" for kind in ("compute", "memory", "links")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Plans, prints, and writes result.json and plan.md."""
+    commands = {name: (build.__doc__ or "", Arguments(build())) for name, build in CONFIGS.items()}
+    arguments = tyro.extras.overridable_config_cli(commands)
+    folder = arguments.folder
+    if folder is None:
+        label = f"{arguments.config.name}-{arguments.topology.replace(':', '-')}"
+        folder = pathlib.Path("runs/plan") / label
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+
+    def report(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
+    result = plan(arguments, report)
+    runs.write_json(folder / "result.json", {**result, **environment()})
+    runs.replace_text(folder / "plan.md", "\n\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""What a train step costs in each regime, beside Detach, on one model in one run.
+
+Claim: OCC from log-ratios in the fused placement costs what joint training costs: the MTP loss's
+backward pass through the output head's weights and the module's projection, 2DV + 4D^2 operations a
+token, and nothing more. OCC from the exact gradients pays a second backward pass through the trunk.
+Command: python -m experiments.instruments.step_cost
+Cost: three minutes on two CPU cores.
+
+Operations are the compiler's own count of the compiled step, with unrolled layers, since it counts
+the body of a loop once; temporary memory is its allocation plan; wall time is the median over
+rounds in which the regimes take turns, and its ratio the geometric mean over rounds with a 95 %
+Student-t interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+import tyro
+from flax import nnx
+
+from experiments import runs
+from occ.evaluation.intervals import ratio_interval
+from occ.models.config import ModelConfig, MTPConfig
+from occ.models.decoder import Decoder, split_model
+from occ.training.batch import Minibatch, positions_from_segments
+from occ.training.config import LayoutConfig, MTPTrainingConfig, TrainConfig, regime
+from occ.training.durable.run_folder import environment
+from occ.training.gradient.calibration import build_calibration
+from occ.training.gradient.cotangents import Problem, rl_seam
+from occ.training.gradient.stages import Stages, partition
+from occ.training.optimizer import build_optimizer
+from occ.training.state import init_state
+from occ.training.step import make_train_step
+
+REGIMES: dict[str, MTPTrainingConfig] = {
+    "Detach": regime("detach"),
+    "CE": regime("ce"),
+    "Policy": regime("policy"),
+    "OCC fused": regime("occ_paper"),
+    "OCC exact": regime("occ"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the benchmark.
+
+    Attributes:
+      layers, width, vocab: of the model; heads of 64, MLP of four widths, one MTP module.
+      rows, length: of the minibatch, sequences and tokens a sequence.
+      regimes: what is measured, Detach first: ratios are to it.
+      repeats: timed steps a regime; 0 leaves the clock out.
+      remat: rematerialisation settings to measure.
+      dtype: of computation.
+      logits_chunk: measure every regime, and the RL loss alone, again with the logits of so many
+        columns at a time (whose operations the compiler counts for one chunk alone); 0 leaves that
+        out.
+      folder: for result.json and table.md.
+    """
+
+    layers: int = 6
+    width: int = 256
+    vocab: int = 128
+    rows: int = 8
+    length: int = 64
+    regimes: tuple[str, ...] = tuple(REGIMES)
+    repeats: int = 40
+    remat: tuple[str, ...] = ("none", "full")
+    dtype: str = "float32"
+    logits_chunk: int = 0
+    folder: pathlib.Path = pathlib.Path("runs/step_cost")
+
+    def __post_init__(self):
+        unknown = set(self.regimes) - set(REGIMES)
+        if unknown or self.regimes[:1] != ("Detach",):
+            raise ValueError(
+                f"step_cost: expected Detach, the base of ratios, and others of {list(REGIMES)}, "
+                f"got {list(self.regimes)}."
+            )
+
+
+def model_config(arguments: Arguments, remat: str) -> ModelConfig:
+    """The model, its layers unrolled."""
+    return ModelConfig(
+        vocab_size=arguments.vocab,
+        num_layers=arguments.layers,
+        width=arguments.width,
+        num_heads=max(arguments.width // 64, 1),
+        num_kv_heads=max(arguments.width // 64, 1),
+        head_dim=64,
+        mlp_width=4 * arguments.width,
+        max_length=arguments.length,
+        compute_dtype=arguments.dtype,
+        scan_layers=False,
+        remat=remat,  # type: ignore[arg-type]
+        mtp=MTPConfig(num_modules=1),
+    )
+
+
+def minibatch(arguments: Arguments, seed: int = 0) -> Minibatch:
+    """Random tokens, the second half of each row a response, slightly off policy."""
+    rng = np.random.default_rng(seed)
+    shape = (arguments.rows, arguments.length)
+    segment_ids = jnp.ones(shape, jnp.int32)
+
+    def around(level):
+        return jnp.asarray(rng.normal(level, 0.1, shape), jnp.float32)
+
+    old = around(-np.log(arguments.vocab))
+    response = np.broadcast_to(np.arange(shape[1]) >= shape[1] // 2, shape)
+    return Minibatch(
+        tokens=jnp.asarray(rng.integers(0, arguments.vocab, shape), jnp.int32),
+        segment_ids=segment_ids,
+        positions=positions_from_segments(segment_ids),
+        response_mask=jnp.asarray(response),
+        advantages=around(0.0),
+        old_log_prob=old,
+        old_mtp_log_prob=old[None],
+        rollout_log_prob=old,
+        reference_log_prob=jnp.zeros(shape, jnp.float32),
+    )
+
+
+def compile_step(
+    model: ModelConfig, mtp: MTPTrainingConfig, batch: Minibatch, logits_chunk: int = 0
+) -> tuple[Any, Any]:
+    """The compiled step, which donates its state, and a state for it."""
+    layout = LayoutConfig(logits_chunk=logits_chunk)
+    config = TrainConfig(name="step_cost", model=model, task="arithmetic", mtp=mtp, layout=layout)
+    graphdef, params, rest = split_model(Decoder(model, nnx.Rngs(0)))
+    calibration = build_calibration(mtp, model.mtp.num_modules)
+    state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
+    prompt_columns = batch.tokens.shape[1] // 2
+    step = jax.jit(
+        make_train_step(graphdef, config, prompt_columns=prompt_columns), donate_argnums=0
+    )
+    return step.lower(state, batch).compile(), jax.tree.map(jnp.array, state)
+
+
+def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
+    """Operations, temporary bytes and seconds a step of every regime."""
+    batch = minibatch(arguments)
+    model = model_config(arguments, remat)
+    compiled, states = {}, {}
+    chunks = (0, arguments.logits_chunk) if arguments.logits_chunk else (0,)
+    variants = [(name, chunk) for chunk in chunks for name in arguments.regimes]
+    for name, chunk in tqdm.tqdm(variants, desc=f"compile, remat {remat}"):
+        label = f"{name}, logits of {chunk} columns" if chunk else name
+        compiled[label], states[label] = compile_step(model, REGIMES[name], batch, chunk)
+
+    def run(name):
+        states[name], _ = jax.block_until_ready(compiled[name](states[name], batch))
+
+    return _costs(compiled, run, arguments.repeats)
+
+
+def measure_head(arguments: Arguments) -> dict[str, dict[str, float]]:
+    """The same of the RL loss alone: from the trunk's output to its gradients, whole and in chunks.
+
+    Every layer of the step has memory of its own; here there is nothing but the loss.
+    """
+    batch = minibatch(arguments)
+    model = model_config(arguments, "none")
+    config = TrainConfig(name="step_cost", model=model, task="arithmetic")
+    graphdef, params, rest = split_model(Decoder(model, nnx.Rngs(0)))
+    shape = (*batch.tokens.shape, arguments.width)
+    hidden = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+    def compiled_head(chunk):
+        def gradient(params, hidden):
+            layout = batch.tokens, batch.positions, batch.segment_ids
+            half = arguments.length // 2
+            stages = Stages(graphdef, rest, *layout, logits_chunk=chunk, prompt_columns=half)
+            seam = rl_seam(Problem(stages, partition(params), batch, config, 1), hidden)
+            return seam.gradient, seam.output.metrics
+
+        return jax.jit(gradient).lower(params, hidden).compile()
+
+    compiled = {
+        "whole": compiled_head(0),
+        f"logits of {arguments.logits_chunk} columns": compiled_head(arguments.logits_chunk),
+    }
+
+    def run(name):
+        jax.block_until_ready(compiled[name](params, hidden))
+
+    return _costs(compiled, run, arguments.repeats)
+
+
+def _costs(compiled: dict[str, Any], run: Callable[[str], None], repeats: int) -> dict[str, Any]:
+    """What compiled programs cost; they take turns at running, and the first is the base."""
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for repeat in tqdm.trange(repeats + 2, desc="time", disable=not repeats):
+        for name in compiled:
+            started = time.perf_counter()
+            run(name)
+            if repeat >= 2:  # the first ones warm caches up
+                seconds[name].append(time.perf_counter() - started)
+        if not repeats:
+            break
+    base = next(iter(compiled))
+    return {
+        name: {
+            "flops": float(program.cost_analysis()["flops"]),
+            "temporary_bytes": float(program.memory_analysis().temp_size_in_bytes),
+            "seconds": statistics.median(seconds[name]) if seconds[name] else float("nan"),
+            **_time_ratio(seconds[name], seconds[base]),
+        }
+        for name, program in compiled.items()
+    }
+
+
+def _time_ratio(seconds: list[float], base: list[float]) -> dict[str, float]:
+    """Geometric mean of the ratios within each round, and its 95 % interval."""
+    if not seconds:
+        return {name: float("nan") for name in ("ratio", "ratio_low", "ratio_high")}
+    ratio = ratio_interval(seconds, base)
+    return {"ratio": ratio.mean, "ratio_low": ratio.low, "ratio_high": ratio.high}
+
+
+def predicted_share(arguments: Arguments, detach_flops: float) -> float:
+    """2DV + 4D^2 operations a token, as a share of Detach's."""
+    tokens = arguments.rows * arguments.length
+    width, vocab = arguments.width, arguments.vocab
+    return (2 * width * vocab + 4 * width**2) * tokens / detach_flops
+
+
+def table(costs: dict[str, dict[str, float]]) -> str:
+    """A row a program, each figure with its ratio to the first's."""
+    lines = [
+        "| program | GFLOP | ratio | temporary MiB | ratio | ms a step | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = next(iter(costs.values()))
+    for name, cost in costs.items():
+        cells = [name]
+        for key, unit, digits in (("flops", 1e9, 2), ("temporary_bytes", 2**20, 1)):
+            cells += [f"{cost[key] / unit:.{digits}f}", f"{cost[key] / base[key]:.3f}"]
+        interval = f"[{cost['ratio_low']:.3f}, {cost['ratio_high']:.3f}]"
+        cells += [f"{cost['seconds'] * 1e3:.0f}", f"{cost['ratio']:.3f} {interval}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures, prints, and writes result.json and table.md."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "arguments": {k: str(v) for k, v in dataclasses.asdict(arguments).items()},
+        **environment(),
+    }
+    text = []
+    for remat in arguments.remat:
+        costs = measure(arguments, remat)
+        share = predicted_share(arguments, costs["Detach"]["flops"])
+        result[remat] = {"costs": costs, "predicted_share": share}
+        text.append(
+            f"Rematerialisation: {remat}. Prediction for CE, Policy and OCC fused: "
+            f"{1 + share:.3f} times Detach's operations.\n\n{table(costs)}\n"
+        )
+        print("\n" + text[-1])
+    if arguments.logits_chunk:
+        result["head"] = measure_head(arguments)
+        text.append(f"The RL loss alone, from the trunk's output:\n\n{table(result['head'])}\n")
+        print("\n" + text[-1])
+    (arguments.folder / "table.md").write_text("\n".join(text))
+    runs.write_json(arguments.folder / "result.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""How fast mathematical answers are verified, tier by tier.
+
+Claim: simple answers cost a fraction of a millisecond and never reach a worker, symbolic ones tens
+of milliseconds, and costly ones no more computing than their bound, to nobody's harm but their own.
+Command: python -m experiments.instruments.verifier_speed
+Cost: a minute on two CPU cores.
+
+Latency is of one answer at a time, with warm workers. Throughput is of all answers in one batch, as
+training asks for them, whose verdicts must be the same. Answers are drawn with a seed and hardly
+ever repeat, since equal ones are judged once.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments import runs
+from occ.tasks.math_task import MathVerifier, Verdict
+from occ.tasks.workers import Limits
+from occ.training.durable.run_folder import environment
+
+Pair = tuple[str, str]
+
+# Within the bounds of form, about at the bound on time or beyond it.
+COSTLY = [
+    r"(x+y+z+w)^{{{0}}}+{1}",
+    r"\frac{{x^{{{0}}}-1}}{{x-1}}\cdot\frac{{y^{{{0}}}-{1}}}{{y-1}}",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the benchmark.
+
+    Attributes:
+      answers: in the batch; 512 rollouts of a step, say.
+      costly: answers among them that take seconds, or exceed the bound on time.
+      workers: processes.
+      cpu_seconds: a call.
+      seed: of the answers.
+      folder: for result.json and table.md.
+    """
+
+    answers: int = 2000
+    costly: int = 4
+    workers: int = 2
+    cpu_seconds: float = 2.0
+    seed: int = 0
+    folder: pathlib.Path = pathlib.Path("runs/verifier_speed")
+
+
+def number(rng: np.random.Generator) -> Pair:
+    """A number, right in one of several ways of writing it, or wrong."""
+    over, under = (int(n) for n in rng.integers(2, 10_000, 2))
+    answer = [f"{over}/{under}", rf"\dfrac{{{2 * over}}}{{{2 * under}}}", f"{over + 1}/{under}"]
+    return rf"\frac{{{over}}}{{{under}}}", str(rng.choice(answer))
+
+
+def several(rng: np.random.Generator) -> Pair:
+    """A set of numbers, in any order."""
+    numbers = rng.choice(100_000, 4, replace=False)
+    answer = rng.permutation(numbers)
+    return rf"\{{{','.join(map(str, numbers))}\}}", rf"\{{{', '.join(map(str, answer))}\}}"
+
+
+def radical(rng: np.random.Generator) -> Pair:
+    """A root, simplified or not."""
+    outer, inner = (int(n) for n in rng.integers(2, 1000, 2))
+    return rf"{outer}\sqrt{{{inner}}}", rf"\sqrt{{{outer**2 * inner + int(rng.integers(2))}}}"
+
+
+def polynomial(rng: np.random.Generator) -> Pair:
+    """A product of two linear factors, expanded."""
+    a, b = (int(n) for n in rng.integers(2, 1000, 2))
+    return f"(x+{a})(x+{b})", f"x^2+{a + b}x+{a * b + int(rng.integers(2))}"
+
+
+def answers(arguments: Arguments) -> list[Pair]:
+    """References and completions: 40 % numbers, 20 % each of sets, roots and polynomials.
+
+    Of these one in twenty is left without a box, and one in twenty has a form that is refused.
+    """
+    rng = np.random.default_rng(arguments.seed)
+    kinds = [number, number, several, radical, polynomial]
+    pairs = []
+    for i in range(arguments.answers - arguments.costly):
+        reference, answer = kinds[i % len(kinds)](rng)
+        boxed = rf"It is \boxed{{{answer}}}."
+        refused = rf"\boxed{{9^{{9^{{{i}}}}}}}"
+        pairs.append((reference, rng.choice([boxed, answer, refused], p=[0.9, 0.05, 0.05])))
+    for i in range(arguments.costly):
+        pairs.append(("x^2+1", rf"\boxed{{{COSTLY[i % len(COSTLY)].format(99 - i, i + 1)}}}"))
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Latency by tier in seconds, and answers a second of the batch."""
+    pairs = answers(arguments)
+    references, completions = zip(*pairs, strict=True)
+    limits = Limits(cpu_seconds=arguments.cpu_seconds)
+    with MathVerifier(workers=arguments.workers, limits=limits) as verifier:
+        verifier.judge(*zip(*pairs[:50], strict=True))  # warm
+        start = time.perf_counter()
+        batch = verifier.judge(references, completions)
+        seconds = time.perf_counter() - start
+        latencies: dict[str, list[float]] = collections.defaultdict(list)
+        single: list[Verdict] = []
+        for reference, completion in pairs:
+            begin = time.perf_counter()
+            single += verifier.judge([reference], [completion])
+            latencies[single[-1].tier].append(time.perf_counter() - begin)
+        replaced = verifier.pool.replaced
+    if [verdict.reward for verdict in single] != [verdict.reward for verdict in batch]:
+        raise ValueError("verifier_speed: a batch and its answers one by one were judged unlike.")
+    return {
+        "latencies": dict(latencies),
+        "batch_seconds": seconds,
+        "answers_per_second": len(pairs) / seconds,
+        "replaced_workers": replaced,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """A row a tier, and one for all answers."""
+    rows = dict(result["latencies"])
+    everything = [latency for tier in rows.values() for latency in tier]
+    lines = ["| tier | answers | share | p50 ms | p99 ms | max ms |", "|---|---|---|---|---|---|"]
+    for tier, latencies in [*rows.items(), ("all", everything)]:
+        middle, high, most = np.percentile(latencies, [50, 99, 100]) * 1e3
+        share = len(latencies) / len(everything)
+        lines.append(
+            f"| {tier} | {len(latencies)} | {share:.1%} | {middle:.3f} | {high:.3f} | {most:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures, prints, and writes result.json and table.md."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    result = measure(arguments)
+    text = (
+        f"{result['answers_per_second']:.0f} answers a second in a batch of {arguments.answers} "
+        f"({result['batch_seconds']:.1f} s) with {arguments.workers} workers, of which "
+        f"{result['replaced_workers']} were replaced.\n\n{table(result)}\n"
+    )
+    print(text)
+    (arguments.folder / "table.md").write_text(text)
+    runs.write_json(
+        arguments.folder / "result.json",
+        {
+            "arguments": {k: str(v) for k, v in dataclasses.asdict(arguments).items()},
+            **environment(),
+            **{key: value for key, value in result.items() if key != "latencies"},
+        },
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

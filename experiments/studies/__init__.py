@@ -1,0 +1,1 @@
+"""Studies: what is true of the coefficient, with the runs behind every claim."""

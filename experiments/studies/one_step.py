@@ -1,0 +1,243 @@
+"""Is what the decomposition predicts of one step what the step does, on data that it has not seen?
+
+    python -m experiments.studies.one_step run       a training run, a row a point: three minutes
+    python -m experiments.studies.one_step report    slopes and a scatter from the committed rows
+
+One training run (policy loss, coefficient 0.2) is followed. After one, two or three of the
+gradient steps of every other rollout, its next minibatch gives directions g and m, and a further
+rollout of the same policy the objective J: the clipped RL objective on fresh prompts. A step of the
+length that the run's optimizer takes there goes along g + lambda m, lambda = 1, and along g alone.
+What m contributes to J is the difference, and is compared with four predictions of it:
+
+    believed        eta lambda <g, m>, both from the minibatch: what OCC reads
+    cross_fitted    the same between halves of the minibatch
+    first_order     eta lambda <grad J, m>, from the fresh data
+    second_order    with the curvature of J on the fresh data, by Hessian-vector products
+
+A slope of realised on predicted of 1 is a calibrated prediction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+import tyro
+
+from experiments import runs
+from experiments.configs import CONFIGS
+from experiments.studies.following import Followed, begin, further, problem_of
+from occ import theory
+from occ.measures import inner_product
+from occ.training.batch import Minibatch, split
+from occ.training.durable.run_folder import read_rows
+from occ.training.gradient.cotangents import Problem
+from occ.training.gradient.exact import loss_gradients
+from occ.training.gradient.losses import rl_loss
+from occ.training.gradient.stages import is_shared, partition
+from occ.training.rollout import collect
+from occ.training.state import TrainState
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "one_step"
+PREDICTIONS = ("believed", "cross_fitted", "first_order", "second_order")
+LAMBDA = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Measures.
+
+    Attributes:
+      setting: a configuration.
+      seed: of the training run.
+      stride: rollouts between points.
+      quick: four rollouts after a short warm start.
+      folder: of the rows.
+    """
+
+    setting: str = "arithmetic_easy"
+    seed: int = 0
+    stride: int = 2
+    quick: bool = False
+    folder: pathlib.Path = RESULTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Slopes and a scatter.
+
+    Attributes:
+      folder: of the rows.
+      output: for table.md and the figure.
+    """
+
+    folder: pathlib.Path = RESULTS
+    output: pathlib.Path = pathlib.Path("runs/one_step/report")
+
+
+def follow(arguments: Run) -> pathlib.Path:
+    """Follows one training run and writes a row a point; returns the file."""
+    file = arguments.folder / f"{arguments.setting}.jsonl"
+    if file.exists():
+        return file
+    quick_rollouts = 4 if arguments.quick else None
+    run = begin(CONFIGS[arguments.setting](), seed=arguments.seed, quick_rollouts=quick_rollouts)
+    config, task, programs, state = run
+    measure = _compiled(run)
+    lines = []
+    for number in range(config.rollouts):
+        rollout = collect(programs.rollout, state.params, state.rest, config, task, number)
+        if number % arguments.stride == arguments.stride - 1:
+            fresh = further(run, state, number)
+            wanted = 1 + (number // arguments.stride) % (config.rollout.minibatches - 1)
+        else:
+            fresh, wanted = None, -1
+        for index, minibatch in enumerate(split(rollout.batch, config.rollout.minibatches)):
+            before = jax.tree.map(jnp.array, state.params) if index == wanted else None
+            given = jax.tree.map(jnp.array, state) if index == wanted else None
+            state, _ = programs.train_step(state, minibatch)
+            if given is not None:
+                moved = jax.tree.map(jnp.subtract, state.params, before)
+                length = jnp.sqrt(inner_product(_shared(moved), _shared(moved)))
+                row = jax.device_get(measure(given, minibatch, fresh, length))
+                lines.append({"rollout": number, "minibatch": index} | runs.plain_numbers(row))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    runs.replace_text(file, text)
+    return file
+
+
+def _compiled(run: Followed) -> Callable[..., Any]:
+    def ascent(problem: Problem) -> list[Any]:
+        """g and m, zero on the modules' own parameters."""
+        return [
+            jax.tree.map(jnp.negative, _shared(gradient))
+            for gradient in loss_gradients(problem).gradients
+        ]
+
+    @jax.jit
+    def measure(state: TrainState, batch: Minibatch, fresh: Minibatch, length: jax.Array):
+        problem = problem_of(run, state, batch)
+        g, m = ascent(problem)
+        rows = batch.tokens.shape[0]
+        halves = [
+            ascent(problem.rows(part)) for part in (slice(0, rows // 2), slice(rows // 2, rows))
+        ]
+        (g_first, m_first), (g_second, m_second) = halves
+        cross = (inner_product(g_first, m_second) + inner_product(g_second, m_first)) / 2
+        stages = problem_of(run, state, fresh).stages
+
+        def objective(params):
+            parts = partition(params)
+            scores = stages.head(parts, stages.trunk(parts).hidden, 0)
+            return -rl_loss(scores, fresh, run.config.objective, 1)[0]
+
+        joint = jax.tree.map(lambda a, b: a + LAMBDA * b, g, m)
+        step_size = length / jnp.sqrt(inner_product(joint, joint))
+        with_m = theory.check_step(objective, state.params, (g, m), LAMBDA, step_size=step_size)
+        without = theory.check_step(objective, state.params, (g, m), 0.0, step_size=step_size)
+        gain = jax.tree.map(jnp.subtract, with_m, without)
+        return {
+            "step_size": step_size,
+            "believed": step_size * LAMBDA * inner_product(g, m),
+            "cross_fitted": step_size * LAMBDA * cross,
+            "first_order": gain.first_order,
+            "second_order": gain.second_order,
+            "realised": gain.realised,
+            "main_realised": without.realised,
+            "main_second_order": without.second_order,
+        }
+
+    return measure
+
+
+def _shared(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with zeros on the modules' own parameters."""
+    return {
+        name: part if is_shared(name) else jax.tree.map(jnp.zeros_like, part)
+        for name, part in tree.items()
+    }
+
+
+def slope(predicted: np.ndarray, realised: np.ndarray) -> tuple[float, float]:
+    """Slope of realised on predicted through the origin, and half its 95 % interval."""
+    squares = np.sum(predicted**2)
+    value = np.sum(predicted * realised) / squares
+    residual = realised - value * predicted
+    degrees = len(predicted) - 1
+    error = np.sqrt(np.sum(residual**2) / degrees / squares)
+    return float(value), float(scipy.stats.t.ppf(0.975, degrees) * error)
+
+
+def report(folder: pathlib.Path, output: pathlib.Path) -> int:
+    """Prints and writes the table, and draws the scatter; returns the exit status."""
+    settings = {file.stem: read_rows(file) for file in sorted(folder.glob("*.jsonl"))}
+    if not settings:
+        raise ValueError(
+            f"no rows in {folder}: run `python -m experiments.studies.one_step run` first."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    lines = ["| setting | points | prediction | slope | correlation |", "|---|---|---|---|---|"]
+    figure, axes = plt.subplots(
+        len(settings),
+        len(PREDICTIONS),
+        figsize=(3 * len(PREDICTIONS), 2.9 * len(settings)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for row, (setting, points) in zip(axes, settings.items(), strict=True):
+        realised = np.array([point["realised"] for point in points])
+        for axis, name in zip(row, PREDICTIONS, strict=True):
+            predicted = np.array([point[name] for point in points])
+            value, half = slope(predicted, realised)
+            correlation = np.corrcoef(predicted, realised)[0, 1]
+            lines.append(
+                f"| {setting} | {len(points)} | {name} | {value:.2f} ± {half:.2f} | "
+                f"{correlation:.2f} |"
+            )
+            axis.scatter(predicted, realised, s=10)
+            ends = np.array([predicted.min(), predicted.max()])
+            axis.plot(ends, value * ends, color="tab:red", label=f"slope {value:.2f} ± {half:.2f}")
+            axis.plot(ends, ends, color="black", linewidth=0.6, linestyle="--")
+            axis.axhline(0, color="black", linewidth=0.4)
+            axis.set(title=name, xlabel="predicted", ylabel=f"realised, {setting}")
+            axis.ticklabel_format(style="sci", scilimits=(0, 0))
+            axis.legend(fontsize="x-small")
+    figure.savefig(output / "one_step.png", dpi=120)
+    plt.close(figure)
+    text = "\n".join(lines)
+    (output / "table.md").write_text(text + "\n")
+    print(text)
+    print(f"\n{output}: table.md, one_step.png")
+    return 0
+
+
+def main() -> int:
+    """Reads the command line."""
+    Command = (
+        Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+    )
+    arguments = tyro.cli(Command, description=__doc__)  # type: ignore[call-overload]
+    if isinstance(arguments, Report):
+        return report(arguments.folder, arguments.output)
+    if arguments.quick:
+        arguments = dataclasses.replace(arguments, folder=pathlib.Path("runs/one_step/quick"))
+    print(follow(arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""Checkpoints of a run with Orbax: written in the background, kept by policy, resumed from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import warnings
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from occ.training.durable import disk
+from occ.training.durable.fingerprint import fingerprint
+from occ.training.durable.history import History
+from occ.training.processes import is_first, wait_for_all
+from occ.training.state import TrainState
+
+UNREADABLE = (ValueError, LookupError, TypeError, FileNotFoundError)
+"""What Orbax, TensorStore and JSON raise for files that are missing, cut or changed."""
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read, or that is not what was saved."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint.
+
+    Attributes:
+      number: rollouts that were finished.
+      state: the state after them.
+      history: what the run remembered.
+    """
+
+    number: int
+    state: TrainState
+    history: History
+
+
+class Checkpoints:
+    """Checkpoints in one folder, numbered by the rollouts that were finished.
+
+    A folder with a number for its name is a whole checkpoint: Orbax writes beside it and renames.
+    Each holds the state and, as JSON, a record: the history, a fingerprint of every array of the
+    state, and a digest of both. A changed bit in an array is an error that neither Orbax nor
+    TensorStore would notice.
+
+    Args:
+      folder: where they are, inside the run's folder; made if missing.
+      keep: how many of the newest to keep, beside the best by sampled accuracy.
+      read_only: nothing in the folder is made, deleted or renamed, so that a run which is writing
+        there is not disturbed; for `read`.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: int = 2, *, read_only: bool = False):
+        self._folder = folder.absolute()
+        self._policy = _NewestAndBest(keep)
+        self._read_only = read_only
+        self._bytes = 0  # of the last state that was given to save
+        options = ocp.CheckpointManagerOptions(
+            create=True, cleanup_tmp_directories=True, preservation_policy=self._policy
+        )
+        if read_only:
+            options = ocp.CheckpointManagerOptions(
+                create=False, read_only=True, save_interval_steps=0
+            )
+        with self._full_disk_explained():
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, number: int, state: TrainState, history: History) -> None:
+        """Starts to save the state after `number` finished rollouts.
+
+        Returns when the state is copied, and may then be donated; writing goes on behind.
+
+        Raises:
+          DiskFullError: now, or in writing the one before.
+        """
+        if number in self._manager.all_steps():
+            return
+        leaves = _as_dict(state)
+        prints = jax.device_get(fingerprint(leaves))
+        record: dict[str, Any] = {
+            "history": dataclasses.asdict(history),
+            "fingerprint": {name: int(value) for name, value in prints.items()},
+        }
+        record["digest"] = _digest(record)
+        self._bytes = sum(leaf.nbytes for leaf in leaves.values())
+        self._policy.best = history.best_rollout
+        with self._full_disk_explained():
+            self._manager.save(
+                number,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(leaves), record=ocp.args.JsonSave(record)
+                ),
+                force=True,  # when to save is the loop's decision
+            )
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest checkpoint that can be read; None if there are none at all.
+
+        Newer ones that are damaged are reported and renamed, so that their numbers are free.
+
+        Args:
+          like: a state of the shapes, dtypes and shardings wanted.
+
+        Raises:
+          DamagedError: there are checkpoints, and none can be read. All stay where they are.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._read(number, like)
+            except DamagedError as error:
+                damaged[number] = error
+                continue
+            for newer, error in damaged.items():
+                self._set_aside(newer, error, restored.number)
+            return restored
+        if not damaged:
+            return None
+        reasons = "; ".join(f"{number}: {error}" for number, error in damaged.items())
+        raise DamagedError(
+            f"none of the checkpoints in {self._folder} can be read ({reasons}). Go on with the "
+            "versions in environment.json if packages have changed since, or put the files back; "
+            "to start from scratch, delete this folder."
+        )
+
+    def read(self, like: TrainState, which: Literal["newest", "best"] = "newest") -> Restored:
+        """A checkpoint to look at; the folder stays as it is.
+
+        Args:
+          like: as of `restore`.
+          which: the newest that can be read, or the best by sampled accuracy, as the newest knows
+            it.
+
+        Raises:
+          ValueError: there are none, or no evaluation has yet said which is best.
+          DamagedError: none can be read, or the best cannot.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                newest = self._read(number, like)
+            except DamagedError as error:
+                damaged[number] = error
+                continue
+            if which == "newest":
+                return newest
+            best = newest.history.best_rollout
+            if best is None:
+                raise ValueError(f"{self._folder}: no evaluation yet. Take the newest checkpoint.")
+            return newest if best == newest.number else self._read(best, like)
+        if damaged:
+            raise DamagedError(f"none of the checkpoints in {self._folder} can be read: {damaged}.")
+        raise ValueError(f"{self._folder} holds no checkpoint. Train first.")
+
+    def reached_preemption(self, number: int) -> bool:
+        """Whether all processes of a job that is being preempted should now save and stop.
+
+        Always False without `jax.distributed`, whose service hears of it and agrees on a number.
+        """
+        return self._manager.reached_preemption(number)
+
+    def close(self) -> None:
+        """Waits for what is being written.
+
+        Raises:
+          DiskFullError: the last one could not be written.
+        """
+        with self._full_disk_explained():
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except disk.DiskFullError:
+            if error is None:  # else the first error tells more
+                raise
+        finally:
+            if kind is not None and is_first() and not self._read_only:
+                # At the next start they would go anyway; a full disk needs the space now.
+                for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _full_disk_explained(self) -> contextlib.AbstractContextManager[None]:
+        return disk.explained(self._folder.parent, self._bytes)
+
+    def _read(self, number: int, like: TrainState) -> Restored:
+        wanted = _as_dict(like)
+        abstract = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in wanted.items()
+        }
+        with _UnreadableIsDamaged():
+            restored = self._manager.restore(
+                number,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+                ),
+            )
+            leaves, record = restored["state"], restored["record"]
+            digest = record.pop("digest")
+            history, saved = History(**record["history"]), record["fingerprint"]
+        if digest != _digest(record):
+            raise DamagedError("its record is not what was saved")
+        for name, leaf in wanted.items():
+            if leaves[name].dtype != leaf.dtype:
+                raise DamagedError(f"{name} is {leaves[name].dtype}, not {leaf.dtype}")
+        found = jax.device_get(fingerprint(leaves))
+        changed = [name for name in wanted if int(found[name]) != saved.get(name)]
+        if changed:
+            raise DamagedError(f"not what was saved: {', '.join(changed)}")
+        structure = jax.tree.structure(like)
+        ordered = [leaves[name] for name in wanted]
+        return Restored(number, jax.tree.unflatten(structure, ordered), history)
+
+    def _set_aside(self, number: int, reason: DamagedError, used: int) -> None:
+        source = self._folder / str(number)
+        target, copies = self._folder / f"{number}.damaged", 1
+        while target.exists():
+            copies += 1
+            target = self._folder / f"{number}.damaged-{copies}"
+        wait_for_all(f"{source} is damaged")
+        if is_first():
+            source.rename(target)
+        wait_for_all(f"{source} is set aside")
+        self._manager.reload()
+        warnings.warn(
+            f"checkpoint {source} is damaged ({reason}); it is now {target.name}, and the run "
+            f"goes on from checkpoint {used}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Orbax's protocol of a preservation policy."""
+
+    keep: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        newest = {info.step for info in checkpoints[-self.keep :]}
+        return [info.step in newest or info.step == self.best for info in checkpoints]
+
+
+class _UnreadableIsDamaged(contextlib.AbstractContextManager[None]):
+    """Turns the errors of unreadable files into `DamagedError`, and no others."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Orbax raises Exception itself, no subclass, for a piece of an array that is not there.
+        if kind is Exception or isinstance(error, UNREADABLE):
+            words = f"{kind.__name__ if kind else ''}: {error}".split("\n")[0]
+            raise DamagedError(words[:200]) from error
+
+
+def _digest(record: dict[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    """The leaves by path: a form that does not change with the classes around them."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    width = len(str(len(leaves)))
+    return {
+        f"{i:0{width}d}:{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
+        for i, (path, leaf) in enumerate(leaves)
+    }

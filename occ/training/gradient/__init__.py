@@ -1,0 +1,1 @@
+"""The gradient of a train step: losses, cotangents, where the coefficient is placed."""

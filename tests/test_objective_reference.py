@@ -203,19 +203,19 @@ def assert_first_update(before, after, gradient, config):
 
 POLICY = MTPTrainingConfig(rule="fixed", coefficient=-0.35, placement="fused")
 DISTILL = MTPTrainingConfig(loss="distill", own_loss="ce", rule="fixed", coefficient=0.4)
+SHARP = {"rollout": RolloutConfig(temperature=0.8)}
 SMOOTHED = dataclasses.replace(regime("occ_smoothed"), every=2)
 STEPS = {
     "rl_only": config_of(regime("rl_only"), "ppo", ONE, **cut(logits_chunk=5)),
-    "detach": config_of(regime("detach"), "gspo", ONE, rollout=RolloutConfig(temperature=0.8)),
-    "ce": config_of(regime("ce"), "cispo", ONE, **cut(2, 5)),
+    "detach": config_of(regime("detach"), "cispo", ONE, **cut(2, 5), **SHARP),
     "policy": config_of(dataclasses.replace(POLICY, reference="own"), "clamped"),
     "occ": config_of(regime("occ"), "ppo"),
     "occ_paper": config_of(regime("occ_paper"), "gspo", ONE, **cut(2)),
     "occ_released": config_of(regime("occ_released"), "reinforce", ONE),
 }
 SLOW = {
-    "detach for two": config_of(regime("detach"), "gspo"),
-    "ce for two": config_of(regime("ce"), "cispo", **cut(2, 5)),
+    "detach for two": config_of(regime("detach"), "gspo", **SHARP),
+    "ce": config_of(regime("ce"), "cispo", **cut(2, 5)),
     "detach exact": config_of(regime("detach", exact=True), "reinforce", **cut(2)),
     "ce exact": config_of(regime("ce", exact=True), "gspo", **cut(1, 5)),
     "policy gspo": config_of(regime("policy"), "gspo", **cut(2, 5)),
@@ -325,7 +325,7 @@ def test_slopes_of_the_reference_by_central_differences(x64, name, loss):
     batch = minibatch(TWO)
     logits = logits_of(TWO, batch)
     mtp = MTPTrainingConfig(loss=loss, reference="own")
-    config = config_of(mtp, name, rollout=RolloutConfig(temperature=0.8))
+    config = config_of(mtp, name, **SHARP)
     slopes = reference_losses.losses(logits, batch, config)
     rng, step = np.random.default_rng(1), 1e-6
     for _ in range(3):

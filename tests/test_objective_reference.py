@@ -206,14 +206,14 @@ DISTILL = MTPTrainingConfig(loss="distill", own_loss="ce", rule="fixed", coeffic
 SHARP = {"rollout": RolloutConfig(temperature=0.8)}
 SMOOTHED = dataclasses.replace(regime("occ_smoothed"), every=2)
 STEPS = {
-    "rl_only": config_of(regime("rl_only"), "ppo", ONE, **cut(logits_chunk=5)),
     "detach": config_of(regime("detach"), "cispo", ONE, **cut(2, 5), **SHARP),
     "policy": config_of(dataclasses.replace(POLICY, reference="own"), "clamped"),
     "occ": config_of(regime("occ"), "ppo"),
     "occ_paper": config_of(regime("occ_paper"), "gspo", ONE, **cut(2)),
-    "occ_released": config_of(regime("occ_released"), "reinforce", ONE),
 }
 SLOW = {
+    "rl_only": config_of(regime("rl_only"), "ppo", ONE, **cut(logits_chunk=5)),
+    "occ_released": config_of(regime("occ_released"), "reinforce", ONE),
     "detach for two": config_of(regime("detach"), "gspo", **SHARP),
     "ce": config_of(regime("ce"), "cispo", **cut(2, 5)),
     "detach exact": config_of(regime("detach", exact=True), "reinforce", **cut(2)),

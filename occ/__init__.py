@@ -7,7 +7,14 @@ subpackages that are imported on their own.
 from occ import measures, rules
 from occ.accumulation import AccumulationState, accumulate
 from occ.calibration import Calibration, CalibrationState, calibrate
-from occ.diagnostics import calibration_state, coefficient, correlation, cosine, perturbation
+from occ.diagnostics import (
+    calibration_state,
+    coefficient,
+    correlation,
+    cosine,
+    damping,
+    perturbation,
+)
 from occ.grouped import GroupedCalibration, GroupedState, calibrate_groups
 
 __version__ = "0.1.0"
@@ -25,6 +32,7 @@ __all__ = [
     "coefficient",
     "correlation",
     "cosine",
+    "damping",
     "measures",
     "perturbation",
     "rules",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from occ import measures as measures_lib
-from occ.trees import auxiliary_tuple
+from occ.trees import as_gradient, auxiliary_tuple
 
 
 class AccumulationState(NamedTuple):
@@ -80,13 +80,15 @@ def accumulate(
         return summed_measure.reduce(evidence, num_auxiliary) if summed_measure else ()
 
     def init(params):
-        zeros = jax.tree.map(_accumulator, params)
-        dtype = measures_lib.accumulation_dtype(*jax.tree.leaves(zeros))
+        def zeros():  # new buffers at each call: a donated state must not hold one twice
+            return jax.tree.map(_accumulator, params)
+
+        dtype = measures_lib.accumulation_dtype(*jax.tree.leaves(params))
         return AccumulationState(
             inner=tx.init(params),
             micro_step=jnp.zeros((), jnp.int32),
-            updates=zeros,
-            auxiliary=(zeros,) * num_auxiliary,
+            updates=zeros(),
+            auxiliary=tuple(zeros() for _ in range(num_auxiliary)),
             statistics=zero_statistics(dtype),
             count=jnp.zeros((), dtype),
             auxiliary_count=jnp.zeros((num_auxiliary,), dtype),
@@ -95,6 +97,7 @@ def accumulate(
     def update(
         updates, state, params=None, *, auxiliary=None, count=1.0, auxiliary_count=None, **extra
     ):
+        updates = as_gradient(updates, "`updates`")
         trees = auxiliary_tuple(updates, auxiliary, num_auxiliary)
         evidence = _take_evidence(extra, names)
         auxiliary_count = count if auxiliary_count is None else auxiliary_count
@@ -132,7 +135,7 @@ def accumulate(
 
 def _accumulator(leaf: jax.Array) -> jax.Array:
     """Zeros like the leaf, with its sharding, in at least float32."""
-    return jnp.zeros_like(leaf, dtype=measures_lib.accumulation_dtype(leaf.dtype))
+    return jnp.zeros_like(leaf, dtype=measures_lib.accumulation_dtype(leaf))
 
 
 def _add(total: Any, term: Any) -> Any:

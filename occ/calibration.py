@@ -1,7 +1,7 @@
 """The optax transformation: measure the auxiliary gradients, weigh them, combine.
 
-    measure: evidence -> Gram matrix [K+1, K+1]       occ/measures.py
-    rule:    Gram matrix -> weights [K+1]             occ/rules.py
+    measure: evidence -> Gram matrix [K+1, K+1]       occ/measures/
+    rule:    Gram matrix -> weights [K+1]             occ/rules/
     combine: weights, gradients -> w_0 g + sum_k w_k m_k
 
 `calibrate` is the transformation for an optax chain, `Calibration` its three stages one by one,
@@ -20,9 +20,10 @@ import optax
 
 from occ import measures as measures_lib
 from occ import rules as rules_lib
-from occ.trees import auxiliary_tuple, path_string, selected, tree_structure, zero_unless
+from occ import trees
+from occ.finiteness import all_finite, check, condition_number
 
-Shared = Any  # None, a pytree of bools like the parameters, or a predicate on "path/of/leaf"
+Leaves = Any  # None, a pytree of bools like the parameters, or a predicate on "path/of/leaf"
 
 
 class CalibrationState(NamedTuple):
@@ -36,6 +37,10 @@ class CalibrationState(NamedTuple):
       condition_number: float [], of the last matrix V = [<m_j, m_k>]; 1 for K = 1, inf if singular.
       nonfinite: int32 [K], how often each auxiliary gradient was removed because it, or the
         evidence about it, was not finite.
+      overflowed: int32 [K+1], how often a gradient, the main one first, was finite and too large to
+        be measured: its inner products exceed the dtype (in float32 from a norm of 1e19 on). An
+        auxiliary gradient then counts nothing; without <g, g> none does.
+      due_in: int32 [], updates until the next one that measures; 0 if that is the next.
       measure: the measure's own state.
       rule: the rule's own state.
     """
@@ -45,6 +50,8 @@ class CalibrationState(NamedTuple):
     weights: jax.Array
     condition_number: jax.Array
     nonfinite: jax.Array
+    overflowed: jax.Array
+    due_in: jax.Array
     measure: Any
     rule: Any
 
@@ -60,10 +67,11 @@ class Calibration:
     measure: measures_lib.Measure
     rule: rules_lib.Rule
     num_auxiliary: int = 1
-    shared: Shared = None
+    shared: Leaves = None
     scale_own: bool = False
     every: int = 1
     axis_name: Any = None
+    replicated: Leaves = None
     seed: int = 0
 
     def __post_init__(self):
@@ -86,13 +94,15 @@ class Calibration:
 
     def init(self, params: Any) -> CalibrationState:
         """State for gradients shaped like `params`."""
-        shared = selected(params, self._shared_mask(params)).values()
-        if not shared:
+        trees.refuse_masked(params)
+        shared = trees.selected(params, self._shared_mask(params)).values()
+        # optax.tree.map_params calls with a placeholder that has no leaves.
+        if not shared and jax.tree.leaves(params):
             raise ValueError(
                 "calibrate: `shared` selects no leaf, so there is no gradient to measure. Pass the "
                 "mask of the leaves that both losses reach, or None for all of them."
             )
-        dtype = _real(measures_lib.accumulation_dtype(*(leaf.dtype for leaf in shared)))
+        dtype = _real(measures_lib.accumulation_dtype(*shared))
         size = self.num_auxiliary + 1
         return CalibrationState(
             count=jnp.zeros((), jnp.int32),
@@ -100,6 +110,8 @@ class Calibration:
             weights=jnp.zeros((size,), dtype).at[0].set(1),
             condition_number=jnp.ones((), dtype),
             nonfinite=jnp.zeros((self.num_auxiliary,), jnp.int32),
+            overflowed=jnp.zeros((size,), jnp.int32),
+            due_in=jnp.zeros((), jnp.int32),
             measure=self.measure.init(self.num_auxiliary),
             rule=self.rule.init(self.num_auxiliary),
         )
@@ -127,33 +139,40 @@ class Calibration:
         Raises:
           ValueError: evidence that the measure needs is missing.
         """
+        evidence_finite = jnp.zeros((), bool)
         if statistics is None:
             evidence = {} if evidence is None else evidence
             self._require(evidence)
-            statistics = self.measure.reduce(self._shared_only(evidence), self.num_auxiliary)
+            evidence = self._shared_only(evidence)
+            evidence_finite = self._evidence_finite(evidence)
+            statistics = self.measure.reduce(evidence, self.num_auxiliary)
         measurement, measure_state = self.measure.update(statistics, state.measure, self.axis_name)
-        measurement, main_ok, ok = self._clean(measurement, finite, state.gram.dtype)
+        checked = check(measurement, self.num_auxiliary, finite, evidence_finite, state.gram.dtype)
         key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-        weights, rule_state = self.rule.update(measurement, state.rule, key)
-        usable = jnp.concatenate([jnp.ones((1,), bool), ok & main_ok]) & jnp.isfinite(weights)
-        weights = jnp.where(usable, weights, 0)
+        weights, rule_state = self.rule.update(checked.measurement, state.rule, key)
+        complete = jnp.all(checked.ok) & checked.main_ok & jnp.all(jnp.isfinite(weights))
+        usable = jnp.concatenate([jnp.ones((1,), bool), checked.ok & checked.main_ok])
+        weights = jnp.where(usable & jnp.isfinite(weights), weights, 0)
 
-        def unless_poisoned(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(jnp.all(ok) & main_ok, n, o), new, old)
+        def if_complete(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(complete, n, o), new, old)
 
         return CalibrationState(
             count=optax.safe_increment(state.count),
-            gram=measurement.gram,
+            gram=checked.measurement.gram,
             weights=weights.astype(state.weights.dtype),
-            condition_number=condition_number(measurement.gram),
-            nonfinite=state.nonfinite + (~ok).astype(jnp.int32),
-            measure=unless_poisoned(measure_state, state.measure),
-            rule=unless_poisoned(rule_state, state.rule),
+            condition_number=condition_number(checked.measurement.gram),
+            nonfinite=state.nonfinite + (~checked.ok & ~checked.overflowed[1:]).astype(jnp.int32),
+            overflowed=state.overflowed + checked.overflowed.astype(jnp.int32),
+            # Weights without one of the gradients must not be kept for the updates to come.
+            due_in=if_complete(jnp.full_like(state.due_in, self.every - 1), 0),
+            measure=if_complete(measure_state, state.measure),
+            rule=if_complete(rule_state, state.rule),
         )
 
     def is_due(self, state: CalibrationState) -> jax.Array:
         """Whether this update measures: bool []."""
-        return state.count % self.every == 0
+        return state.due_in <= 0
 
     def hold(self, state: CalibrationState, finite: jax.Array | None = None) -> CalibrationState:
         """The state after an update that does not measure: it counts, and keeps the weights.
@@ -164,7 +183,9 @@ class Calibration:
         """
         removed = 0 if finite is None else (~finite).astype(jnp.int32)
         return state._replace(
-            count=optax.safe_increment(state.count), nonfinite=state.nonfinite + removed
+            count=optax.safe_increment(state.count),
+            nonfinite=state.nonfinite + removed,
+            due_in=jnp.maximum(state.due_in - 1, 0),
         )
 
     def combine(self, weights: jax.Array, updates: Any, auxiliary: tuple[Any, ...]) -> Any:
@@ -179,18 +200,14 @@ class Calibration:
         Returns:
           A pytree like `updates`, of its dtypes; the sum is formed in at least float32.
         """
+        unscaled = jnp.ones_like(weights)
 
         def leaf(shared, g, *ms):
             dtype = measures_lib.accumulation_dtype(g.dtype)
-            if shared or self.scale_own:
-                scales = weights.astype(_real(dtype))
-                total = scales[0] * g.astype(dtype)
-                for k, m in enumerate(ms, start=1):
-                    total = total + scales[k] * m.astype(dtype)
-            else:
-                total = g.astype(dtype)
-                for m in ms:
-                    total = total + m.astype(dtype)
+            scales = (weights if shared or self.scale_own else unscaled).astype(_real(dtype))
+            total = scales[0] * g.astype(dtype)
+            for k, m in enumerate(ms, start=1):
+                total = total + scales[k] * m.astype(dtype)
             return total.astype(g.dtype)
 
         return jax.tree.map(leaf, self._shared_mask(updates), updates, *auxiliary)
@@ -205,7 +222,8 @@ class Calibration:
         **evidence,
     ) -> tuple[Any, CalibrationState]:
         """All three stages; see `calibrate`."""
-        auxiliary = auxiliary_tuple(updates, auxiliary, self.num_auxiliary)
+        updates = trees.as_gradient(updates, "`updates`")
+        auxiliary = trees.auxiliary_tuple(updates, auxiliary, self.num_auxiliary)
         auxiliary, finite = self.remove_nonfinite(auxiliary)
         evidence["gradients"] = (updates, *auxiliary)
 
@@ -226,25 +244,43 @@ class Calibration:
         Returns:
           The K trees, and bool [K], whether each was finite: for `weigh`, which counts.
         """
-        finite = jnp.stack([self._all_finite(m) for m in auxiliary])
-        return tuple(zero_unless(finite[k], m) for k, m in enumerate(auxiliary)), finite
+        finite = jnp.stack([all_finite(m, self.axis_name) for m in auxiliary])
+        return tuple(trees.zero_unless(finite[k], m) for k, m in enumerate(auxiliary)), finite
 
     def _shared_only(self, evidence: dict[str, Any]) -> dict[str, Any]:
         """Evidence whose pytrees of gradients are reduced to {path: shared leaf}."""
-
-        def leaves(tree):
-            return selected(tree, self._shared_mask(tree))
-
-        def each(tree_or_tuple):
-            if isinstance(tree_or_tuple, tuple):
-                return tuple(each(tree) for tree in tree_or_tuple)
-            return leaves(tree_or_tuple)
-
-        trees = measures_lib.TREE_EVIDENCE | {"gradients"}
+        chosen = self._tree_evidence
         return {
-            name: each(value) if name in trees and name in self.measure.evidence else value
+            name: self._leaves(value) if name in chosen else value
             for name, value in evidence.items()
         }
+
+    def _leaves(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._leaves(tree) for tree in value)
+        shared = trees.selected(value, self._shared_mask(value))
+        if self.axis_name is None or self.replicated is None:
+            return shared
+        # Inner products are summed over devices, so one device alone keeps a replicated leaf.
+        replicated = trees.selected(
+            trees.leaf_mask(value, self.replicated, "replicated"), self._shared_mask(value)
+        )
+        first = jax.lax.axis_index(self.axis_name) == 0
+        return {
+            name: trees.zero_unless(first, leaf) if replicated[name] else leaf
+            for name, leaf in shared.items()
+        }
+
+    @property
+    def _tree_evidence(self) -> set[str]:
+        """Names of evidence that consists of gradients or of trees like them."""
+        return set(self.measure.evidence) & (measures_lib.TREE_EVIDENCE | {"gradients"})
+
+    def _evidence_finite(self, evidence: dict[str, Any]) -> jax.Array:
+        """Whether it is known of all evidence that it is finite: bool []."""
+        if set(self.measure.evidence) - self._tree_evidence:
+            return jnp.zeros((), bool)  # masked cells of an array may hold anything
+        return all_finite([evidence[name] for name in self.measure.evidence], self.axis_name)
 
     def _require(self, evidence: dict[str, Any]) -> None:
         missing = [name for name in self.measure.evidence if evidence.get(name) is None]
@@ -260,49 +296,7 @@ class Calibration:
         """Pytree of bools like `tree`."""
         if self.shared is None:
             return jax.tree.map(lambda _: True, tree)
-        if callable(self.shared):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: bool(self.shared(path_string(path))), tree
-            )
-        if tree_structure(self.shared) != tree_structure(tree):
-            raise ValueError(
-                "calibrate: `shared` must be a pytree of bools with the structure of the "
-                f"gradients, {tree_structure(tree)}, got {tree_structure(self.shared)}. "
-                "A predicate on the leaf's path, e.g. lambda path: not path.startswith('mtp'), "
-                "fits every structure."
-            )
-        return self.shared
-
-    def _all_finite(self, tree: Any) -> jax.Array:
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-        if self.axis_name is None:
-            return finite
-        return jax.lax.pmin(finite.astype(jnp.int32), self.axis_name) > 0
-
-    def _clean(
-        self, measurement: measures_lib.Measurement, finite: jax.Array | None, dtype: Any
-    ) -> tuple[measures_lib.Measurement, jax.Array, jax.Array]:
-        """Empties the rows of non-finite gradients; also whether the main and each other is ok."""
-        size = self.num_auxiliary + 1
-        ok = jnp.ones((self.num_auxiliary,), bool) if finite is None else finite
-        if measurement.gram is None:
-            assert measurement.ratio is not None
-            ratio = jnp.broadcast_to(measurement.ratio, (self.num_auxiliary,)).astype(dtype)
-            ok = ok & jnp.isfinite(ratio)
-            gram = jnp.full((size, size), jnp.nan, dtype)
-            ratio = jnp.where(ok, ratio, 0)
-            return measures_lib.Measurement(gram, ratio), jnp.ones((), bool), ok
-        gram = measurement.gram.astype(dtype)
-        main_ok = jnp.isfinite(gram[0, 0])
-        ok = ok & jnp.isfinite(jnp.diagonal(gram)[1:])
-        kept = jnp.concatenate([main_ok[None], ok])
-        gram = jnp.where(kept[:, None] & kept[None, :], gram, 0)
-        # An overflow of <m_j, m_k> between finite heads leaves no usable matrix either.
-        gram = jnp.where(jnp.isfinite(gram), gram, 0)
-        sampled = measurement.sampled_correlation
-        if sampled is not None:
-            sampled = jnp.where(ok & jnp.isfinite(sampled), sampled, 0).astype(dtype)
-        return measures_lib.Measurement(gram, None, sampled), main_ok, ok
+        return trees.leaf_mask(tree, self.shared, "shared")
 
 
 def calibrate(
@@ -310,10 +304,11 @@ def calibrate(
     rule: rules_lib.Rule | None = None,
     *,
     num_auxiliary: int = 1,
-    shared: Shared = None,
+    shared: Leaves = None,
     scale_own: bool = False,
     every: int = 1,
     axis_name: Any = None,
+    replicated: Leaves = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds auxiliary gradients to the main one, each scaled by a calibrated coefficient.
@@ -330,15 +325,19 @@ def calibrate(
         alone; elsewhere the result is g + sum_k m_k, unscaled. Default: every leaf.
       scale_own: multiply the leaves that are not shared by the weights too, as the paper's
         released code does. A coefficient of 0 or below then stops or reverses their training.
-      every: measure at every n-th update, from the first on, and keep the weights in between.
+      every: measure at every n-th update, from the first on, and keep the weights in between. An
+        update that could not measure all gradients leaves the next one due.
       axis_name: mapped axis (shard_map, pmap) over which *parts* of the leaves, or of the evidence,
-        are spread; inner products are summed over it. Under jit with NamedSharding leave it None.
+        are spread; inner products are summed over it. Under jit with NamedSharding, and where all
+        devices hold the same gradients (data parallelism, after a pmean), leave it None.
+      replicated: with `axis_name`, the leaves that every device of the axis holds whole, chosen as
+        in `shared`. They would else count once a device.
       seed: of the key that rules which draw receive.
 
     Returns:
       A transformation whose `update` takes, by keyword:
-        auxiliary: a pytree like `updates`, or a tuple of K of them. A gradient with a non-finite
-          entry is removed and counted.
+        auxiliary: a pytree like `updates`, or a tuple or list of K of them. None in place of a leaf
+          or subtree stands for zeros. A gradient with a non-finite entry is removed and counted.
         further evidence by the names that the measure documents, or `statistics` in its place.
       Its state is a `CalibrationState`; `occ.coefficient(opt_state)` and its like read it.
 
@@ -346,11 +345,17 @@ def calibrate(
       ValueError: K < 1, a measure and rule that do not fit; on update, missing or misshapen
         auxiliary gradients or evidence.
 
-    Inside optax's wrappers: `chain`, `named_chain`, `inject_hyperparams` and `apply_if_finite` pass
-    the keywords on. `masked` and `partition` need `mask_compatible_extra_args=True`, and do not
-    mask a *tuple* of trees: use `shared=`. `apply_if_finite` looks at `updates` alone.
+    In a chain it comes first. What stands before it sees g alone: clipping there shortens g and not
+    m, which changes c and the coefficient; after it, clipping sees the one combined gradient.
+
+    Inside optax's wrappers: `chain`, `named_chain`, `inject_hyperparams`, `apply_if_finite`,
+    `conditionally_mask` and `contrib.schedule_free` pass the keywords on. `apply_if_finite` looks
+    at `updates` alone. `lookahead` takes no keywords and `flatten` flattens `updates` alone: put it
+    before them. Inside `masked` and `partition` it refuses to work, since the leaves that they hide
+    would never be given their auxiliary gradient: put it before them, with `shared=`.
     `optax.MultiSteps` averages `updates` but hands on the last micro-batch's `auxiliary`, silently:
-    use `occ.accumulate`.
+    use `occ.accumulate`. flax's `nnx.Optimizer.update(model, grads, auxiliary=...)` passes the
+    keyword; `TrainState.apply_gradients` drops it (notebook 02 has the subclass that does not).
 
     Reference: Wang et al., Joint Training of Multi-Token Prediction in Reinforcement Learning via
     Optimal Coefficient Calibration, arXiv 2605.28184.
@@ -375,6 +380,7 @@ def calibrate(
         scale_own=scale_own,
         every=every,
         axis_name=axis_name,
+        replicated=replicated,
         seed=seed,
     )
 
@@ -388,13 +394,3 @@ def calibrate(
 def _real(dtype: Any) -> Any:
     """The dtype itself, or that of its real part."""
     return jnp.finfo(dtype).dtype
-
-
-def condition_number(gram: jax.Array) -> jax.Array:
-    """Condition number of V = [<m_j, m_k>]; NaN without a Gram matrix."""
-    perturbations = gram[1:, 1:]
-    if perturbations.shape[0] == 1:
-        return jnp.where(jnp.isnan(perturbations[0, 0]), jnp.nan, jnp.ones((), gram.dtype))
-    values = jnp.linalg.eigvalsh(perturbations)
-    smallest = jnp.maximum(values[0], 0)
-    return jnp.where(smallest > 0, values[-1] / jnp.where(smallest > 0, smallest, 1), jnp.inf)

@@ -12,8 +12,9 @@ import optax
 
 from occ import measures as measures_lib
 from occ import rules as rules_lib
-from occ.calibration import Calibration, CalibrationState, condition_number
-from occ.trees import auxiliary_tuple, path_string
+from occ.calibration import Calibration, CalibrationState
+from occ.finiteness import condition_number
+from occ.trees import as_gradient, auxiliary_tuple, path_string, refuse_masked, unique
 
 Group = Callable[[str], str | None]
 READABLE = frozenset(["gradients", "gradient_halves", "second_moment"])
@@ -26,11 +27,11 @@ class GroupedState(NamedTuple):
     Attributes:
       total: over all groups together: the sum of their Gram matrices, the mean of their weights.
         `occ.correlation(state)` and its like read this one.
-      groups: each group's `CalibrationState`, as a dict, by the group's name.
+      groups: each group's state, by the group's name.
     """
 
     total: CalibrationState
-    groups: dict[str, dict[str, Any]]
+    groups: dict[str, CalibrationState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,12 @@ class GroupedCalibration:
 
     def __post_init__(self):
         unreadable = sorted(set(self.measure.evidence) - READABLE)
-        if unreadable or self.every != 1:
+        if self.every != 1:
+            raise ValueError(
+                f"calibrate_groups: groups are measured at every update, got every={self.every}. "
+                "Use every=1, or calibrate(every=...) with one coefficient for all leaves."
+            )
+        if unreadable:
             raise ValueError(
                 f"calibrate_groups: measure {self.measure.name!r} reads {unreadable}, which does "
                 f"not fall into groups of leaves. Use a measure of {sorted(READABLE)}."
@@ -63,19 +69,23 @@ class GroupedCalibration:
         Raises:
           ValueError: no leaf is in a group.
         """
+        refuse_masked(params)
         grouped = self._cut(params)
         if not any(name is not None for name in grouped):
             raise ValueError(
                 "calibrate_groups: `group` names no group for any leaf. It is called with paths "
-                f"such as {sorted(grouped[None])[0]!r}; return None only for leaves of their own."
+                f"such as {next(iter(grouped.get(None, {})), '')!r}; return None only for leaves "
+                "of their own."
             )
         states = {name: self._one.init(leaves) for name, leaves in _named(grouped)}
-        return GroupedState(_total(states), _as_dicts(states))
+        # A copy: a donated state must not hold one buffer twice.
+        return GroupedState(jax.tree.map(jnp.copy, _total(states)), states)
 
     def update(
         self, updates: Any, state: GroupedState, *, auxiliary: Any = None, **evidence: Any
     ) -> tuple[Any, GroupedState]:
         """All groups' stages; see `calibrate_groups`."""
+        updates = as_gradient(updates, "`updates`")
         auxiliary = auxiliary_tuple(updates, auxiliary, self.num_auxiliary)
         auxiliary, finite = self._one.remove_nonfinite(auxiliary)
         evidence = {
@@ -87,35 +97,46 @@ class GroupedCalibration:
         states: dict[str, CalibrationState] = {}
         combined: dict[str, jax.Array] = {}
         for name, leaves in _named(main):
-            before = CalibrationState(**state.groups[name])
             own_evidence = {key: _pick(value, name) for key, value in cut_evidence.items()}
-            states[name] = self._one.weigh(before, own_evidence, finite=finite)
+            states[name] = self._one.weigh(state.groups[name], own_evidence, finite=finite)
             weights = states[name].weights
             combined |= self._one.combine(weights, leaves, tuple(part[name] for part in parts))
         total = _total(states)
-        own = self._own
+        own = total.weights if self.scale_own else jnp.ones_like(total.weights)
         leaves = main.get(None, {})
-        combined |= own.combine(total.weights, leaves, tuple(part.get(None, {}) for part in parts))
-        return self._restore(combined, updates), GroupedState(total, _as_dicts(states))
+        combined |= self._one.combine(own, leaves, tuple(part.get(None, {}) for part in parts))
+        return self._restore(combined, updates), GroupedState(total, states)
 
     @property
     def _one(self) -> Calibration:
         return Calibration(self.measure, self.rule, self.num_auxiliary, seed=self.seed)
 
-    @property
-    def _own(self) -> Calibration:
-        return dataclasses.replace(self._one, shared=lambda path: self.scale_own)
+    def _pieces(self, tree: Any) -> list[tuple[str, str, jax.Array]]:
+        """(key, path, piece) of every leaf; stacked ones are cut along their leading axis.
 
-    def _cut(self, tree: Any) -> dict[str | None, dict[str, jax.Array]]:
-        """{group: {path: leaf}}, stacked leaves one by one along their leading axis."""
-        cut: dict[str | None, dict[str, jax.Array]] = {}
+        Keys are unique, paths need not be.
+        """
+        pieces: list[tuple[str, jax.Array]] = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name = path_string(path)
-            pieces = {name: leaf}
             if self.stacked is not None and self.stacked(name):
-                pieces = {f"{name}/{i}": leaf[i] for i in range(leaf.shape[0])}
-            for piece, value in pieces.items():
-                cut.setdefault(self.group(piece), {})[piece] = value
+                pieces += [(f"{name}/{i}", leaf[i]) for i in range(leaf.shape[0])]
+            else:
+                pieces.append((name, leaf))
+        keys = unique(name for name, _ in pieces)
+        return [(key, *piece) for key, piece in zip(keys, pieces, strict=True)]
+
+    def _cut(self, tree: Any) -> dict[str | None, dict[str, jax.Array]]:
+        """{group: {key: piece}}."""
+        cut: dict[str | None, dict[str, jax.Array]] = {}
+        for key, path, piece in self._pieces(tree):
+            group = self.group(path)
+            if not isinstance(group, str | None):
+                raise ValueError(
+                    "calibrate_groups: `group` must return a group's name, or None, for the path "
+                    f"of one leaf; for {path!r} it returned {group!r}."
+                )
+            cut.setdefault(group, {})[key] = piece
         return cut
 
     def _cut_each(self, value: Any) -> Any:
@@ -124,11 +145,13 @@ class GroupedCalibration:
         return self._cut(value)
 
     def _restore(self, pieces: dict[str, jax.Array], like: Any) -> Any:
+        """The inverse of `_cut`."""
+        ordered = iter([pieces[key] for key, _, _ in self._pieces(like)])
+
         def leaf(path, old):
-            name = path_string(path)
-            if self.stacked is not None and self.stacked(name):
-                return jnp.stack([pieces[f"{name}/{i}"] for i in range(old.shape[0])])
-            return pieces[name]
+            if self.stacked is not None and self.stacked(path_string(path)):
+                return jnp.stack([next(ordered) for _ in range(old.shape[0])])
+            return next(ordered)
 
         return jax.tree_util.tree_map_with_path(leaf, like)
 
@@ -163,7 +186,7 @@ def calibrate_groups(
 
     Returns:
       A transformation with the keywords of `calibrate`. Its state is a `GroupedState`;
-      `occ.coefficient(state)` is the mean over groups, `state.groups[name]["weights"]` one group's.
+      `occ.coefficient(state)` is the mean over groups, `state.groups[name].weights` one group's.
 
     Raises:
       ValueError: a measure whose evidence does not fall into groups; no group; on update, what
@@ -202,21 +225,20 @@ def _pick(value: Any, name: str) -> Any:
     return tuple(_pick(v, name) for v in value) if isinstance(value, tuple) else value[name]
 
 
-def _as_dicts(states: dict[str, CalibrationState]) -> dict[str, dict[str, Any]]:
-    return {name: state._asdict() for name, state in states.items()}
-
-
 def _total(states: dict[str, CalibrationState]) -> CalibrationState:
     first, *others = states.values()
-    gram, weights = first.gram, first.weights
+    gram, weights, overflowed = first.gram, first.weights, first.overflowed
     for state in others:
         gram, weights = gram + state.gram.astype(gram.dtype), weights + state.weights
+        overflowed = jnp.maximum(overflowed, state.overflowed)
     return CalibrationState(
         count=first.count,
         gram=gram,
         weights=weights / len(states),
         condition_number=condition_number(gram),
         nonfinite=first.nonfinite,
+        overflowed=overflowed,
+        due_in=first.due_in,
         measure=(),
         rule=(),
     )

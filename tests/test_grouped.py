@@ -10,6 +10,7 @@ import pytest
 
 import occ
 from occ import measures, rules
+from occ.grouped import GroupedCalibration
 from occ.training.config import MTPTrainingConfig, regime
 from occ.training.gradient.calibration import build_calibration, by_layer, is_stacked
 from occ.training.gradient.stages import partition
@@ -50,13 +51,13 @@ def test_every_group_is_calibrated_as_if_alone(x64, heads):
     for name, piece in PIECES.items():
         part, parts = piece(g), tuple(piece(m) for m in ms)
         expected, one = alone.update(part, alone.init(part), part, auxiliary=parts)
-        np.testing.assert_allclose(state.groups[name]["gram"], one.gram, rtol=1e-13)
+        np.testing.assert_allclose(state.groups[name].gram, one.gram, rtol=1e-13)
         np.testing.assert_allclose(flat(piece(updates)), flat(expected), rtol=1e-12)
     np.testing.assert_allclose(updates["mtp"], g["mtp"] + sum(m["mtp"] for m in ms), rtol=1e-14)
     whole = occ.calibrate(num_auxiliary=heads, shared=lambda path: by_layer(path) is not None)
     _, together = whole.update(g, whole.init(g), g, auxiliary=ms)
     np.testing.assert_allclose(occ.correlation(state), occ.correlation(together), rtol=1e-12)
-    weights = [group["weights"][1:] for group in state.groups.values()]
+    weights = [group.weights[1:] for group in state.groups.values()]
     np.testing.assert_allclose(occ.coefficient(state), np.mean(weights, axis=0), rtol=1e-12)
     assert np.ptp(weights, axis=0).min() > 1e-2
 
@@ -95,7 +96,7 @@ def test_a_nonfinite_auxiliary_is_removed_from_every_group():
     tx = occ.calibrate_groups(by_layer, **LAYERED)
     updates, state = tx.update(g, tx.init(g), g, auxiliary=bad)
     np.testing.assert_array_equal(flat(updates), flat(g))
-    assert [int(s["nonfinite"][0]) for s in state.groups.values()] == [1, 1, 1]
+    assert [int(s.nonfinite[0]) for s in state.groups.values()] == [1, 1, 1]
 
 
 def test_the_train_step_takes_a_coefficient_a_layer(x64):
@@ -116,7 +117,7 @@ def test_the_train_step_takes_a_coefficient_a_layer(x64):
     for index in (0, 1):
         one = [jax.tree.map(lambda x, i=index: x[i], tree) for tree in (g, m)]
         c, v2 = flat(one[0]) @ flat(one[1]), flat(one[1]) @ flat(one[1])
-        weight = float(groups[f"layers/{index}"]["weights"][1])
+        weight = float(groups[f"layers/{index}"].weights[1])
         assert weight == pytest.approx(c / (v2 + 1e-8), rel=1e-8)
         combined = jax.tree.map(lambda x, i=index: x[i], partition(got.gradient).blocks)
         np.testing.assert_allclose(
@@ -135,7 +136,9 @@ def test_the_train_step_takes_a_coefficient_a_layer(x64):
 def test_errors():
     with pytest.raises(ValueError, match="does not fall into groups"):
         occ.calibrate_groups(by_layer, measures.log_ratios())
-    with pytest.raises(ValueError, match="names no group for any leaf"):
+    with pytest.raises(ValueError, match="measured at every update, got every=2"):
+        GroupedCalibration(by_layer, measures.gradients(), rules.optimal(), every=2)
+    with pytest.raises(ValueError, match="names no group for any leaf.*'embedding'"):
         occ.calibrate_groups(lambda path: None).init(tree(0))
     tx = occ.calibrate_groups(by_layer, rule=rules.optimal(), **LAYERED)
     with pytest.raises(ValueError, match="`auxiliary` is missing"):

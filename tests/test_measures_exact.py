@@ -174,6 +174,19 @@ def test_a_nonfinite_gradient_does_not_enter_the_average():
     jax.tree.map(np.testing.assert_array_equal, after.measure, before.measure)
 
 
+def test_evidence_that_is_not_finite_does_not_enter_the_average():
+    """The auxiliary gradient is finite, and one of the halves is not."""
+    tx = occ.calibrate(measures.smoothed(measures.cross_fitted(), 0.5))
+    g, m = tree(0, jnp.float32), tree(1, jnp.float32)
+    halves = ((g, m), (g, m))
+    _, before = tx.update(g, tx.init(g), g, auxiliary=m, gradient_halves=halves)
+    bad = {**m, "scale": m["scale"].at[0].set(jnp.nan)}
+    _, after = tx.update(g, before, g, auxiliary=m, gradient_halves=((g, m), (g, bad)))
+    assert float(occ.coefficient(after)[0]) == 0.0
+    np.testing.assert_array_equal(after.nonfinite, [1])
+    jax.tree.map(np.testing.assert_array_equal, after.measure, before.measure)
+
+
 def test_every_third_update_measures_and_the_others_keep_the_weights(x64):
     tx = occ.calibrate(every=3)
     g = tree(0)

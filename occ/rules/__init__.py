@@ -28,12 +28,13 @@ from occ.rules.balancing import MetaBalanceState, aligned_mtl, imtl_g, metabalan
 from occ.rules.base import Rule, RuleState
 from occ.rules.fixed import detach, fixed, replay
 from occ.rules.minimum_norm import cagrad, mgda
-from occ.rules.optimal import NONNEGATIVE, noisy_optimal, optimal
+from occ.rules.optimal import NONNEGATIVE, PAPER_EPS, noisy_optimal, optimal
 from occ.rules.projection import GradVacState, cosine_gating, gradvac, pcgrad
 from occ.rules.registry import REGISTRY, by_name
 
 __all__ = [
     "NONNEGATIVE",
+    "PAPER_EPS",
     "REGISTRY",
     "GradVacState",
     "MetaBalanceState",

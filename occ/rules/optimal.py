@@ -12,13 +12,16 @@ from occ.rules.base import Rule, auxiliary_rule, nonzero
 NONNEGATIVE = (0.0, math.inf)
 """Bounds for `optimal` that forbid steps against an auxiliary gradient."""
 
+PAPER_EPS = 1e-8
+"""What the paper adds to v^2: an absolute number, whatever the size of the gradients."""
+
 Bounds = tuple[float, float] | None
 
 
 def optimal(
     scale: float | jax.Array = 1.0,
     *,
-    eps: float = 1e-8,
+    eps: float = 0.0,
     relative_ridge: float = 1e-4,
     bounds: Bounds = None,
 ) -> Rule:
@@ -26,6 +29,17 @@ def optimal(
 
         K = 1:  w_1 = scale * c / (v^2 + eps)
         K > 1:  (V + r I) w = scale * c,   V = [<m_j, m_k>],   r = relative_ridge * tr(V) / K
+
+    With eps = 0 the coefficient has no unit to depend on: an auxiliary loss times a constant gives
+    the same step, and so does a minibatch whose gradients are a thousand times smaller. Nothing has
+    to be guarded against, since |w_1| ||m|| <= scale ||g|| by the inequality of Cauchy and Schwarz,
+    however short m is; below the smallest normal number v^2 has lost its digits, and the weight is
+    0. The paper adds eps = 1e-8 (`PAPER_EPS`), which counts where v^2 is as small: at ||m|| = 1e-4
+    half of the coefficient is missing, and in groups of leaves (`calibrate_groups`) that is soon
+    the case. `occ.damping` tells how much. For one head a relative ridge would only change the
+    scale, by 1 / (1 + relative_ridge), so there is none. Two cases leave that inequality, and want
+    `bounds`: weights that are kept for later, longer gradients (`calibrate(every=n)`, `smoothed`),
+    and leaves that were not measured (`scale_own`, measures with a selection).
 
     For K > 1 the heads are solved jointly, because their gradients overlap: independent
     coefficients would count what they share several times. The ridge is relative to the mean
@@ -37,7 +51,7 @@ def optimal(
     Args:
       scale: lambda_+ of the paper; the smoothness constants (1 - L eta) / (L eta) go into it. A
         traced array is legal.
-      eps: added to v^2 for K = 1 (absolute, as in the paper); >= 0.
+      eps: added to v^2 for K = 1, an absolute number; >= 0. The paper has 1e-8.
       relative_ridge: for K > 1; >= 0.
       bounds: None, or (low, high) to which each w_k is clipped, e.g. (0.0, inf) for OCC that never
         goes against an auxiliary gradient.
@@ -45,8 +59,8 @@ def optimal(
     Raises:
       ValueError: negative eps or ridge, or bounds out of order.
 
-    Differs from the paper in the joint solution for K > 1 heads; its release measures the first
-    head and uses its coefficient for all.
+    Differs from the paper in its eps, and in the joint solution for K > 1 heads; its release
+    measures the first head and uses its coefficient for all.
 
     Reference: Wang et al., Joint Training of Multi-Token Prediction in Reinforcement Learning via
     Optimal Coefficient Calibration, arXiv 2605.28184.
@@ -75,7 +89,7 @@ def optimal(
 def noisy_optimal(
     step_smoothness: float | jax.Array,
     *,
-    eps: float = 1e-8,
+    eps: float = 0.0,
     relative_ridge: float = 1e-4,
     bounds: Bounds = None,
 ) -> Rule:
@@ -98,7 +112,7 @@ def noisy_optimal(
     Args:
       step_smoothness: L eta, smoothness times learning rate, in (0, 1): at 1 the main step alone
         is as long as the bound allows. A traced array is legal, and not checked.
-      eps: added to v^2 for K = 1; >= 0.
+      eps: added to v^2 for K = 1, as in `optimal`; >= 0.
       relative_ridge: for K > 1; >= 0.
       bounds: as in `optimal`.
 
@@ -151,7 +165,8 @@ def _solve(
     num_auxiliary = correlation.shape[0]
     if num_auxiliary == 1:
         denominator = perturbations[0] + eps
-        return jnp.where(denominator > 0, correlation / nonzero(denominator), 0)
+        smallest = jnp.finfo(denominator.dtype).tiny
+        return jnp.where(denominator >= smallest, correlation / nonzero(denominator), 0)
     trace = jnp.trace(perturbations)
     # A head whose gradient is zero leaves an empty row; a one on its diagonal gives it weight 0.
     empty = jnp.diagonal(perturbations) <= 0

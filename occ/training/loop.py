@@ -187,7 +187,7 @@ def _mean_over_steps(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray
         values = np.stack([np.asarray(step[name]) for step in steps])
         if name.startswith("alarm/"):
             means[name] = values.sum(axis=0)
-        elif name in ("skipped", "occ/nonfinite", "learning_rate"):
+        elif name in ("skipped", "occ/nonfinite", "occ/overflowed", "learning_rate"):
             means[name] = values[-1]
         elif name.startswith("true/") or name in ("grad_norm/rl", "grad_norm/mtp"):
             means[name] = _mean_where_measured(values)

@@ -158,9 +158,10 @@ def _gradient_metrics(gradient: StepGradient) -> dict[str, jax.Array]:
             "occ/coefficient": diagnostics.coefficient(state),
             "occ/condition_number": state.condition_number,
             "occ/nonfinite": state.nonfinite,
+            "occ/overflowed": state.overflowed,
         }
         if isinstance(gradient.calibration, GroupedState):
-            groups = [group["weights"][1:] for group in gradient.calibration.groups.values()]
+            groups = [group.weights[1:] for group in gradient.calibration.groups.values()]
             metrics["occ/coefficient_by_group"] = jnp.stack(groups)
     if gradient.gram is not None:
         metrics |= _true_metrics(gradient.gram)

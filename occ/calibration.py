@@ -40,7 +40,8 @@ class CalibrationState(NamedTuple):
       overflowed: int32 [K+1], how often a gradient, the main one first, was finite and too large to
         be measured: its inner products exceed the dtype (in float32 from a norm of 1e19 on). An
         auxiliary gradient then counts nothing; without <g, g> none does.
-      due_in: int32 [], updates until the next one that measures; 0 if that is the next.
+      age: int32 [], updates that have used these weights, the one that measured them included; 0
+        where it could not measure all gradients.
       measure: the measure's own state.
       rule: the rule's own state.
     """
@@ -51,7 +52,7 @@ class CalibrationState(NamedTuple):
     condition_number: jax.Array
     nonfinite: jax.Array
     overflowed: jax.Array
-    due_in: jax.Array
+    age: jax.Array
     measure: Any
     rule: Any
 
@@ -111,7 +112,7 @@ class Calibration:
             condition_number=jnp.ones((), dtype),
             nonfinite=jnp.zeros((self.num_auxiliary,), jnp.int32),
             overflowed=jnp.zeros((size,), jnp.int32),
-            due_in=jnp.zeros((), jnp.int32),
+            age=jnp.zeros((), jnp.int32),
             measure=self.measure.init(self.num_auxiliary),
             rule=self.rule.init(self.num_auxiliary),
         )
@@ -165,14 +166,14 @@ class Calibration:
             nonfinite=state.nonfinite + (~checked.ok & ~checked.overflowed[1:]).astype(jnp.int32),
             overflowed=state.overflowed + checked.overflowed.astype(jnp.int32),
             # Weights without one of the gradients must not be kept for the updates to come.
-            due_in=if_complete(jnp.full_like(state.due_in, self.every - 1), 0),
+            age=complete.astype(jnp.int32),
             measure=if_complete(measure_state, state.measure),
             rule=if_complete(rule_state, state.rule),
         )
 
     def is_due(self, state: CalibrationState) -> jax.Array:
         """Whether this update measures: bool []."""
-        return state.due_in <= 0
+        return state.age % self.every == 0
 
     def hold(self, state: CalibrationState, finite: jax.Array | None = None) -> CalibrationState:
         """The state after an update that does not measure: it counts, and keeps the weights.
@@ -185,7 +186,7 @@ class Calibration:
         return state._replace(
             count=optax.safe_increment(state.count),
             nonfinite=state.nonfinite + removed,
-            due_in=jnp.maximum(state.due_in - 1, 0),
+            age=jnp.where(state.age > 0, state.age + 1, 0),
         )
 
     def combine(self, weights: jax.Array, updates: Any, auxiliary: tuple[Any, ...]) -> Any:

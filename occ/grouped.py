@@ -238,7 +238,7 @@ def _total(states: dict[str, CalibrationState]) -> CalibrationState:
         condition_number=condition_number(gram),
         nonfinite=first.nonfinite,
         overflowed=overflowed,
-        due_in=first.due_in,
+        age=first.age,
         measure=(),
         rule=(),
     )

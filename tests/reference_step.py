@@ -122,7 +122,9 @@ def weigh(config, losses, gradients, memory):
     if measure == "released_unmasked":
         # The mean over all cells, of the first module alone, for every module.
         main, first = losses[0].log_ratio.ravel(), losses[1].log_ratio.ravel()
-        ratio = sum(a * b / (b * b + mtp.eps) for a, b in zip(main, first, strict=True)) / len(main)
+        ratio = sum(
+            a * b / (b * b + mtp.added_eps) for a, b in zip(main, first, strict=True)
+        ) / len(main)
         unknown = np.full((modules + 1, modules + 1), np.nan)
         return memory._replace(weights=np.full(modules, mtp.scale * ratio), gram=unknown)
     if measure == "log_ratios":
@@ -151,7 +153,7 @@ def optimal(mtp, found):
     """scale c / (v^2 + eps), or for several modules scale (V + r I)^-1 c; then the bounds."""
     c, v = found[0, 1:], found[1:, 1:]
     if len(c) == 1:
-        weights = mtp.scale * c / (v[0] + mtp.eps)
+        weights = mtp.scale * c / (v[0] + mtp.added_eps)
     else:
         ridge = mtp.relative_ridge * sum(v[k, k] for k in range(len(c))) / len(c)
         weights = mtp.scale * np.linalg.inv(v + ridge * np.eye(len(c))) @ c
@@ -185,6 +187,7 @@ def calibration_metrics(memory):
         "occ/coefficient": memory.weights,
         "occ/condition_number": condition,
         "occ/nonfinite": np.zeros(len(g) - 1),
+        "occ/overflowed": np.zeros(len(g)),
     }
 
 

@@ -139,7 +139,7 @@ def test_what_could_not_be_measured_stays_due():
         weights.append(float(occ.coefficient(state)[0]))
     right = float(flat(g) @ flat(m) / (flat(m) @ flat(m)))
     np.testing.assert_allclose(weights, [0, 0, *[right] * 4, *[5 * right] * 2], rtol=1e-5)
-    assert int(state.count) == 8 and int(state.due_in) == 2
+    assert int(state.count) == 8 and int(state.age) == 2
 
 
 def test_an_overflow_is_counted_as_such():

@@ -118,7 +118,7 @@ def test_the_train_step_takes_a_coefficient_a_layer(x64):
         one = [jax.tree.map(lambda x, i=index: x[i], tree) for tree in (g, m)]
         c, v2 = flat(one[0]) @ flat(one[1]), flat(one[1]) @ flat(one[1])
         weight = float(groups[f"layers/{index}"].weights[1])
-        assert weight == pytest.approx(c / (v2 + 1e-8), rel=1e-8)
+        assert weight == pytest.approx(c / v2, rel=1e-8)
         combined = jax.tree.map(lambda x, i=index: x[i], partition(got.gradient).blocks)
         np.testing.assert_allclose(
             flat(combined), flat(one[0]) + weight * flat(one[1]), rtol=1e-8, atol=1e-12
@@ -131,6 +131,21 @@ def test_the_train_step_takes_a_coefficient_a_layer(x64):
         calibration,
     )
     assert np.isfinite(flat(crossed.gradient)).all()
+
+
+def test_the_papers_eps_goes_with_its_measures():
+    """Where a layer's gradient is short, it would take a part of the coefficient away."""
+    small = [[1e-6, 1e-8], [1e-8, 1e-8]]
+    gram = measures.Measurement(jnp.array(small))
+    kept = {}
+    for name in ("occ", "occ_smoothed", "occ_paper"):
+        config = regime(name)
+        for eps in (None, 1e-8):
+            rule = build_calibration(dataclasses.replace(config, eps=eps), 1).rule
+            kept[name, eps] = float(rule.update(gram, (), jax.random.key(0))[0][1])
+    expected = {("occ", None): 1, ("occ_smoothed", None): 1, ("occ_paper", None): 0.5}
+    expected |= {(name, 1e-8): 0.5 for name in ("occ", "occ_smoothed", "occ_paper")}
+    assert kept == pytest.approx(expected, rel=1e-5)
 
 
 def test_errors():

@@ -106,7 +106,8 @@ class MTPTrainingConfig:
         name in `occ.rules.REGISTRY`.
       coefficient: of rule "fixed".
       scale: lambda_+ of rule "optimal".
-      eps: added to v^2 for one module, by rule "optimal".
+      eps: added to v^2 for one module, by rule "optimal". None is the paper's 1e-8 with its
+        measures, the log-ratios, and 0 with the others, whose v^2 may be as small in a layer.
       relative_ridge: for several modules, by rule "optimal".
       bounds: clip range of the coefficients of rule "optimal"; None is none.
       rule_options: keyword options of any other rule.
@@ -134,7 +135,7 @@ class MTPTrainingConfig:
     rule: str = "optimal"
     coefficient: float = 0.2
     scale: float = 1.0
-    eps: float = 1e-8
+    eps: float | None = None
     relative_ridge: float = 1e-4
     bounds: tuple[float, float] | None = None
     rule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -178,6 +179,13 @@ class MTPTrainingConfig:
     def looks(self) -> bool:
         """Whether the rule depends on what is measured."""
         return self.rule not in ("detach", "fixed", "replay")
+
+    @property
+    def added_eps(self) -> float:
+        """What is added to v^2: `eps`, or what it stands for if it is None."""
+        if self.eps is not None:
+            return self.eps
+        return rules.PAPER_EPS if self.measure.startswith(("log_ratios", "released")) else 0.0
 
     def leading_rows(self, rows: int) -> int:
         """Rows at the top of a minibatch that the measure takes apart from the others; else all."""

@@ -66,7 +66,7 @@ def _measure(config: MTPTrainingConfig) -> measures.Measure:
     if not config.looks:
         name = "gradients" if config.placement == "exact" else "log_ratios"
     if name.startswith("released"):
-        return measures.log_ratios(name, eps=config.eps)
+        return measures.log_ratios(name, eps=config.added_eps)
     builders = {
         "gradients": measures.gradients,
         "first_layer": lambda: measures.gradients(measures.layer(0), name="first_layer"),
@@ -89,7 +89,7 @@ def _rule_options(config: MTPTrainingConfig) -> dict[str, Any]:
     if config.rule == "optimal":
         return {
             "scale": config.scale,
-            "eps": config.eps,
+            "eps": config.added_eps,
             "relative_ridge": config.relative_ridge,
             "bounds": config.bounds,
         }

@@ -197,7 +197,7 @@ def calibrate_groups(
     >>> tx = calibrate_groups(lambda path: path)
     >>> g, m = ({"a": jnp.array([1.0]), "b": jnp.array([b])} for b in (1.0, -2.0))
     >>> updates, state = tx.update(g, tx.init(g), g, auxiliary=m)
-    >>> {name: round(float(s["weights"][1]), 3) for name, s in state.groups.items()}
+    >>> {name: round(float(s.weights[1]), 3) for name, s in state.groups.items()}
     {'a': 1.0, 'b': -0.5}
     """
     calibration = GroupedCalibration(

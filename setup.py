@@ -17,7 +17,7 @@ EXPERIMENTS = [
     "tqdm",
     "tyro",
 ]
-MATH = ["math-verify"]
+MATH = ["math-verify", "mpmath"]
 DATA = ["grain", "pyarrow", "requests"]  # published problems; no TensorFlow
 TEST = [
     "beartype",

@@ -69,7 +69,8 @@ def check(request):
     return request.upper()
 
 
-def equivalent(reference, answer):
-    """In place of `symbolic.equivalent`: equal text is equal, unless the answer names a fault."""
-    faults = {name.replace(" ", ""): fault for name, fault in FAULTS.items()}
-    return faults[answer]() if answer in faults else reference[0] == answer[0]
+def judge(pairs):
+    """In place of `math_numeric.judge`: none is equal; a variable may name a fault."""
+    found = json.loads(pairs)
+    named = [fault for name, fault in FAULTS.items() if f'"x_{name.replace(" ", "")}"' in pairs]
+    return named[0]() if named else [False] * len(found)

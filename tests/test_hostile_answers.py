@@ -4,6 +4,7 @@ python -m pytest -m slow tests/test_hostile_answers.py -s        10,000 of them
 """
 
 import collections
+import json
 import pathlib
 import random
 import re
@@ -14,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occ.tasks.math_answers import normalise, unreadable
-from occ.tasks.math_task import MathVerifier
-from occ.tasks.math_values import compare
+from occ.tasks.math_task import MathVerifier, Verdict, first_tiers
 from occ.tasks.workers import PROGRAM_REFUSED, Limits
 from tests import hostile_answers
 from tests.hostile_answers import HOSTILE
 from tests.test_math_answers import boxed
+
+# Requests to a worker.
+X_AND_X, X_AND_Y = ((json.dumps([[["sym", "x"], ["sym", name]]]),) for name in ("x", "y"))
 
 
 def test_the_corpus_is_of_the_size_it_claims():
@@ -28,24 +30,25 @@ def test_the_corpus_is_of_the_size_it_claims():
 
 
 def test_hostile_answers_do_nothing_and_are_wrong(verifier, tmp_path, monkeypatch):
-    """Nothing but costly mathematics makes a sample invalid, so no model can choose to be so."""
+    """They are wrong, and none is invalid, so no model can choose to be so."""
     monkeypatch.chdir(tmp_path)
-    before = verifier.pool.map([("x", "x")] * 2)
+    before = verifier.pool.map([X_AND_X] * 2)
     verdicts = verifier.judge(["x^2+1"] * len(HOSTILE), boxed(HOSTILE))
     by_answer = dict(zip(HOSTILE, verdicts, strict=True))
-    costly = [by_answer.pop(answer) for answer in hostile_answers.COSTLY]
     assert {answer: v for answer, v in by_answer.items() if v.reward != 0.0} == {}
-    assert {verdict.reward for verdict in costly} <= {0.0, None}
-    assert any(verdict.reward is None for verdict in costly)  # or the bounds were never reached
     for folder in (tmp_path, pathlib.Path("/"), pathlib.Path(__file__).parent):
         assert not (folder / hostile_answers.CANARY).exists()
-    assert verifier.pool.map([("x", "x")] * 2) == before == [True, True]
+    assert verifier.pool.map([X_AND_X] * 2) == before == [[True], [True]]
+    assert verifier.pool.replaced == 0
 
 
 @pytest.mark.parametrize("answer", [*hostile_answers.POWERS, *hostile_answers.FACTORIALS])
-def test_large_values_are_refused_before_they_are_evaluated(answer):
-    text = normalise(answer[:513])
-    assert unreadable(text)
+@pytest.mark.parametrize("reference", ["x^2+1", "2", r"\sqrt{2}"])
+def test_large_values_are_refused_before_they_are_computed(verifier, answer, reference):
+    start = time.perf_counter()
+    [verdict] = verifier.judge([reference], boxed([answer]))
+    assert verdict.reward == 0.0 and verdict.tier != "costly"
+    assert time.perf_counter() - start < 1.0
 
 
 def test_hostile_answers_are_not_evaluated_in_this_process(monkeypatch):
@@ -54,10 +57,9 @@ def test_hostile_answers_are_not_evaluated_in_this_process(monkeypatch):
         for name in ("eval", "exec", "compile"):
             patch.setattr(f"builtins.{name}", None)
         for answer in HOSTILE:
-            text = normalise(answer[:512])
-            if unreadable(text) is None:
-                compare("12", text)
-                compare(text, "12")
+            for reference in ("12", "x^2+1", r"\sqrt{2}", "1,2"):
+                verdict = first_tiers(reference, answer)
+                assert not isinstance(verdict, Verdict) or verdict.reward == 0.0
 
 
 FRAGMENTS = re.findall(
@@ -77,7 +79,7 @@ def test_any_answer_gets_a_verdict_and_costs_no_worker(verifier, answers):
         ["x^2+1"] * len(answers), [f"Answer\n\\boxed{{{a}}}" for a in answers]
     )
     assert all(verdict.reward in (0.0, 1.0, None) for verdict in verdicts)
-    assert verifier.pool.map([("x", "x"), ("x", "y")]) == [True, False]
+    assert verifier.pool.map([X_AND_X, X_AND_Y]) == [[True], [False]]
 
 
 def offspring(rng: random.Random) -> str:
@@ -118,7 +120,7 @@ def test_ten_thousand_hostile_answers(tmp_path, monkeypatch):
             verdicts += verifier.judge(["y^3+7"], [completion])
             seconds.append(time.perf_counter() - begin)
         replaced = verifier.pool.replaced
-        assert verifier.pool.map([("x", "x"), ("x", "y")]) == [True, False]
+        assert verifier.pool.map([X_AND_X, X_AND_Y]) == [[True], [False]]
     took = time.perf_counter() - start
     tiers = collections.Counter(verdict.tier for verdict in verdicts)
     failures = collections.Counter(v.detail.split(":")[0] for v in verdicts if v.reward is None)
@@ -134,4 +136,5 @@ def test_ten_thousand_hostile_answers(tmp_path, monkeypatch):
     assert not [v for v in verdicts if f"exit status {PROGRAM_REFUSED}" in v.detail]
     for folder in (tmp_path, pathlib.Path("/"), pathlib.Path(__file__).parent):
         assert not (folder / hostile_answers.CANARY).exists()
-    assert {verdict.reward for verdict in verdicts} == {0.0, None}
+    assert {verdict.reward for verdict in verdicts} <= {0.0, None}
+    assert sum(verdict.reward is None for verdict in verdicts) <= 10

@@ -42,19 +42,20 @@ def test_dapos_prompts_are_those_that_were_published(load):
 
 
 @pytest.mark.parametrize(
-    ("extract", "right", "wrong"),
+    ("extract", "asked", "other"),
     [
         ("answer_line", "Answer: 5", r"\boxed{5}"),
         ("boxed", r"\boxed{5}", "Answer: 5"),
     ],
 )
-def test_prompts_ask_for_what_the_verifier_looks_for(load, extract, right, wrong):
+def test_one_convention_does_not_shut_out_the_other(load, extract, asked, other):
     task = load(extract=extract, benchmarks=("amc", "math_500"))
     problem = task.train[0]
     assert ("boxed" in problem.prompt) == (extract == "boxed")
-    rewards, valid = task.verify_batch([problem] * 3, [right, wrong, right.replace("5", "6")])
-    assert rewards.tolist() == [1, 0, 0] and valid.all()
-    assert [task.final_answer(text) for text in (right, wrong, "Answer:")] == ["5", None, None]
+    completions = [asked, other, r"Answer: \boxed{5}", asked.replace("5", "6"), "5"]
+    rewards, valid = task.verify_batch([problem] * 5, completions)
+    assert rewards.tolist() == [1, 1, 1, 0, 0] and valid.all()
+    assert [task.final_answer(text) for text in (asked, other, "Answer:")] == ["5", "5", None]
 
 
 def test_answers_in_two_spellings_are_one_vote(load):
@@ -83,9 +84,8 @@ def test_problems_of_a_benchmark_are_not_trained_on(load):
     assert task.selections[0].in_benchmark == (("aime_2024", 1),)
     assert not any("primes" in problem.prompt for problem in task.train)
     assert any("primes" in problem.prompt for problem in task.benchmarks["aime_2024"])
-    assert (
-        "20 of 21 problems; 0 too long, 0 with unreadable references, 1 also in aime_2024"
-        in str(task.selections[0])
+    assert "20 of 21 problems; 0 too long, 0 that cannot be judged, 1 also in aime_2024" in str(
+        task.selections[0]
     )
     kept = load(benchmarks=("aime_2024",), decontaminate=False)
     assert len(kept.train) == 21 and kept.selections[0].in_benchmark == ()
@@ -107,14 +107,16 @@ def test_long_prompts_are_left_out_and_counted(load):
     ] == [1]
 
 
-def test_references_that_nothing_can_be_compared_with_are_not_trained_on(load, tmp_path):
+def test_problems_that_cannot_be_judged_are_left_out_counted_and_named(load, tmp_path, caplog):
     fixtures_math.write(tmp_path, ["dapo_math_17k"])
     rows = fixtures_math.dapo_rows()[:3]
     rows[1]["reward_model"]["ground_truth"] = r"\href{x}{y}"
     file = tmp_path / "manual" / "dapo_math_17k" / "data" / "dapo-math-17k.parquet"
     fixtures_math.write_rows(file, rows)
     task = load(data_dir=tmp_path, benchmarks=())
-    assert task.selections[0].unreadable == 1 and len(task.train) == 2
+    [(identity, reason)] = task.selections[0].unjudged
+    assert identity == "id-0001" and "href" in reason and len(task.train) == 2
+    assert "1 that cannot be judged" in caplog.text and "id-0001: judged against" in caplog.text
 
 
 def test_benchmarks_alone(load):

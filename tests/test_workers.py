@@ -20,7 +20,7 @@ LIMITS = Limits(cpu_seconds=0.3, wall_seconds=2.0, memory_mib=256)
 # What each fault is reported as. Faults of time differ only in which bound ends them.
 REASONS = {
     "spin": "time",
-    "sleep": "time",
+    "sleep": "waited",
     "big integer": "time",
     "raise": "raised",
     "recurse": "raised",

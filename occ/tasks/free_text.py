@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from occ.tasks.math_answers import MAX_DIGITS, extract_answer_line
+from occ.tasks.math_answers import extract_answer_line
 
+MAX_DIGITS = 60  # of a number
 _NUMBER = re.compile(
     r"(?<![\w.,])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"  # after no digit, a minus is a sign
     r"|\d+(?:\.\d+)?"

@@ -3,13 +3,14 @@ r"""Published problems of mathematics as a task: what to train on, and benchmark
     task = tasks.load("math", dataset="dapo_math_17k", tokenizer="models/MiMo-7B-RL",
                       data_dir="data", benchmarks=("aime_2024", "math_500"))
 
-Every prompt is a problem in the words of `PROMPTS[extract]`, for training and benchmarks alike, so
-that the answer stands where the verifier looks for it; it goes through the tokenizer's chat
-template where that has one. With `extract="answer_line"` the prompts of DAPO-Math-17k are, to the
-letter, those that were published.
+Every prompt is a problem in the words of `PROMPTS[extract]`, for training and benchmarks alike;
+whatever they ask for, an answer is found where it stands (`math_answers.extract_answer`). A prompt
+goes through the tokenizer's chat template where that has one. With `extract="answer_line"` the
+prompts of DAPO-Math-17k are, to the letter, those that were published.
 
-What is not trained on is counted (`Selection`): prompts that are too long, references that no
-answer could be compared with, and problems that a benchmark has too. The last are found by their
+What is left out is counted (`Selection`): prompts that are too long; references that the verifier
+cannot judge, each tried as an answer to itself and to its neighbour, by name and reason; and, of
+training, problems that a benchmark has too. The last are found by their
 text alone, without case, space and punctuation (`answers.same_problem`): a problem told in other
 words is not found.
 """
@@ -29,21 +30,12 @@ from occ import sources
 from occ.tasks import datasets
 from occ.tasks.datasets.answers import DAPO_AFTER, DAPO_BEFORE, same_problem
 from occ.tasks.datasets.files import Row
-from occ.tasks.math_answers import (
-    MAX_CHARACTERS,
-    extract_answer_line,
-    extract_boxed,
-    normalise,
-    unreadable,
-)
 from occ.tasks.math_task import MathTask, MathVerifier
 from occ.tasks.task import Problem
 from occ.tasks.tokenizer import CharacterTokenizer, Tokenizer
 from occ.tasks.workers import Limits
 
 Extract = Literal["boxed", "answer_line"]
-
-EXTRACT = {"boxed": extract_boxed, "answer_line": extract_answer_line}
 
 PROMPTS = {
     # The instruction of Qwen2.5-Math's evaluation (arXiv 2409.12122), in general use since.
@@ -53,6 +45,8 @@ PROMPTS = {
 """What stands before and after a problem."""
 
 CHARACTERS = "".join(c for c in string.printable if c not in "\r\x0b\x0c")
+
+NAMED = 20  # problems that cannot be judged, in a message
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +59,7 @@ class Selection:
       name: of the set.
       problems: in the set, duplicates already left out.
       too_long: left out; their prompts have more tokens than `max_prompt_tokens`.
-      unreadable: references that no answer can be compared with unless it is the same text; left
-        out of training. Benchmarks keep theirs, and their samples are mostly invalid.
+      unjudged: left out; (identity, why the verifier cannot judge answers against its reference).
       in_benchmark: left out of training since a benchmark has them; (benchmark, problems).
       kept: problems.
     """
@@ -74,14 +67,18 @@ class Selection:
     name: str
     problems: int
     too_long: int
-    unreadable: int
+    unjudged: tuple[tuple[str, str], ...]
     in_benchmark: tuple[tuple[str, int], ...]
     kept: int
 
     def __str__(self) -> str:
-        parts = [f"{self.too_long} too long", f"{self.unreadable} with unreadable references"]
+        parts = [f"{self.too_long} too long", f"{len(self.unjudged)} that cannot be judged"]
         parts += [f"{count} also in {name}" for name, count in self.in_benchmark]
-        return f"{self.name}: {self.kept} of {self.problems} problems; " + ", ".join(parts)
+        named = [f"\n  {identity}: {reason}" for identity, reason in self.unjudged[:NAMED]]
+        if len(self.unjudged) > NAMED:
+            named.append(f"\n  and {len(self.unjudged) - NAMED} more")
+        text = f"{self.name}: {self.kept} of {self.problems} problems; " + ", ".join(parts)
+        return text + "".join(named)
 
 
 class LazyProblems(Sequence[Problem]):
@@ -158,32 +155,39 @@ def load(
       FileNotFoundError: files of a set are missing and cannot be downloaded.
       RuntimeError: the verifier does not start.
     """
-    if extract not in EXTRACT:
-        raise ValueError(f"mathematics: extract must be one of {list(EXTRACT)}, got {extract!r}.")
+    if extract not in PROMPTS:
+        raise ValueError(f"mathematics: extract must be one of {list(PROMPTS)}, got {extract!r}.")
     tokenizer = _tokenizer(tokenizer)
     ask = prompt_maker(tokenizer, extract)
-    found = {
-        name: _benchmark(
-            name, _source(name, "test", data_dir, verify), ask, tokenizer, max_prompt_tokens
-        )
-        for name in benchmarks
-    }
-    selections = [selection for _, selection, _ in found.values()]
-    train: Sequence[Problem] = ()
+    sources_of = {name: _source(name, "test", data_dir, verify) for name in benchmarks}
     if dataset is not None:
-        known = {name: keys for name, (_, _, keys) in found.items()} if decontaminate else {}
-        source = _source(dataset, "train", data_dir, verify)
-        train, selection = _training(dataset, source, ask, tokenizer, max_prompt_tokens, known)
-        selections.insert(0, selection)
+        training_source = _source(dataset, "train", data_dir, verify)
+    verifier = MathVerifier(workers=workers, limits=limits)
+    try:
+        found = {
+            name: _benchmark(name, source, ask, tokenizer, max_prompt_tokens, verifier)
+            for name, source in sources_of.items()
+        }
+        selections = [selection for _, selection, _ in found.values()]
+        train: Sequence[Problem] = ()
+        if dataset is not None:
+            known = {name: keys for name, (_, _, keys) in found.items()} if decontaminate else {}
+            train, selection = _training(
+                dataset, training_source, ask, tokenizer, max_prompt_tokens, verifier, known
+            )
+            selections.insert(0, selection)
+    except BaseException:
+        verifier.close()
+        raise
     for selection in selections:
-        logger.info("%s", selection)
+        logger.log(logging.WARNING if selection.unjudged else logging.INFO, "%s", selection)
     tests = {name: problems for name, (problems, _, _) in found.items()}
     return Mathematics(
         name=f"math({dataset}, {extract})",
         tokenizer=tokenizer,
         train=train,
         test=[problem for problems in tests.values() for problem in problems],
-        verifier=MathVerifier(EXTRACT[extract], workers=workers, limits=limits),
+        verifier=verifier,
         max_prompt_tokens=max_prompt_tokens,
         max_response_tokens=max_response_tokens,
         benchmarks=tests,
@@ -232,23 +236,22 @@ def _problem(name: str, row: Row, ask: Callable[[str], str]) -> Problem:
     return Problem(ask(row.problem), row.answer, entry)
 
 
-def _is_unreadable(answer: str) -> bool:
-    return unreadable(normalise(answer[: MAX_CHARACTERS + 1])) is not None
-
-
 def _benchmark(
     name: str,
     source: Sequence[dict],
     ask: Callable[[str], str],
     tokenizer: Tokenizer,
     max_prompt_tokens: int,
+    verifier: MathVerifier,
 ) -> tuple[list[Problem], Selection, set[str]]:
     """Its problems, what became of them, and the keys of all of them."""
     rows = [datasets.read(source[i]) for i in range(len(source))]
-    problems = [_problem(name, row, ask) for row in rows]
+    bad = verifier.check_references(row.answer for row in rows)
+    unjudged = tuple((row.identity, bad[row.answer]) for row in rows if row.answer in bad)
+    problems = [_problem(name, row, ask) for row in rows if row.answer not in bad]
     fitting = [p for p in problems if len(tokenizer.encode(p.prompt)) <= max_prompt_tokens]
-    bad = sum(_is_unreadable(problem.answer) for problem in fitting)
-    selection = Selection(name, len(rows), len(rows) - len(fitting), bad, (), len(fitting))
+    too_long = len(problems) - len(fitting)
+    selection = Selection(name, len(rows), too_long, unjudged, (), len(fitting))
     return fitting, selection, {same_problem(row.problem) for row in rows}
 
 
@@ -258,11 +261,13 @@ def _training(
     ask: Callable[[str], str],
     tokenizer: Tokenizer,
     max_prompt_tokens: int,
+    verifier: MathVerifier,
     known: dict[str, set[str]],
 ) -> tuple[LazyProblems, Selection]:
     """The problems to train on, and what became of the others; each has one reason."""
-    numbers = []
-    too_long = bad = 0
+    bad = verifier.check_references(datasets.read(row).answer for row in source)
+    numbers, unjudged = [], []
+    too_long = 0
     overlap = dict.fromkeys(known, 0)
     for number in range(len(source)):
         row = datasets.read(source[number])
@@ -270,14 +275,14 @@ def _training(
         benchmark = next((name for name, keys in known.items() if key in keys), None)
         if benchmark is not None:
             overlap[benchmark] += 1
-        elif _is_unreadable(row.answer):
-            bad += 1
+        elif row.answer in bad:
+            unjudged.append((row.identity, bad[row.answer]))
         elif len(tokenizer.encode(ask(row.problem))) > max_prompt_tokens:
             too_long += 1
         else:
             numbers.append(number)
     in_benchmark = tuple((name, count) for name, count in overlap.items() if count)
-    selection = Selection(name, len(source), too_long, bad, in_benchmark, len(numbers))
+    selection = Selection(name, len(source), too_long, tuple(unjudged), in_benchmark, len(numbers))
     if not numbers:
         raise ValueError(
             f"mathematics: nothing is left to train on ({selection}). Raise max_prompt_tokens, "

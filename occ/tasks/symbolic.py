@@ -4,6 +4,8 @@ Reading an answer means building sympy expressions from it, and comparing means 
 both can take for ever. Time-outs are the business of the pool (`occ.tasks.workers`), which loads
 this file by its path; so the library's are off, and nothing of the package is imported here.
 
+It judges what `occ.tasks.math_reading` does not read: integrals, sums, products, limits.
+
 Of math-verify only the comparison is used. Its own `parse` searches free text with heuristics of
 its own, strips the letters of units ("3t" becomes 3), and hands plain expressions to sympy's
 `parse_expr`, which evaluates text as Python; here LaTeX goes to the grammar-based reader alone.
@@ -70,11 +72,22 @@ def read(latex: str, *, real: bool = True) -> Any:
     return result.subs({symbol: sympy.I for symbol in result.free_symbols if symbol.name == "i"})
 
 
+def prepare() -> None:
+    """Uses what sympy imports and makes at its first use: classes, by compiling their methods."""
+    for reference, answer in [
+        (r"\int_{0}^{1} x dx", r"\frac{1}{2}"),
+        (r"\sum_{k=1}^{4} k", "10"),
+        (r"\prod_{k=1}^{4} k", "24"),
+        (r"\lim_{x\to 0}\frac{\sin x}{x}", "1"),
+    ]:
+        equivalent(reference, answer)
+
+
 def equivalent(reference: str, answer: str) -> bool | None:
     """Whether an answer equals the reference.
 
     Args:
-      reference, answer: LaTeX, normalised and within the bounds of `occ.tasks.math_answers`.
+      reference, answer: LaTeX.
 
     Returns:
       False too for an answer that is no formula; None if the reference is none.

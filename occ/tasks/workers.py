@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import multiprocessing.connection as mp_connection
 import os
@@ -26,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -47,6 +49,7 @@ class Limits:
         is the bound that should bite.
       wall_seconds: a call, for one that waits without computing.
       memory_mib: address space of a worker, its interpreter and modules included.
+      batch_seconds: all calls of one `map` together, whatever they are.
       start_seconds: until a worker has loaded its function.
       calls: before a worker is replaced; caches of the libraries that it uses only grow.
     """
@@ -54,6 +57,7 @@ class Limits:
     cpu_seconds: float = 5.0
     wall_seconds: float = 30.0
     memory_mib: int = 1024
+    batch_seconds: float = 120.0
     start_seconds: float = 60.0
     calls: int = 2000
 
@@ -70,11 +74,12 @@ class Failure:
     """A call without a result.
 
     Attributes:
-      reason: "time" ran out, the function "raised", the worker "died", or none could "start".
+      reason: "time" of computing ran out, it "waited" without computing, the function "raised",
+        the worker "died", none could "start", or its "turn" did not come in the batch's time.
       detail: the exception, exit status or message, for logs.
     """
 
-    reason: Literal["time", "raised", "died", "start"]
+    reason: Literal["time", "waited", "raised", "died", "start", "turn"]
     detail: str = ""
 
 
@@ -84,7 +89,8 @@ class WorkerPool:
     Args:
       source: file that defines the function; loaded by path, so it must not import this package.
         Its optional `PROGRAMS`, a regular expression, says which texts may be compiled in a worker
-        for the libraries that do so; without it none may.
+        for the libraries that do so; without it none may. Its optional function `prepare` is called
+        before a worker is confined, for what libraries import or make at the first use.
       function: its name; takes strings, returns what JSON can hold.
       workers: processes.
       limits: bounds on each of them.
@@ -101,7 +107,7 @@ class WorkerPool:
             raise ValueError(f"WorkerPool: workers must be at least 1, got {workers}.")
         if not source.is_file():
             raise ValueError(f"WorkerPool: expected the file of {function!r}, found no {source}.")
-        limits = Limits() if limits is None else limits
+        self._limits = limits = Limits() if limits is None else limits
         self._workers = [_Worker(source.resolve(), function, limits) for _ in range(workers)]
         self._close = weakref.finalize(self, _stop, self._workers)
         # The worker used last is asked first, so that few calls keep few workers warm.
@@ -114,11 +120,13 @@ class WorkerPool:
                 f"WorkerPool: a worker could not load {function!r} from {source}: {failure.detail}"
             )
 
-    def map(self, requests: Sequence[Sequence[str]]) -> list[Any]:
+    def map(self, requests: Sequence[Sequence[str]], *, seconds: float | None = None) -> list[Any]:
         """Results of the function, in the order of the requests.
 
         Args:
           requests: arguments of each call.
+          seconds: after which no call begins any more, and none goes on; default
+            `Limits.batch_seconds`.
 
         Returns:
           For each request the result, or a `Failure`.
@@ -128,8 +136,10 @@ class WorkerPool:
         """
         if not self._close.alive:
             raise ValueError("WorkerPool: closed; make a new one.")
+        seconds = self._limits.batch_seconds if seconds is None else seconds
+        deadline = time.monotonic() + seconds
         with concurrent.futures.ThreadPoolExecutor(len(self._workers)) as threads:
-            return list(threads.map(self._call, requests))
+            return list(threads.map(self._call, requests, itertools.repeat(deadline)))
 
     @property
     def replaced(self) -> int:
@@ -146,10 +156,10 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, request: Sequence[str]) -> Any:
+    def _call(self, request: Sequence[str], deadline: float) -> Any:
         worker = self._idle.get()
         try:
-            return worker.call(request)
+            return worker.call(request, deadline)
         finally:
             self._idle.put(worker)
 
@@ -205,7 +215,7 @@ class _Worker:
             errors.seek(0)
             return Failure("start", f"{detail}\n{errors.read(MAX_REPLY).decode(errors='replace')}")
 
-    def call(self, request: Sequence[str]) -> Any:
+    def call(self, request: Sequence[str], deadline: float) -> Any:
         """The function's result or a `Failure`.
 
         What a used worker fails at is tried once more in a fresh one, so that a failure is never
@@ -216,22 +226,25 @@ class _Worker:
         ):
             self.stop()
         fresh = self._process is None
-        result = self._call_once(request)
+        result = self._call_once(request, deadline)
         if isinstance(result, Failure) and result.reason in ("raised", "died") and not fresh:
             self.stop()
-            result = self._call_once(request)
+            result = self._call_once(request, deadline)
         return result
 
-    def _call_once(self, request: Sequence[str]) -> Any:
+    def _call_once(self, request: Sequence[str], deadline: float) -> Any:
+        if time.monotonic() >= deadline:
+            return Failure("turn", "the time of its batch had run out before")
         if self._process is None:
             failure = self.start()
             if failure is not None:
                 return failure
         assert self._connection is not None
         self._calls += 1
+        left = deadline - time.monotonic()
         try:
             self._connection.send_bytes(json.dumps(list(request)).encode())
-            if self._connection.poll(self._limits.wall_seconds):
+            if self._connection.poll(min(self._limits.wall_seconds, max(left, 0.0))):
                 reply = json.loads(self._connection.recv_bytes(MAX_REPLY))
                 return reply["result"] if "result" in reply else Failure("raised", reply["raised"])
         except (EOFError, OSError, ValueError):
@@ -240,7 +253,9 @@ class _Worker:
                 return Failure("time", f"more than {self._limits.cpu_seconds} s of computing")
             return Failure("died", f"exit status {status}")
         self.stop()
-        return Failure("time", f"more than {self._limits.wall_seconds} s of waiting")
+        if left < self._limits.wall_seconds:
+            return Failure("turn", "the time of its batch ran out")
+        return Failure("waited", f"more than {self._limits.wall_seconds} s")
 
     def stop(self) -> int | None:
         """Kills the process, and whatever it may have started; returns its exit status."""
@@ -343,6 +358,7 @@ def _serve(descriptor: str, source: str, name: str, limits_json: str) -> None:
     connection = mp_connection.Connection(int(descriptor))
     module = _load(source)
     function = getattr(module, name)
+    getattr(module, "prepare", lambda: None)()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the start is over; libraries may warn
     _confine(limits.memory_mib, getattr(module, "PROGRAMS", None))
     connection.send_bytes(b"ready")

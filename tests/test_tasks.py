@@ -81,6 +81,76 @@ def test_a_verifier_that_fails_invalidates_its_sample_alone():
 
 
 @pytest.mark.parametrize(
+    "reward",
+    [
+        None,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        1e30,
+        -1,
+        "1",
+        [1.0],
+        1j,
+        1.001,
+        ValueError(),
+    ],
+)
+def test_a_reward_that_is_none_invalidates_its_sample_and_is_named(reward, caplog):
+    def verifier(problem, completion):
+        if completion == "a":
+            return np.float32(0.5)
+        if isinstance(reward, Exception):
+            raise reward
+        return reward
+
+    problems = [Problem("What?", "b")] * 4
+    task = Task("t", CharacterTokenizer("ab"), problems, [], verifier, 1, 1)
+    rewards, valid = task.verify_batch(problems, ["a", "b", "a", "b"])
+    assert rewards.tolist() == [0.5, 0, 0.5, 0] and valid.tolist() == [True, False, True, False]
+    assert "t: 2 of 4 samples could not be judged" in caplog.text
+    named = "ValueError" if isinstance(reward, Exception) else f"from 0.0 to 1.0, got {reward!r}"
+    assert "sample 1 of problem 'What?'" in caplog.text and named in caplog.text
+
+
+def test_a_task_states_its_range_of_rewards():
+    problems = [Problem("a", "b")] * 2
+    task = Task(
+        "t", CharacterTokenizer("ab"), problems, [], lambda p, c: -1, 1, 1, reward_range=(-1, 1)
+    )
+    rewards, valid = task.verify_batch(problems, ["b", "b"])
+    assert rewards.tolist() == [-1, -1] and valid.all()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "1e99999999999",
+            "1e400",
+            "1E+99_999_999",
+            "1e99,999,999",
+            "1e-99999999999",
+            "1/0",
+            "nan",
+        ),
+        *(
+            "\N{FULLWIDTH DIGIT ONE}e" + "\N{FULLWIDTH DIGIT NINE}" * 9,
+            "9" * 400,
+            "1" * 10**6,
+            "inf",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dataset", ["coin_flip", "decimal_chain_sum", "products", "gsm_symbolic"])
+def test_a_number_of_any_size_is_wrong_at_once(dataset, answer):
+    """1e99999999999 for coin_flip never came back, and 1e400 ended the run."""
+    task = gym.load(dataset=dataset, train_size=2, test_size=1)
+    rewards, valid = task.verify_batch(task.train, [answer, task.train[1].answer])
+    assert rewards.tolist() == [0, 1] and valid.all()
+
+
+@pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("arithmetics", {}, r"unknown task 'arithmetics'; expected one of \['arithmetic', 'dapo"),

@@ -324,6 +324,10 @@ class MathTask(Task):
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `Task.verify_batch`."""
         verdicts = self.verifier.judge([problem.answer for problem in problems], completions)
+        invalid = {
+            i: verdict.detail for i, verdict in enumerate(verdicts) if verdict.reward is None
+        }
+        self.warn_of_invalid(problems, completions, invalid)
         rewards = np.array([verdict.reward or 0.0 for verdict in verdicts], np.float32)
         return rewards, np.array([verdict.reward is not None for verdict in verdicts], bool)
 

@@ -3,10 +3,13 @@
 Some verifiers of that package evaluate the model's answer as Python code. A model's output must
 never be run in this process, so only verifiers that were read and found to compare text or parse
 numbers are allowed; the dangerous ones are refused with the reason, all others as not reviewed.
+
+What they see is bounded (`too_large`), since a number such as 1e99999999999 would be written out.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,6 +95,23 @@ _READ = frozenset(
 ALLOWED = _COMPARES_STRINGS | _READ
 
 
+MAX_CHARACTERS = 4096  # of an answer, if the right one is not longer
+_LARGE = re.compile(r"\d{200}|[eE][+-]?\d{3}")
+
+
+def too_large(answer: str, right: str) -> bool:
+    """Whether an answer is wrong by its form: too long, or a number that does not fit a float.
+
+    >>> too_large("1e99,999,999", "0.5"), too_large("0.5e-3", "0.5")
+    (True, False)
+    """
+    if len(answer) > max(MAX_CHARACTERS, 2 * len(right)):
+        return True
+    if answer == right:
+        return False
+    return _LARGE.search(re.sub(r"[\s,_]", "", answer)) is not None
+
+
 def check_allowed(dataset: str) -> None:
     """Raises for a dataset whose verifier must not see a model's output.
 
@@ -167,7 +187,9 @@ def load(
 
     def verify(problem: Problem, completion: str) -> float:
         answer = extract(completion)
-        return 0.0 if answer is None else float(source.score_answer(answer, problem.entry) >= 1.0)
+        if answer is None or too_large(answer, problem.answer):
+            return 0.0
+        return float(source.score_answer(answer, problem.entry) >= 1.0)
 
     train, test = splits.split(problems(), train_size, test_size)
     everything = [*train, *test]

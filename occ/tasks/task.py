@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from occ.tasks.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class VerifierError(Exception):
@@ -42,8 +46,9 @@ class Task:
       name: of the task.
       tokenizer: of prompts and answers.
       train, test: problems; no prompt is in both.
-      verifier: `(problem, completion) -> reward in [0, 1]`; raises `VerifierError` if it fails.
+      verifier: `(problem, completion) -> reward`; raises if it fails.
       max_prompt_tokens, max_response_tokens: tokens, enough for every problem here.
+      reward_range: lowest and highest reward; another one is no judgement.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Task:
     verifier: Callable[[Problem, str], float]
     max_prompt_tokens: int
     max_response_tokens: int
+    reward_range: tuple[float, float] = dataclasses.field(default=(0.0, 1.0), kw_only=True)
 
     def final_answer(self, completion: str) -> str | None:
         """What a completion answers, in one spelling, for majorities; None without an answer."""
@@ -63,6 +69,9 @@ class Task:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rewards of completions.
 
+        A sample whose verifier raises, or returns what is no finite number in `reward_range`, is
+        invalid. The first of them is named in a warning, with their number.
+
         Args:
           problems: N problems.
           completions: N texts.
@@ -72,13 +81,58 @@ class Task:
           reward is 0 here and must not be used.
         """
         rewards = np.zeros(len(problems), np.float32)
-        valid = np.ones(len(problems), bool)
+        reasons = dict[int, str]()
         for i, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
             try:
-                rewards[i] = self.verifier(problem, completion)
-            except VerifierError:
-                valid[i] = False
-        return rewards, valid
+                rewards[i] = checked_reward(self.verifier(problem, completion), self.reward_range)
+            except Exception as error:  # whatever a verifier raises, it did not judge the sample
+                reasons[i] = f"{type(error).__name__}: {error}"
+        self.warn_of_invalid(problems, completions, reasons)
+        return rewards, np.array([i not in reasons for i in range(len(problems))], bool)
+
+    def warn_of_invalid(
+        self, problems: Sequence[Problem], completions: Sequence[str], reasons: Mapping[int, str]
+    ) -> None:
+        """Names the first sample that could not be judged.
+
+        Args:
+          problems, completions: N each.
+          reasons: why, by number of the sample.
+        """
+        if reasons:
+            first = min(reasons)
+            logger.warning(
+                "%s: %d of %d samples could not be judged and are left out; the first, sample %d "
+                "of problem %.80r with answer %.80r: %s",
+                *(self.name, len(reasons), len(problems), first),
+                *(problems[first].prompt, completions[first], reasons[first]),
+            )
+
+
+def checked_reward(reward: object, bounds: tuple[float, float]) -> float:
+    """A reward as a float.
+
+    Args:
+      reward: what a verifier returned.
+      bounds: lowest and highest reward.
+
+    Raises:
+      VerifierError: it is no finite number between them.
+
+    >>> checked_reward(1, (0.0, 1.0))
+    1.0
+    """
+    low, high = bounds
+    if (
+        not isinstance(reward, int | float | np.integer | np.floating)
+        or not math.isfinite(reward)
+        or not low <= reward <= high
+    ):
+        raise VerifierError(
+            f"expected a finite reward from {low} to {high}, got {reward!r}. Mend the verifier, or "
+            "state another reward_range."
+        )
+    return float(reward)
 
 
 def load(name: str, **options: Any) -> Task:

@@ -9,11 +9,13 @@ from fractions import Fraction
 import pytest
 
 from experiments.instruments import answer_pairs, verifier_speed
+from occ import tasks
 from occ.tasks.datasets import published
 from occ.tasks.math_answers import extract_answer
 from occ.tasks.math_nodes import literal
 from occ.tasks.math_reading import read
 from occ.tasks.math_tokens import UnreadableError
+from occ.tasks.tokenizer import CharacterTokenizer
 
 PAIRS = answer_pairs.load()
 KINDS = list(dict.fromkeys(pair.kind for pair in PAIRS))
@@ -102,6 +104,45 @@ def respelt(reference):
             whole, part = divmod(value.numerator, value.denominator)
             found.append(rf"{whole}\frac{{{part}}}{{{value.denominator}}}")
     return found
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "left_out"),
+    [
+        ("minerva_math", "minerva_math_test", 0),
+        ("olympiad_bench", "olympiadbench_test", UNJUDGED),
+        ("aime_2024", "aime24_test", 0),
+        ("amc", "amc23_test", 0),
+    ],
+)
+def test_a_real_file_is_prepared_end_to_end(tmp_path, name, file, left_out):
+    """From the file to verdicts on right and wrong completions, in either form."""
+    expected = references(file)
+    folder = tmp_path / "manual" / name
+    folder.mkdir(parents=True)
+    (folder / f"{file}.jsonl").write_bytes((DATA / f"{file}.jsonl").read_bytes())
+    task = tasks.load(
+        "math",
+        dataset=None,
+        benchmarks=(name,),
+        tokenizer=CharacterTokenizer("".join(map(chr, range(32, 0x2FFF))) + "\n\t"),
+        data_dir=tmp_path,
+        verify=False,
+        max_prompt_tokens=100_000,
+    )
+    try:
+        [selection] = task.selections
+        assert selection.problems == len(expected) and len(selection.unjudged) == left_out
+        problems = task.test[:: len(task.test) // 20]
+        right = [rf"So \boxed{{{problem.answer}}}." for problem in problems]
+        rewards, valid = task.verify_batch(problems, right)
+        assert rewards.all() and valid.all()
+        wrong = [f"Answer: {answer}" for answer in ("123456789", "x+y+z", r"\emptyset", "no")]
+        for answer in wrong:
+            rewards, valid = task.verify_batch(problems, [answer] * len(problems))
+            assert not rewards.any() and valid.all()
+    finally:
+        task.verifier.close()
 
 
 def values(reference):

@@ -54,7 +54,7 @@ def test_a_released_format_is_read(data_dir, name):
 def test_what_was_prepared_is_not_read_again(data_dir, monkeypatch):
     first = datasets.prepare("dapo_math_17k", data_dir, verify=False)
     monkeypatch.setattr(builder, "rows", None)
-    again = datasets.prepare("dapo_math_17k", data_dir)
+    again = datasets.prepare("dapo_math_17k", data_dir, verify=False)
     assert datasets.counts(again) == datasets.counts(first)
     assert again.info.metadata["revision"] == published.DAPO_MATH_17K.revision
 
@@ -74,11 +74,11 @@ def test_dapos_duplicates_are_left_out_and_counted(data_dir):
 def test_a_context_goes_before_its_problem(data_dir):
     source = datasets.prepare("olympiad_bench", data_dir, verify=False).as_data_source("test")
     found = datasets.read(source[1])
-    assert found.problem == "Let $x^2 - 5x + 6 = 0$.\nFind both roots." and found.answer == "2,3"
+    assert found.problem == "Let $x^2 - 5x + 6 = 0$.\nFind both roots." and found.answer == "2, 3"
 
 
 def test_duplicates_keep_their_first_place():
-    found = [row("One?", "1"), row("Two?", "2"), row("one", "1"), row("Three?", "3")]
+    found = [row("One?", "1"), row("Two?", "2"), row("One?", "1"), row("Three?", "3")]
     kept, counts = deduplicate(found)
     numbered = [(number, kept_row.answer) for number, kept_row in kept]
     assert numbered == [(0, "1"), (1, "2"), (3, "3")]
@@ -92,6 +92,14 @@ def test_every_row_is_accounted_for(pairs):
     assert {kept_row.problem for _, kept_row in kept} == {
         problem for problem, _ in pairs if len({a for p, a in pairs if p == problem}) == 1
     }
+
+
+def test_a_point_or_a_sign_makes_another_problem():
+    """1.5 + 2 and 15 + 2 were one problem with two answers, so both were left out."""
+    texts = ["What is 1.5 + 2?", "What is 15 + 2?", "What is 5!?", "What is 5?", "3:4", "34"]
+    kept, counts = deduplicate([row(text, str(n)) for n, text in enumerate(texts)])
+    assert len(kept) == 6 and counts.conflicting == 0
+    assert len(set(map(answers.same_problem, texts))) == 6
 
 
 # -- what is wrong is told ------------------------------------------------------------------------
@@ -120,6 +128,23 @@ def change(tmp_path, name, row_change, number=1):
         ("aime_2025", lambda row: row | {"problem": " "}, "row 1: field 'problem' is empty"),
         ("math_500", lambda row: row | {"answer": " "}, "row 1: field 'answer': expected a text"),
         ("math_500", lambda row: row | {"answer": None}, "row 1: expected a field 'answer', it is"),
+        *(
+            ("math_500", lambda row, wrong=wrong: row | {"answer": wrong}, message)
+            for wrong, message in [
+                (
+                    ["1", "2"],
+                    r"field 'answer': expected a text or a number, got \['1', '2'\]",
+                ),
+                ({"a": 1}, "field 'answer': expected a text or a number, got {'a': 1}"),
+                (True, "row 1: field 'answer': expected a text or a number, got True"),
+                (float("nan"), "row 1: field 'answer': expected a finite number, got nan"),
+            ]
+        ),
+        (
+            "aime_2025",
+            lambda row: [row],
+            r"test.jsonl, row 1: expected an object with fields, got \[",
+        ),
         (
             "olympiad_bench",
             lambda row: row | {"final_answer": ["1", "2"]},
@@ -132,6 +157,83 @@ def test_a_wrong_row_is_named(tmp_path, name, row_change, message):
     with pytest.raises(ValueError, match=message) as caught:
         datasets.prepare(name, tmp_path, verify=False)
     assert str(path) in str(caught.value) and datasets.find(name).revision in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "aime_2025",
+            b"<!DOCTYPE html><html>Sign in</html>",
+            "expected a .jsonl file, got a web page",
+        ),
+        ("aime_2025", b"\xef\xbb\xbf <html>", "expected a .jsonl file, got a web page"),
+        (
+            "aime_2025",
+            b'{"problem": "1 + 1?", "answer": "2", "id": "0"}\n{"problem": "1',
+            "line 2: ex",
+        ),
+        ("aime_2025", b'{"problem": "\xff"}\n', "line 1: expected JSON in UTF-8"),
+        ("amc", b"<html></html>", "expected a .parquet file, got a web page"),
+        ("amc", b"PAR1 and then nothing", "expected a parquet file, but it cannot be read"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path, name, content, message):
+    file = datasets.find(name).files["test"][0]
+    path = tmp_path / "manual" / name / file.path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        datasets.prepare(name, tmp_path, verify=False)
+    assert str(path) in str(caught.value)
+
+
+def test_a_cut_off_parquet_file_is_named(tmp_path):
+    fixtures_math.write(tmp_path, ["amc"])
+    path = tmp_path / "manual" / "amc" / datasets.find("amc").files["test"][0].path
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        datasets.prepare("amc", tmp_path, verify=False)
+    assert str(path) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    fixtures_math.write(tmp_path, ["aime_2025"])
+    path = tmp_path / "manual" / "aime_2025" / "test.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert datasets.counts(datasets.prepare("aime_2025", tmp_path, verify=False))["test"].kept == 2
+
+
+def test_what_was_prepared_unverified_or_of_another_file_is_not_used(tmp_path):
+    fixtures_math.write(tmp_path, ["amc", "minerva_math"])
+    datasets.prepare("amc", tmp_path, verify=False)
+    with pytest.raises(ValueError, match=r"prepared with verify=False from .* the published b696e"):
+        datasets.prepare("amc", tmp_path)
+    datasets.prepare("amc", tmp_path, verify=False)
+    datasets.prepare("minerva_math", tmp_path)
+    path = tmp_path / "manual" / "minerva_math" / "test.jsonl"
+    path.write_text(path.read_text().replace('"3"', '"4"'))
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=r"put in the place of the file.*Delete that folder"):
+            datasets.prepare("minerva_math", tmp_path, verify=verify)
+    path.unlink()  # as after a download
+    assert datasets.counts(datasets.prepare("minerva_math", tmp_path))["test"].kept == 2
+
+
+def test_a_comma_is_what_the_set_says():
+    counted = answers.counted
+    assert counted("45,135", True) == "45, 135" and counted("45,135", False) == "45{,}135"
+    assert counted("(1,2),(3,4)", True) == "(1,2), (3,4)" and counted("(1,2)", False) == "(1,2)"
+
+
+def test_another_release_put_there_by_hand_is_read(tmp_path):
+    """Minerva Math's answers first stood in the boxes of solutions; any single file is taken."""
+    folder = tmp_path / "manual" / "minerva_math"
+    folder.mkdir(parents=True)
+    rows = [{"problem": "How far?", "solution": r"So $\boxed{1.5e3}$ m.", "type": "A", "idx": 7}]
+    fixtures_math.write_rows(folder / "minerva.jsonl", rows)
+    source = datasets.prepare("minerva_math", tmp_path).as_data_source("test")
+    assert datasets.read(source[0]) == Row("7", "How far?", "1.5e3", "A", "")
 
 
 def test_a_column_that_is_missing_is_named(tmp_path):

@@ -2,6 +2,7 @@ r"""What a released field holds, as the bare problem or the bare answer."""
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from typing import Any
@@ -29,11 +30,19 @@ def without_dapo_template(text: str) -> str:
 
 
 def text(value: Any) -> str:
-    """The value as text, without space around it.
+    """A text or a number as text, without space around it.
 
     Raises:
-      ValueError: nothing is left.
+      ValueError: nothing is left; or it is a list, a truth value, NaN or the like, whose text no
+        answer would equal.
+
+    >>> text(" 1/2 "), text(0.5)
+    ('1/2', '0.5')
     """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"expected a text or a number, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value!r}")
     found = str(value).strip()
     if not found:
         raise ValueError("expected a text, got an empty one")
@@ -81,18 +90,41 @@ def only(value: Any) -> str:
     return inside if inside and "$" not in inside else found
 
 
+_THOUSANDS = re.compile(r"\$?-?[1-9][0-9]{0,2}(?:,[0-9]{3})+\$?")
+
+
+def counted(answer: str, several: bool) -> str:
+    """An answer with its commas as the set says what they are: of a list, or of a number.
+
+    >>> counted("45,135", True), counted("45,135", False), counted("(1,2),(3,4)", True)
+    ('45, 135', '45{,}135', '(1,2), (3,4)')
+    """
+    if not several:
+        return answer.replace(",", "{,}") if _THOUSANDS.fullmatch(answer) else answer
+    depth, pieces = 0, []
+    for character in answer:
+        depth += (character in "([{") - (character in ")]}")
+        pieces.append(", " if character == "," and depth == 0 else character)
+    return re.sub(r",\s+", ", ", "".join(pieces)) if depth == 0 else answer
+
+
+# Between digits a space or a sign parts or joins numbers: "1.5" is not "15".
 _DROPPED = re.compile(
-    r"\\[,;:!~ ]|\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|[\s$~.,;:!?'\"`{}\\]+"
+    r"\\[,;:!~ ]|\\(?:left|right|displaystyle|quad|qquad)(?![a-z])"
+    r"|(?<![0-9])[\s.,:]+|[\s.,:]+(?![0-9.,:\s])|(?<![0-9A-Za-z)])!|[$~;?'\"`{}\\]+"
 )
 
 
 def same_problem(text: str) -> str:
     r"""A key that is equal for two texts of one problem.
 
-    Case, spaces, punctuation, dollars, braces and backslashes are left out, and characters are
-    brought to one form (NFKC). A problem told in other words has another key.
+    Case, spaces, punctuation, dollars, braces and backslashes are left out, but for what stands
+    between digits and for factorials, and characters are brought to one form (NFKC). A problem told
+    in other words has another key.
 
     >>> same_problem(r"Find $x$ if $2x = \frac{1}{2}$.") == same_problem("find x, if 2x=\\frac12")
     True
+    >>> same_problem("1.5 + 2") == same_problem("15 + 2")
+    False
     """
     return _DROPPED.sub("", unicodedata.normalize("NFKC", text).casefold())

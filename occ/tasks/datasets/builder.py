@@ -4,7 +4,8 @@
     data_dir/downloads/            files that TFDS downloaded
     data_dir/published_problems/   what was prepared: array_record, with features and counts
 
-A file that was put into the manual folder is used, and its download skipped:
+A file that was put into the manual folder is used, and its download skipped; a single file of
+another name in that of a set with one file is taken for it, in either format:
 
     huggingface-cli download --repo-type dataset --revision REVISION --local-dir \
         DATA_DIR/manual/NAME REPOSITORY
@@ -12,7 +13,9 @@ A file that was put into the manual folder is used, and its download skipped:
 Checksums. Every file whose sum is known (`published.py`) must have it, downloaded or not; to use
 another file on purpose, pass `verify=False`. TFDS keeps sums of its own in a file that
 `register_checksums` writes; it wants the size too and checks downloads alone, so it is not used.
-The sums of the files that were read are kept with what was prepared.
+The sums of the files that were read are kept with what was prepared. That is used again as long as
+they are the right ones: with `verify`, those that are known, and always those of files that lie in
+the manual folder today.
 
 TensorFlow is never imported: the files are array_record, read through `tfds.data_source`.
 """
@@ -30,8 +33,7 @@ import numpy as np
 import requests
 import tensorflow_datasets as tfds
 
-from occ.tasks.datasets.answers import same_problem
-from occ.tasks.datasets.files import Row, rows, sha256
+from occ.tasks.datasets.files import FORMATS, Row, rows, sha256
 from occ.tasks.datasets.published import TABLE, File, Published, find
 
 SECONDS = 20  # to wait for an answer from where a file is published
@@ -64,9 +66,9 @@ class PublishedProblems(tfds.core.GeneratorBasedBuilder):
     """
 
     name = "published_problems"
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 - TFDS's
-        tfds.core.BuilderConfig(name=name, version="1.0.0", description=published.title)
+        tfds.core.BuilderConfig(name=name, version="1.1.0", description=published.title)
         for name, published in TABLE.items()
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Files go where they are in the repository of the set."
@@ -109,7 +111,7 @@ class PublishedProblems(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split, found) for split, found in files.items()}
 
     def _locate(self, file: File, manager: tfds.download.DownloadManager) -> pathlib.Path:
-        by_hand = self._manual_folder / file.path
+        by_hand = self.by_hand(file)
         if by_hand.exists():
             return by_hand
         url = self._published.url(file)
@@ -122,6 +124,14 @@ class PublishedProblems(tfds.core.GeneratorBasedBuilder):
                 f"{self._published.title}: {by_hand} does not exist, and {url} could not be "
                 f"downloaded ({type(error).__name__}). Download it elsewhere, and put it there."
             ) from error
+
+    def by_hand(self, file: File) -> pathlib.Path:
+        """Where a file was put, or would be."""
+        place = self._manual_folder / file.path
+        if place.exists() or sum(map(len, self._published.files.values())) > 1:
+            return place
+        others = sorted(p for p in self._manual_folder.rglob("*") if p.suffix in FORMATS)
+        return others[0] if len(others) == 1 else place
 
     @property
     def _manual_folder(self) -> pathlib.Path:
@@ -136,6 +146,29 @@ class PublishedProblems(tfds.core.GeneratorBasedBuilder):
             )
         return found
 
+    def check_prepared(self) -> None:
+        """Raises if what was prepared is not of the right files.
+
+        Raises:
+          ValueError: with the file, and what to do.
+        """
+        sums = self.info.metadata["sha256"]
+        for file in (file for files in self._published.files.values() for file in files):
+            path, found = self.by_hand(file), sums.get(file.path)
+            problem = ""
+            if path.exists() and sha256(path) != found:
+                problem = f"{path} was put in the place of the file that it was prepared from"
+            elif self._verify and file.sha256 not in (None, found):
+                problem = (
+                    f"it was prepared with verify=False from a {file.path} with the SHA-256 "
+                    f"{found}, not the published {file.sha256}"
+                )
+            if problem:
+                raise ValueError(
+                    f"{self._published.title}: what was prepared in {self.data_dir} is not used, "
+                    f"since {problem}. Delete that folder to prepare the set again."
+                )
+
     def _generate_examples(
         self, split: str, files: Sequence[tuple[File, pathlib.Path]]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -149,9 +182,8 @@ class PublishedProblems(tfds.core.GeneratorBasedBuilder):
 def deduplicate(found: Iterable[Row]) -> tuple[list[tuple[int, Row]], Counts]:
     """Each problem once, at the place where it stood first.
 
-    Problems are the same if their texts are but for space, case and punctuation
-    (`answers.same_problem`). One that stands there with several answers is left out: which is right
-    cannot be told from the file.
+    Problems are the same if their texts are: "1.5 + 2" and "15 + 2" are two. One that stands there
+    with several answers is left out: which is right cannot be told from the file.
 
     Returns:
       (number of the row, row) of those that are kept, and counts.
@@ -160,7 +192,7 @@ def deduplicate(found: Iterable[Row]) -> tuple[list[tuple[int, Row]], Counts]:
     conflicts: set[str] = set()
     sizes: dict[str, int] = {}
     for number, row in enumerate(found):
-        key = same_problem(row.problem)
+        key = row.problem
         sizes[key] = sizes.get(key, 0) + 1
         if first.setdefault(key, (number, row))[1].answer != row.answer:
             conflicts.add(key)
@@ -179,7 +211,8 @@ def prepare(name: str, data_dir: str | pathlib.Path, *, verify: bool = True) -> 
       verify: refuse files whose sum is known and not theirs.
 
     Raises:
-      ValueError: unknown set; a file has the wrong sum; a row lacks a field.
+      ValueError: unknown set; a file has the wrong sum, or is not of its format; a row lacks a
+        field or has a wrong value there; what is prepared is of other files.
       FileNotFoundError: a file is not there and cannot be downloaded.
     """
     find(name)
@@ -189,6 +222,8 @@ def prepare(name: str, data_dir: str | pathlib.Path, *, verify: bool = True) -> 
         file_format=tfds.core.FileFormat.ARRAY_RECORD,
         verify=verify,
     )
+    if builder.is_prepared():
+        builder.check_prepared()
     with contextlib.redirect_stdout(sys.stderr):  # where its progress goes too
         builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
     return builder

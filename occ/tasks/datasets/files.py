@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import pathlib
@@ -10,9 +11,11 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
+from occ.tasks.datasets.answers import counted
 from occ.tasks.datasets.published import Published
 
 ROWS_AT_A_TIME = 8192
+FORMATS = (".parquet", ".jsonl")
 
 
 class Row(NamedTuple):
@@ -40,16 +43,21 @@ def rows(file: pathlib.Path, published: Published, name: str) -> Iterator[Row]:
       name: as released, ending in .parquet or .jsonl; also for identities.
 
     Raises:
-      ValueError: a row lacks a field or has a wrong value there; file, row and field are named.
+      ValueError: the file is not of its format; a row lacks a field or has a wrong value there;
+        file, row and field are named.
     """
-    for number, row in enumerate(_read(file, published, pathlib.PurePath(name).suffix)):
+    suffix = file.suffix if file.suffix in FORMATS else pathlib.PurePath(name).suffix
+    for number, row in enumerate(_read(file, published, suffix)):
         try:
+            if not isinstance(row, dict):
+                raise TypeError(f"expected an object with fields, got {row!r:.80}")
             yield _row(row, published, f"{name}:{number}")
         except (LookupError, TypeError, ValueError) as error:
+            fields = f" It has the fields {sorted(row)}." if isinstance(row, dict) else ""
             raise ValueError(
-                f"{file}, row {number}: {_words(error)}. It has the fields {sorted(row)}. Expected "
-                f"the file of {published.homepage} at revision {published.revision}; for another "
-                "release, change its entry in occ/tasks/datasets/published.py."
+                f"{file}, row {number}: {_words(error)}.{fields} Expected the file of "
+                f"{published.homepage} at revision {published.revision}; for another release, "
+                "change its entry in occ/tasks/datasets/published.py."
             ) from error
 
 
@@ -57,30 +65,73 @@ def _words(error: Exception) -> str:
     return str(error.args[0]) if error.args else str(error)
 
 
-def _read(file: pathlib.Path, published: Published, suffix: str) -> Iterator[dict[str, Any]]:
-    if suffix == ".parquet":
+def _read(file: pathlib.Path, published: Published, suffix: str) -> Iterator[Any]:
+    if suffix not in FORMATS:
+        raise ValueError(f"{file}: expected a .parquet or .jsonl file, got {suffix!r}.")
+    if _begins_like_a_page(file):
+        raise ValueError(
+            f"{file}: expected a {suffix} file, got a web page. Download the file itself, "
+            "not the page that shows it."
+        )
+    if suffix == ".jsonl":
+        yield from _lines(file)
+        return
+    try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
-            wanted = {path.split(".")[0] for path in _paths(published).values()}
+            wanted = {path.split(".")[0] for path in _paths(published)}
             # Only columns that are needed and there: a missing one is told by `_value`.
             columns = [name for name in parquet.schema_arrow.names if name in wanted]
             if not columns:
                 columns = parquet.schema_arrow.names
             for batch in parquet.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
                 yield from batch.to_pylist()
-    elif suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
-    else:
-        raise ValueError(f"{file}: expected a .parquet or .jsonl file, got {suffix!r}.")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file}: expected a parquet file, but it cannot be read ({error}). It may be cut off: "
+            "download it again."
+        ) from error
 
 
-def _paths(published: Published) -> dict[str, str]:
-    fields = ("problem", "answer", "context", "identity", "subject", "level")
-    found = {name: getattr(published, name) for name in fields}
-    return {name: path for name, path in found.items() if path is not None}
+def _begins_like_a_page(file: pathlib.Path) -> bool:
+    with file.open("rb") as source:
+        start = source.read(64).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head"))
+
+
+def _lines(file: pathlib.Path) -> Iterator[Any]:
+    """The value of each line; a byte-order mark before the first is no part of it."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines):
+            if number == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line.decode("utf-8"))
+            except ValueError as error:  # of the encoding too
+                raise ValueError(
+                    f"{file}, line {number + 1}: expected JSON in UTF-8, got {line[:80]!r} "
+                    f"({error}). The file may be cut off: download it again."
+                ) from error
+
+
+def _paths(published: Published) -> list[str]:
+    """Of all fields that are asked for, in any of the set's layouts."""
+    names = ("problem", "answer", "context", "identity", "subject", "level", "several")
+    paths = (getattr(layout, name) for layout in published.layouts for name in names)
+    return [path for path in paths if path is not None]
+
+
+def _layout(row: Mapping[str, Any], published: Published) -> Published:
+    """The first of the set's layouts whose problem and answer a row has."""
+    for layout in published.layouts:
+        if {path.split(".")[0] for path in (layout.problem, layout.answer)} <= row.keys():
+            return layout
+    return published
 
 
 def _row(row: Mapping[str, Any], published: Published, default: str) -> Row:
+    published = _layout(row, published)
     problem = published.read_problem(_text(row, published.problem))
     if published.context is not None:
         context = _optional(row, published.context)
@@ -90,6 +141,8 @@ def _row(row: Mapping[str, Any], published: Published, default: str) -> Row:
     answer = _value(row, published.answer)
     try:
         answer = published.read_answer(answer)
+        if published.several is not None:
+            answer = counted(answer, row.get(published.several) is True)
     except ValueError as error:
         raise ValueError(f"field {published.answer!r}: {_words(error)}") from error
     identity = default if published.identity is None else str(_value(row, published.identity))

@@ -53,6 +53,9 @@ class Published:
       read_problem: the bare problem from the text of its field.
       context: field with a text that goes before the problem, where it is not empty.
       identity, subject, level: fields, if there are any.
+      several: field that says whether the answer is a list, so what a comma in it means.
+      others: changes of these fields in other releases of the set; a row is read by the first
+        layout whose problem and answer it has.
       reference: who made it.
     """
 
@@ -72,6 +75,13 @@ class Published:
     identity: str | None = None
     subject: str | None = None
     level: str | None = None
+    several: str | None = None
+    others: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def layouts(self) -> tuple[Published, ...]:
+        """Itself, and itself as other releases have it."""
+        return (self, *(dataclasses.replace(self, others=(), **other) for other in self.others))
 
     @property
     def homepage(self) -> str:
@@ -232,6 +242,16 @@ MINERVA_MATH = Published(
     sizes={"test": 272},
     problem="question",
     answer="answer",
+    # As first released: the answer is the last box of a worked solution.
+    others=(
+        {
+            "problem": "problem",
+            "answer": "solution",
+            "read_answer": answers.boxed,
+            "identity": "idx",
+            "subject": "type",
+        },
+    ),
     reference="Lewkowycz et al., Solving Quantitative Reasoning Problems with Language Models, "
     "2206.14858",
 )
@@ -253,6 +273,7 @@ OLYMPIAD_BENCH = Published(
     context="context",
     identity="id",
     subject="subfield",
+    several="is_multiple_answer",
     level="difficulty",
     reference="He et al., OlympiadBench, 2402.14008",
 )

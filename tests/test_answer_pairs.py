@@ -81,7 +81,8 @@ def references(name):
 def respelt(reference):
     """Other spellings of one reference, all of them right."""
     bare = reference.removesuffix(".")
-    found = [f"${bare}$", f"{bare}."]
+    plain = bare.replace("$", "")
+    found = [f"${bare}$", f"{bare}.", rf"\[ {plain} \]", rf"\( {plain} \).", f"$${plain}.$$"]
     number = re.fullmatch(r"-?[0-9.]+(?:e-?[0-9]+)?", reference)
     if number:
         mantissa, _, power = reference.partition("e")
@@ -152,6 +153,17 @@ def values(reference):
         return ()
 
 
+def with_another_digit(reference, rng):
+    """The reference and itself with one digit changed, and with its sign changed."""
+    places = [place for place, letter in enumerate(reference) if letter in "123456789"]
+    if places:
+        place = rng.choice(places)
+        digit = rng.choice([d for d in "123456789" if d != reference[place]])
+        yield reference, reference[:place] + digit + reference[place + 1 :]
+        if "," not in reference and reference[0] != "-":
+            yield reference, "-" + reference.strip("$")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_references_of_real_files_are_right_respelt_right_and_a_neighbours_wrong(verifier, name):
     found = list(dict.fromkeys(references(name)))
@@ -168,6 +180,7 @@ def test_references_of_real_files_are_right_respelt_right_and_a_neighbours_wrong
         for other in [good[(good.index(reference) + 1) % len(good)], rng.choice(good)]
         if not set(values(reference)) & set(values(other))
     ]
+    pairs += [pair for reference in good for pair in with_another_digit(reference, rng)]
     verdicts = verifier.judge_answers(*zip(*pairs, strict=True))
     rewarded = [p for p, v in zip(pairs, verdicts, strict=True) if v.reward != 0.0]
     assert rewarded == []

@@ -8,7 +8,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _LINE = re.compile(
     # "Answer: 12", "**Answer**: 12", "_Final answer:_ 12", and a heading "## Final Answer" alone.
-    r"(?:answer|答案)[ \t*_`}]*[:\N{FULLWIDTH COLON}]"
+    r"(?:answer(?:[ \t]+is)?|答案)[ \t*_`}]*[:\N{FULLWIDTH COLON}]"
     r"|^[#*_ \t]*(?:final[ \t]+)?answer[#*_ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -138,6 +138,8 @@ def _line_with_boxes(text: str, line: tuple[int, int]) -> str | None:
     before, after = content[:start], content[last + 1 :]
     if _BOX.search(before) or _FORMULA.search(before) or before.rstrip()[-1:] in ("(", "-"):
         return content
+    if re.match(r"\s*[$*]*\s*[,;.(]\s*[A-Za-z]{3}", after) and not _BOX.search(after):
+        return content[first:last]  # "\\boxed{5}, since 2 + 3 = 5"
     trailing = re.split(r"[,;.:(\n]|\\[)\]]|\$", after, maxsplit=1)[0].strip(" *`_")
     if after[:1].isalnum() or _FORMULA.search(after):
         return content

@@ -106,6 +106,8 @@ class _Comparison:
             return bool(one[1] == other[1])
         if other[0] == "sym":
             return bool(one[1] == other[1].replace(" ", "").lower() and len(one[1]) > 1)
+        if other[0] == "mul" and all(len(part) < 3 for part in other[1:]):
+            return bool(one[1] == "".join(part[-1] for part in other[1:]).lower())
         return other == ("set",) and one[1] in _NO_SOLUTION
 
     # -- names and relations
@@ -114,9 +116,9 @@ class _Comparison:
         """Where one or both are relations."""
         if one[0] == other[0] == "rel":
             return self.two_relations(one, other)
-        if "list" in (one[0], other[0]) or "set" in (one[0], other[0]):
-            return NotImplemented
         relation, value = (one, other) if one[0] == "rel" else (other, one)
+        if value[0] in ("list", "set") and relation[1] != ("in",):
+            return NotImplemented
         return self.named(relation, value, is_reference=one[0] == "rel")
 
     def named(self, relation: Node, value: Node, *, is_reference: bool) -> bool | None:

@@ -88,6 +88,17 @@ def quotient(over: Node, under: Node) -> Node:
     return product([over, ("pow", under, MINUS)])
 
 
+def mixed(whole: Node, part: Node) -> Node:
+    """A whole number with a proper fraction after it.
+
+    Raises:
+      UnreadableError: the fraction is improper.
+    """
+    if part[0] != "num" or not 0 < part[1] < part[2]:
+        raise UnreadableError("a number beside an improper fraction")
+    return number(whole[1] + Fraction(part[1], part[2]))
+
+
 def determinant(rows: list[list[Node]]) -> Node:
     """Of a square matrix of at most three rows."""
     size = len(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from typing import Any
 
 from occ.tasks import math_units
@@ -13,6 +12,7 @@ from occ.tasks.math_nodes import (
     MINUS,
     ONE,
     add,
+    mixed,
     need_scalar,
     negative,
     number,
@@ -86,7 +86,7 @@ class Parser(Atoms):
 
     def relation(self) -> Node:
         """Values with relations between them."""
-        self.accept("approx")
+        self.accept("approx", "=")
         sides, signs = [self.united()], []
         while self.peek().text in RELATIONS and self.peek().kind in ("op", "cmd"):
             sign = RELATIONS[self.take().text]
@@ -185,11 +185,11 @@ class Parser(Atoms):
             return math_units.word("percent")
         if self.at(*MONEY):
             return math_units.word(MONEY[self.take().text])
-        if self.is_unit_letter():
-            return math_units.word(self.take().text)
-        if self.peek().kind != "word" or self.peek().text in ("and", "or", "to", "mod"):
-            return None
         words: list[str | int] = []
+        if self.is_unit_letter():
+            words.append(self.take().text)
+        elif self.peek().kind != "word" or self.peek().text in ("and", "or", "to", "mod"):
+            return None
         while True:
             token = self.peek()
             joined = bool(words) and words[-1] == "/"
@@ -225,6 +225,8 @@ class Parser(Atoms):
         total: Node | None = None
         while True:
             if self.accept("-"):
+                if self.at("-", "+"):
+                    raise UnreadableError("a chain of signs")
                 term = negative(self.term())
                 total = term if total is None else add(total, term)
             elif self.at("pm", "mp"):
@@ -280,7 +282,8 @@ class Parser(Atoms):
         """Whether a factor follows."""
         token = self.peek()
         if token.kind in ("let", "fn"):
-            return not self.is_unit_letter()
+            of_temperature = token.text in ("C", "F") and self.ends_after(1) and self.after_circ()
+            return not self.is_unit_letter() and not of_temperature
         if token.kind == "num":
             before = self.tokens[self.place - 1]
             if before.kind == "let" and self.peek(1).text != "^":
@@ -290,6 +293,11 @@ class Parser(Atoms):
             return token.text in ("(", "{", "[") or (token.text in ("|", "\\|") and not self.bars)
         return token.kind == "cmd" and token.text in _BEGINNING
 
+    def after_circ(self) -> bool:
+        """Whether a sign of degrees was read last."""
+        before = [token.text for token in self.tokens[max(self.place - 2, 0) : self.place]]
+        return before[-1:] == ["circ"] or before == ["circ", "}"]
+
     def is_unit_letter(self) -> bool:
         """Whether the next letter is a unit rather than a variable."""
         token = self.peek()
@@ -298,7 +306,8 @@ class Parser(Atoms):
             and token.spaced
             and token.text in math_units.SINGLE
             and self.tokens[self.place - 1].kind == "num"
-            and self.ends_after(1)
+            and (self.ends_after(1) or self.ends_after(3))
+            and (self.ends_after(1) or self.peek(1).text in ("^", "/"))
         )
 
     def no_digits_before(self) -> bool:
@@ -321,25 +330,14 @@ class Parser(Atoms):
             if slash != "/" or not (over.isdigit() and under.isdigit() and token.text.isdigit()):
                 raise UnreadableError("digits beside digits")
             self.place += 3
-            return self.mixed(value, quotient(number(int(over)), number(int(under))))
+            return mixed(value, quotient(number(int(over)), number(int(under))))
         if after.text == "frac" and after.kind == "cmd":
             start = self.place
             part = self.fraction()
             if part[0] == "num" and token.text.isdigit() and self.tokens[start + 1].text != "-":
-                return self.mixed(value, part)
+                return mixed(value, part)
             return product([value, part])
         return value
-
-    @staticmethod
-    def mixed(whole: Node, part: Node) -> Node:
-        """A whole number and a proper fraction.
-
-        Raises:
-          UnreadableError: the fraction is improper.
-        """
-        if part[0] != "num" or not 0 < part[1] < part[2]:
-            raise UnreadableError("a number beside an improper fraction")
-        return number(whole[1] + Fraction(part[1], part[2]))
 
     def power(self) -> Node:
         """An atom with exponents, factorials and signs of degrees after it."""

@@ -164,8 +164,14 @@ def _thousands(text: str) -> list[str]:
     return list(dict.fromkeys(variants))
 
 
+_OPTION = re.compile(r"\s*(?:option|choice)\s+\(?([A-J])\)?\s*", re.IGNORECASE)
+
+
 def _choice(text: str) -> tuple[Node, ...] | None:
     r"""`\textbf{(B)}\ 17`, `(B)`, `B.`; a letter alone is a letter."""
+    option = _OPTION.fullmatch(_STYLE.sub(r"\1", text))
+    if option is not None:
+        return (("choice", option[1], None),)
     match = _CHOICE.fullmatch(_STYLE.sub(r"\1", text))
     if match is None:
         return None
@@ -196,9 +202,11 @@ def _words(text: str) -> Node | None:
         return None
     if re.search(r"[A-Za-z](?:\s*,\s*|\s+(?:and|or)\s+)[A-Za-z]\b(?![a-z])", styled):
         return None  # a list of letters
-    value = _counted([run.lower() for run in runs])
-    if value is not None:
-        return ("num", value, 1)
+    for length in range(len(runs), 0, -1):
+        value = _counted([run.lower() for run in runs[:length]])
+        unit = math_units.phrase(list(runs[length:]))
+        if value is not None and unit is not None:
+            return ("qty", number(value), unit) if runs[length:] else number(value)
     joined = "".join(runs).lower()
     if {run.lower() for run in runs} & {"sin", "cos", "tan", "log", "exp", "sqrt", "arctan"}:
         return None

@@ -100,12 +100,28 @@ def _of_relation(value: Node) -> Region | None:
     if signs[0][0] == ">":
         signs, sides = tuple(sign.replace(">", "<") for sign in signs[::-1]), sides[::-1]
     closed = [sign == "<=" for sign in signs]
+    if len(sides) == 2:
+        around = _around_zero(sides, closed[0])
+        if around is not None:
+            return around
     if len(sides) == 3 and is_name(sides[1]):
         return Region([("interval", *closed, sides[0], sides[2])], sides[1])
     if len(sides) == 2 and is_name(sides[0]):
         return Region([("interval", False, closed[0], negative(INFINITY), sides[1])], sides[0])
     if len(sides) == 2 and is_name(sides[1]):
         return Region([("interval", closed[0], False, sides[0], INFINITY)], sides[1])
+    return None
+
+
+def _around_zero(sides: Sequence[Node], closed: bool) -> Region | None:
+    """|x| < a, or a < |x|, of a variable."""
+    for place, side in enumerate(sides):
+        if side[:2] == ("fn", "abs") and side[2][0] == "sym" and side[2][1].islower():
+            bound = sides[1 - place]
+            if place == 0:
+                return Region([("interval", closed, closed, negative(bound), bound)], side[2])
+            below = ("interval", False, closed, negative(INFINITY), negative(bound))
+            return Region([below, ("interval", closed, False, bound, INFINITY)], side[2])
     return None
 
 

@@ -239,7 +239,8 @@ def first_tiers(
 
 def _readings(reference: str, answer: str) -> tuple[Any, ...]:
     """Of an answer; a letter after a space is a unit too, where the reference has no letters."""
-    if re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", reference)):
+    bare_reference = re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+", "", reference)
+    if re.search(r"[A-Za-z]", bare_reference):
         return read(answer)
     return read_with_units(answer)
 

@@ -131,7 +131,7 @@ _EXPONENT = re.compile(
     # Right after a number: of digits alone, or with a sign where the number ends there.
     r"\s?[eE](?P<plain>\d{1,9})(?![\d.])"
     r"|[eE](?P<signed>[+-]\d{1,9})"
-    r"(?=\s*(?:$|[,;)\]}%$]|\\\}|\\(?:text|mathrm|,|;| |%|right|times|cdot))"
+    r"(?=\s*(?:$|[,;)\]}%$]|\\\}|\\(?:text|mathrm|[,;:! %)\]]|right|times|cdot))"
     r"|\s+(?:" + "|".join(sorted(math_units.PLAIN, key=len, reverse=True)) + r"|[mgsJNVWK])\b)"
 )
 _ROMAN_E = re.compile(

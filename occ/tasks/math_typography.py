@@ -103,6 +103,8 @@ _LEAD = re.compile(
 
 
 _FINAL = re.compile(r"(?:\\,|\\;|\\!|\\ |\\|(?<!\.)[.,;。])\s*\Z")
+_DELIMITERS = ((r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$"))
+_TAG = re.compile(r"</?(?:b|i|strong|em|code|p|span|u)>", re.IGNORECASE)
 # A sentence after the answer, or words in brackets.
 _TAIL = re.compile(
     r"([0-9A-Za-z)}$\]])(?:\.\$?\s+(?=[A-Z][a-z]*\s)(?!.*\b(?:not|no|wrong|but)\b)[A-Za-z ,']+"
@@ -116,6 +118,7 @@ def bare(text: str) -> str:
     >>> bare("**29**."), bare("`29`"), bare("The answer is $29$.")
     ('29', '29', '$29$')
     """
+    text = _TAG.sub("", text)
     before = None
     while text != before:
         before = text
@@ -123,6 +126,10 @@ def bare(text: str) -> str:
         text = _FINAL.sub("", text)
         if len(text) > 1 and text[0] == text[-1] and text[0] in "_\"'":
             text = text[1:-1]
+        for opening, closing in _DELIMITERS:
+            inside = text[len(opening) : -len(closing)]
+            if text == opening + inside + closing and opening not in inside:
+                text = inside
     lead = _LEAD.match(text)
     text = text[lead.end() :] if lead and lead.end() < len(text) else text
     return _TAIL.sub(r"\1", text)

@@ -102,7 +102,9 @@ _REFUSED = frozenset(
     names(
         "not no than least most about if but approximately around nearly minus plus times "
         "modulo mod over by where when with is are was isn wrong never except without either "
-        "nor less more"
+        "nor less more factorial half halves third thirds quarter quarters fifth fifths tenth "
+        "tenths hundredth hundredths thousandth thousandths doubled tripled twice negative maybe "
+        "perhaps probably possibly guess root"
     )
 )
 
@@ -185,6 +187,8 @@ def phrase(words: list[str | int]) -> Unit | None:
                 sign = -1
             elif name.lower() in _POWERS:
                 if name.lower() in ("squared", "cubed"):
+                    if last == NONE:
+                        return None  # "5 squared" is 25
                     total = times(total, last, sign * (_POWERS[name.lower()] - 1))
                 else:
                     power = _POWERS[name.lower()]

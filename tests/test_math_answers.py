@@ -437,6 +437,7 @@ def test_a_reference_that_cannot_be_read_is_no_fault_of_the_answer(verifier):
 
 def test_what_only_math_verify_reads_is_left_to_it(verifier):
     integral = r"\int_{0}^{1} x dx"
+    assert "symbolic" not in vars(verifier)  # no process of it before it is needed
     verdicts = verifier.judge([integral] * 4, boxed([r"\frac{1}{2}", "x^2", "0.5", r"\int_{0}"]))
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0, 0.0]
 

@@ -226,8 +226,6 @@ class Atoms(Cursor):
         self.deeper()
         bars, self.bars = self.bars, 0
         items, _ = self.items()
-        if self.accept("choose"):
-            items = [("fn", "binom", items[0], self.sum())]
         self.expect("}")
         self.bars, self.depth = bars, self.depth - 1
         return items[0] if len(items) == 1 else ("set", *items)

@@ -135,6 +135,8 @@ class Parser(Atoms):
         if time is not None:
             return time
         value = self.sum()
+        if self.accept("choose"):
+            return ("fn", "binom", value, self.sum())
         if self.at(":"):
             parts = [value]
             while self.accept(":"):

@@ -250,7 +250,7 @@ _FOR_MATH_VERIFY = re.compile(r"[0-9A-Za-z \\{}()\[\]|+*/^_=<>.,:;!&'-]*", re.AS
 
 
 def _unread(reference: str, answer: str, problem: str) -> Verdict | list[tuple[Any, Any]]:
-    if not re.search(r"\\(?:int|sum|prod|lim|cap|log|ln|max|min|gcd)(?![A-Za-z])", reference):
+    if not re.search(r"\\(?:int|sum|prod|lim|cap|max|min|gcd)(?![A-Za-z])", reference):
         return Verdict(None, "failed", f"the reference {reference!r} cannot be read: {problem}")
     for text in (reference, answer):
         if _FOR_MATH_VERIFY.fullmatch(plain(text)) is None or "__" in text:

@@ -81,6 +81,7 @@ def typography(text: str) -> str:
     >>> typography("−3×10⁻⁵½")
     '-3\\times 10^{-5}\\frac{1}{2}'
     """
+    text = re.sub(r"\\left\s*<", r"\\langle ", re.sub(r"\\right\s*>", r"\\rangle ", text))
     text = text.replace("∛", r"\sqrt[3]").replace("∜", r"\sqrt[4]")
     text = _FORMS.sub(lambda found: unicodedata.normalize("NFKC", found.group()), text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda run: f"^{{{run.group().translate(_RAISED)}}}", text)
@@ -95,6 +96,7 @@ def _vulgar(match: re.Match[str]) -> str:
 
 
 _LEAD = re.compile(
+    r"\\text\{(?![^{}]*\b(?:no|not|wrong)\b)[^{}]*\b(?:answer|result|solution)\b[^{}]*\}\s*[=:]?\s*|"
     r"(?:(?:so|thus|hence|therefore),?\s+)?"
     r"(?:(?:the|my|our|final|correct|right|required|value|of|[A-Za-z])\s+)*?"
     r"(?:answer|result|solution|value)\s*(?:is\s*:?|equals|=|:|\\approx)\s*",
@@ -122,7 +124,7 @@ def bare(text: str) -> str:
     before = None
     while text != before:
         before = text
-        text = text.strip().strip("`").strip("*").strip()
+        text = text.strip("`*_ ")
         text = _FINAL.sub("", text)
         if len(text) > 1 and text[0] == text[-1] and text[0] in "_\"'":
             text = text[1:-1]

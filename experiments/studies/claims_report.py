@@ -382,8 +382,9 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
     n = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     text = (
         "Points of per cent unless said otherwise; mean and 95 % Student-t interval over seeds "
-        f"(n = {n}); differences are paired by seed, bold where the interval excludes 0. "
-        "With this many comparisons one in twenty is bold by chance.\n\n"
+        f"(n = {n}) of one warm start a setting, without the spread between warm starts; "
+        "differences are paired by seed, bold where the interval excludes 0. With this many "
+        "comparisons one in twenty is bold by chance.\n\n"
     )
     text += "\n\n".join(f"### {title}\n\n{table}" for title, table in sections.items()) + "\n"
     (output / "table.md").write_text(text)

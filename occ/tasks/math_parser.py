@@ -286,6 +286,8 @@ class Parser(Atoms):
         if token.kind in ("let", "fn"):
             of_temperature = token.text in ("C", "F") and self.ends_after(1) and self.after_circ()
             return not self.is_unit_letter() and not of_temperature
+        if token.kind == "word":  # "2A + B" in roman type
+            return len(token.text) == 1 and self.peek(1).text in ("+", "-", "=")
         if token.kind == "num":
             before = self.tokens[self.place - 1]
             if before.kind == "let" and self.peek(1).text != "^":
@@ -308,8 +310,7 @@ class Parser(Atoms):
             and token.spaced
             and token.text in math_units.SINGLE
             and self.tokens[self.place - 1].kind == "num"
-            and (self.ends_after(1) or self.ends_after(3))
-            and (self.ends_after(1) or self.peek(1).text in ("^", "/"))
+            and (self.ends_after(1) or (self.peek(1).text in ("^", "/") and self.ends_after(3)))
         )
 
     def no_digits_before(self) -> bool:

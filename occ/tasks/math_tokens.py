@@ -169,7 +169,7 @@ class _Scanner:
 
     def __init__(self) -> None:
         self.found: list[Token] = []
-        self.spaced = False
+        self.spaced = self.as_text = False
 
     def put(self, kind: str, text: str, roman: bool = False) -> None:
         """Adds a token."""
@@ -243,7 +243,9 @@ class _Scanner:
         inside = text[match.end() : end - 1]
         # A bold number or formula is what it would be without.
         roman = match["style"].strip("\\{* ") in _ROMAN and not re.fullmatch(r"[\d.\s]+", inside)
+        outside, self.as_text = self.as_text, "text" in match["style"] or "box" in match["style"]
         self.scan(inside.replace(r"\&", " and "), roman=roman, depth=depth + 1)
+        self.as_text = outside
         return end
 
     def escaped(self, value: str) -> None:
@@ -278,7 +280,8 @@ class _Scanner:
         """Letters that stand together."""
         before = self.found[-1] if self.found else None
         number_before = before is not None and (
-            before.kind == "num" or (roman and self.spaced and before.text in ("}", ")"))
+            before.kind == "num"
+            or (roman and before.text in ("}", ")") and (self.spaced or self.as_text))
         )
         name, lower = SPELT.get(run, run), run.lower()
         if name in FUNCTIONS:
@@ -289,7 +292,8 @@ class _Scanner:
             self.put("cmd", "sqrt" if run == "sqrt" else "infty")
         elif len(run) == 1:
             # Roman letters of formulas; others are units beside a number, and names elsewhere.
-            self.put("word" if roman and number_before and run not in "eid" else "let", run, roman)
+            unit = roman and number_before and run in math_units.LETTERS
+            self.put("word" if unit else "let", run, roman)
         elif (
             roman
             or lower in _PLAIN_WORDS

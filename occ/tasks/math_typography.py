@@ -96,6 +96,10 @@ def _vulgar(match: re.Match[str]) -> str:
 
 
 _LEAD = re.compile(
+    # "The number of ways is", unless it says what is not the answer.
+    r"(?![A-Za-z ]*\b(?:no|not|none|never|neither|nor|wrong|false|incorrect)\b)"
+    r"(?![A-Za-z ]*\b(?:more|less|than|if|one|two)\b)"
+    r"[A-Z][a-z]*(?:\s[a-z]+){0,8}\s(?:is|are|equals)\s*:?\s+(?![a-z])|"
     r"\\text\{(?![^{}]*\b(?:no|not|wrong)\b)[^{}]*\b(?:answer|result|solution)\b[^{}]*\}\s*[=:]?\s*|"
     r"(?:(?:so|thus|hence|therefore),?\s+)?"
     r"(?:(?:the|my|our|final|correct|right|required|value|of|[A-Za-z])\s+)*?"
@@ -133,5 +137,6 @@ def bare(text: str) -> str:
             if text == opening + inside + closing and opening not in inside:
                 text = inside
     lead = _LEAD.match(text)
-    text = text[lead.end() :] if lead and lead.end() < len(text) else text
+    if lead and lead.end() < len(text):
+        return bare(text[lead.end() :])
     return _TAIL.sub(r"\1", text)

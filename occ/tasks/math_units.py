@@ -128,6 +128,7 @@ def _units() -> dict[str, Unit]:
 
 
 _UNITS = _units()
+LETTERS = frozenset([name for name in _UNITS if len(name) == 1] + ["C"])  # in roman type
 SINGLE = frozenset("mghsJNVWKLAT")  # letters that are units after a number and a space
 # Letters together that are a unit even if nothing marks them as text.
 PLAIN = frozenset(name for name in _UNITS if name.isascii() and name.isalpha() and len(name) > 1)

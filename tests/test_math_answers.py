@@ -435,6 +435,23 @@ def test_a_reference_that_cannot_be_read_is_no_fault_of_the_answer(verifier):
     assert list(verifier.check_references(["x^2", *bad, "12"])) == bad
 
 
+@pytest.mark.parametrize("answer", [r"\frac{2+3\mathrm{_i}}{13}", "5 ± 21 个", "12_x", "12_{\\pi}"])
+def test_odd_forms_are_wrong_and_no_fault(verifier, answer):
+    """Found by splicing the committed pairs: these raised in the reader."""
+    verdicts = verifier.judge(["2", r"\infty", r"-1,\sqrt{3}"], boxed([answer] * 3))
+    assert [verdict.reward for verdict in verdicts] == [0.0, 0.0, 0.0]
+
+
+def test_a_fault_of_the_reader_invalidates_its_sample_alone(verifier, monkeypatch):
+    def fail(*_, **__):
+        raise IndexError("planted")
+
+    monkeypatch.setattr("occ.tasks.math_task.compare", fail)
+    verdicts = verifier.judge(["2", "3"], boxed(["3", "3"]))
+    assert [v.outcome for v in verdicts] == ["invalid", "right"]
+    assert verdicts[0].detail == "IndexError: planted"
+
+
 def test_what_only_math_verify_reads_is_left_to_it(verifier):
     integral = r"\int_{0}^{1} x dx"
     assert "symbolic" not in vars(verifier)  # no process of it before it is needed

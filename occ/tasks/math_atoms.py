@@ -81,7 +81,7 @@ class Atoms(Cursor):
         self.expect("_")
         value = self.argument()
         words = {"two": 2, "three": 3, "eight": 8, "ten": 10}
-        base = value[1] if value[0] == "num" and value[2] == 1 else words.get(str(value[1]), 0)
+        base = value[1] if value[0] == "num" and value[2] == 1 else words.get(str(value[-1]), 0)
         if not token.text.isdigit() or not 2 <= base <= 36 or max(map(int, token.text)) >= base:
             raise UnreadableError("an index on a number")
         return ("base", token.text, base)

@@ -370,7 +370,7 @@ def _scaled(value: Node, scale: Fraction) -> Node:
 
 def _substituted(node: Node) -> Node:
     """With numbers for variables."""
-    if not isinstance(node, tuple):
+    if not isinstance(node, tuple) or not node:
         return node
     if node[0] == "sym":
         digits = sum(ord(letter) * 7**place for place, letter in enumerate(node[1]))

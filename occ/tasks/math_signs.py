@@ -49,7 +49,7 @@ def _spread(value: Node, choices: Sequence[tuple[bool, ...]]) -> Node:
 
 
 def _signed(node: Node, signs: Any) -> Node:
-    if not isinstance(node, tuple):
+    if not isinstance(node, tuple) or not node:
         return node
     if node[0] not in ("pm", "mp"):
         return tuple(_signed(part, signs) for part in node)

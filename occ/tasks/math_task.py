@@ -140,7 +140,10 @@ class MathVerifier:
         formulas: dict[tuple[str, str], list[Any]] = {}
         others: list[tuple[str, str]] = []
         for reference, answer in dict.fromkeys(pairs):
-            found = first_tiers(reference, answer, by_text=by_text)
+            try:
+                found = first_tiers(reference, answer, by_text=by_text)
+            except Exception as error:  # a fault of the reader's, which is no judgement
+                found = Verdict(None, "failed", f"{type(error).__name__}: {error}")
             if isinstance(found, Verdict):
                 verdicts[reference, answer] = found
             elif found:
@@ -316,7 +319,7 @@ class MathTask(Task):
             return answer[:MAX_CHARACTERS]
         try:
             [value, *_] = read(answer)
-        except UnreadableError:
+        except Exception:  # it is unreadable, or the reader fails: the text itself is the vote
             return plain(answer)
         return spelling(value) or plain(answer)
 

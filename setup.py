@@ -10,27 +10,24 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"', (ROOT / "occ" / "__init__.py").read_text(encoding="utf-8"), re.M
 )[1]
 
-EXPERIMENTS = [
-    "matplotlib",
+# What the subpackages need besides; where it is missing, `occ.extras.require` says so.
+TRAIN = [
+    "chex",
+    "flax>=0.12",
+    "jaxtyping",
+    "orbax-checkpoint>=0.11",
     "reasoning-gym",
-    "tensorboardX",
-    "tqdm",
-    "tyro",
+    "scipy",
+    "tensorflow-datasets",
 ]
-MATH = ["math-verify", "mpmath"]
-DATA = ["grain", "pyarrow", "requests"]  # published problems; no TensorFlow
-TEST = [
-    "beartype",
-    "hypothesis",
-    "mypy",
-    "pytest",
-    "pytest-xdist",
-    "ruff",
-]
-NOTEBOOKS = ["ipykernel", "matplotlib", "nbclient", "nbmake"]
-PLAN = ["jax[tpu]"]  # the TPU compiler; no TPU needed
-PARITY = ["accelerate", "torch", "torchjd[cagrad,nash-mtl]", "transformers"]
-PRETRAINED = ["gguf", "jinja2>=3.1.6", "safetensors", "tokenizers"]  # older Jinjas leak
+EXPERIMENTS = [*TRAIN, "matplotlib", "tensorboardX", "tqdm", "tyro"]
+DATA = [*TRAIN, "grain", "pyarrow", "requests"]  # published problems; no TensorFlow
+MATH = [*TRAIN, "math-verify", "mpmath"]
+PRETRAINED = [*TRAIN, "gguf", "jinja2>=3.1.6", "safetensors", "tokenizers"]  # older Jinjas leak
+NOTEBOOKS = [*EXPERIMENTS, "ipykernel", "nbclient", "nbmake"]
+PARITY = [*TRAIN, "accelerate", "torch", "torchjd[cagrad,nash-mtl]", "transformers"]
+PLAN = [*EXPERIMENTS, "jax[tpu]"]  # the TPU compiler; no TPU needed
+CHECKS = ["beartype", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"]
 
 setuptools.setup(
     name="occ-jax",
@@ -42,25 +39,16 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["occ", "occ.*"]),
     package_data={"occ": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=[
-        "chex",
-        "flax>=0.12",
-        "jax>=0.8",
-        "jaxtyping",
-        "numpy",
-        "optax>=0.2.5",
-        "orbax-checkpoint>=0.11",
-        "scipy",
-        "tensorflow-datasets",
-    ],
+    install_requires=["jax>=0.8", "optax>=0.2.5"],
     extras_require={
+        "train": TRAIN,
         "experiments": EXPERIMENTS,
         "data": DATA,
         "math": MATH,
-        "test": EXPERIMENTS + DATA + MATH + PRETRAINED + TEST + NOTEBOOKS,
-        "notebooks": EXPERIMENTS + NOTEBOOKS,
-        "parity": PARITY,
-        "plan": EXPERIMENTS + PLAN,
         "pretrained": PRETRAINED,
+        "notebooks": NOTEBOOKS,
+        "test": [*NOTEBOOKS, *DATA, *MATH, *PRETRAINED, *CHECKS],
+        "parity": PARITY,
+        "plan": PLAN,
     },
 )

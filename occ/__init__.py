@@ -1,7 +1,7 @@
 """Optimal Coefficient Calibration (OCC) of auxiliary gradients, as an optax transformation.
 
 The transformation needs jax and optax alone. Models, objectives, tasks and the training loop are
-subpackages that are imported on their own.
+subpackages that are imported on their own, and need the extra `train`.
 """
 
 from occ import measures, rules

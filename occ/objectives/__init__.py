@@ -1,1 +1,5 @@
 """Losses as pure functions of arrays with explicit masks."""
+
+from occ.extras import require
+
+require("train", __name__, "jaxtyping")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from occ.extras import require
 from occ.tasks.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ def load(name: str, **options: Any) -> Task:
 
     Raises:
       ValueError: unknown task or option.
+      ImportError: an extra that the task needs is not installed.
     """
     # A loader is imported when it is asked for, so that one task can be used without the packages
     # of all.
@@ -158,6 +160,9 @@ def load(name: str, **options: Any) -> Task:
     }
     if name not in loaders:
         raise ValueError(f"load: unknown task {name!r}; expected one of {sorted(loaders)}.")
+    if loaders[name] == "mathematics":
+        modules = ("math_verify", "mpmath", "pyarrow", "requests")
+        require("data,math", f"task {name!r}", *modules)
     module = importlib.import_module(f"occ.tasks.{loaders[name]}")
     if name == "dapo_math_17k":
         options = {"dataset": name, **options}

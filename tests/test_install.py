@@ -1,0 +1,131 @@
+"""What `pip install` brings: the whole package, and with it jax and optax alone."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from occ import tasks
+from occ.extras import require
+
+ROOT = pathlib.Path(__file__).parent.parent
+NEED_TRAIN = ["evaluation", "generation", "models", "objectives", "tasks", "training"]
+# jax itself brings scipy.
+HEAVY = {"chex", "flax", "jaxtyping", "orbax-checkpoint", "reasoning-gym", "tensorflow-datasets"}
+
+INSPECT = f"""
+import importlib, json, pathlib
+from importlib import metadata
+import occ, occ.theory
+
+def message(name):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return str(error)
+
+folder = pathlib.Path(occ.__file__).parent
+print(json.dumps({{
+    "installed": [d.name.lower().replace("_", "-") for d in metadata.distributions()],
+    "requires": [r for r in metadata.requires("occ-jax") if "extra ==" not in r],
+    "messages": {{name: message("occ." + name) for name in {NEED_TRAIN}}},
+    "files": [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()],
+}}))
+"""
+
+
+def run(*command, folder):
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Outside the checkout: a fresh environment into which its package is installed."""
+    folder = tmp_path_factory.mktemp("core")
+    run(sys.executable, "-m", "venv", folder / "venv", folder=folder)
+    pip = [folder / "venv" / "bin" / "python", "-m", "pip", "install", "-q"]
+    try:
+        run(*pip, "--dry-run", "--no-deps", "--retries", "1", "optax", folder=folder)
+    except AssertionError as error:
+        reason = f"pip reaches no package index:\n{error}"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    # Of a copy, so that nothing is built in the checkout, nor from what was built there before.
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "occ", source / "occ", ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    run(*pip, "--no-compile", source, folder=folder)
+    shutil.rmtree(source)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return json.loads(run(folder / "venv" / "bin" / "python", "-c", INSPECT, folder=folder))
+
+
+@pytest.mark.slow
+def test_the_core_brings_jax_and_optax_alone(found):
+    required = {re.match(r"[\w.-]+", requirement)[0] for requirement in found["requires"]}
+    assert required == {"jax", "optax"}
+    assert {"occ-jax", "jax", "optax"} <= set(found["installed"])
+    assert not HEAVY & set(found["installed"])
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_whole_package(found):
+    expected = {p.relative_to(ROOT / "occ").as_posix() for p in (ROOT / "occ").rglob("*.py")}
+    actual = {name for name in found["files"] if "__pycache__" not in name}
+    assert actual == expected | {"py.typed"}
+
+
+@pytest.mark.slow
+def test_the_optax_example_of_the_readme_runs_on_the_core(folder):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    [example] = [block for block in blocks if "occ.calibrate(" in block]
+    (folder / "example.md").write_text(example, "utf-8")
+    python = folder / "venv" / "bin" / "python"
+    options = ["-v", "-o", "NORMALIZE_WHITESPACE", "-o", "ELLIPSIS"]
+    output = run(python, "-m", "doctest", *options, "example.md", folder=folder)
+    assert f"{example.count('>>> ')} passed" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEED_TRAIN)
+def test_on_the_core_a_subpackage_names_its_extra(found, name):
+    message = found["messages"][name]
+    assert message is not None and message.startswith(f"occ.{name} needs ")
+    assert message.endswith("pip install 'occ-jax[train]'.")
+
+
+def test_require_names_what_is_missing_alone():
+    require("train", "occ.models", "jax")
+    with pytest.raises(ImportError) as caught:
+        require("data", "occ.tasks.datasets", "jax", "missing_a", "missing_b")
+    assert caught.value.name == "missing_a"
+    assert str(caught.value) == (
+        "occ.tasks.datasets needs missing_a, missing_b, not installed: pip install 'occ-jax[data]'."
+    )
+
+
+def test_tasks_of_mathematics_name_their_extras(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"task 'math' needs .*mpmath.*'occ-jax\[data,math\]'"):
+        tasks.load("math")

@@ -58,7 +58,7 @@ def train(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     task = tasks.load(base.task, **base.task_options)
     for selection in task.selections:  # type: ignore[attr-defined]
         print(selection)
-    start = loop.init_model(base)
+    start = loop.init_policy(base)
     paths = []
     rollout = None
     for name in REGIMES:

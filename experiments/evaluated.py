@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,7 +15,8 @@ from experiments import runs
 from occ import sources, tasks
 from occ.evaluation import acceptance
 from occ.evaluation.completions import Sampler, Settings, benchmark_key
-from occ.generation.sampling import SamplingConfig, check_fits, generate
+from occ.generation.sampling import SamplingConfig, check_fits
+from occ.models.policy import Policy
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts
 from occ.training import programs as training_programs
@@ -33,8 +33,9 @@ from occ.training.durable.checkpoints import Checkpoints
 from occ.training.durable.run_folder import read_config
 from occ.training.processes import to_host
 from occ.training.rollout import Scores, build_programs
-from occ.training.sharding import for_generation, make_mesh
-from occ.training.start.pretrained import load_model
+from occ.training.rollout import sampler as rollout_sampler
+from occ.training.sharding import make_mesh
+from occ.training.start.pretrained import load_policy
 
 PUBLISHED = ("math", "dapo_math_17k")
 """Tasks that evaluate on published benchmarks; others on their own test problems."""
@@ -50,7 +51,7 @@ class Model:
       config: of the run; of a published model, what generation and scoring read of one.
       task: judges, and has the tokenizer.
       benchmarks: problems of each.
-      graphdef, params, rest: the model.
+      policy: the model.
       score: `RolloutPrograms.score`.
       mesh: that it lives on.
     """
@@ -60,9 +61,7 @@ class Model:
     config: TrainConfig
     task: Task
     benchmarks: dict[str, Sequence[Problem]]
-    graphdef: Any
-    params: Any
-    rest: Any
+    policy: Policy
     score: Callable[..., Scores]
     mesh: Mesh
 
@@ -105,9 +104,7 @@ def from_run(
         config=config,
         task=task,
         benchmarks=problems,
-        graphdef=built.graphdef,
-        params=restored.state.params,
-        rest=restored.state.rest,
+        policy=restored.state.policy(config.model),
         score=built.rollout.score,
         mesh=built.mesh,
     )
@@ -147,18 +144,14 @@ def from_pretrained(
     )
     config = published if layout is None else _moved(published, layout)
     task, problems = _task(config, benchmarks, {})
-    graphdef, *_ = training_programs.abstract_model(config)
-    params, rest = load_model(config)
     return Model(
         label=path.stem,
         name=path.stem,
         config=config,
         task=task,
         benchmarks=problems,
-        graphdef=graphdef,
-        params=params,
-        rest=rest,
-        score=build_programs(graphdef, config, task).score,
+        policy=load_policy(config),
+        score=build_programs(config, task).score,
         mesh=make_mesh(config.layout),
     )
 
@@ -239,16 +232,20 @@ def sampling_config(model: Model, settings: Settings) -> SamplingConfig:
 
 def sampler(model: Model, config: SamplingConfig) -> Sampler:
     """What samples from the model; models of one architecture share what is compiled."""
-    compute = model.config.model.compute
-    return lambda *arguments: _sample(
-        model.graphdef, config, compute, model.params, model.rest, *arguments
+    program = _compiled(config, model.config)
+    return lambda prompts, prompt_mask, key, numbers: program(
+        model.policy, prompts, prompt_mask, key, rows=numbers
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(graphdef, config, compute, params, rest, prompts, prompt_mask, key, numbers):
-    params = for_generation(params, compute)
-    return generate(graphdef, params, rest, prompts, prompt_mask, key, config=config, rows=numbers)
+_PROGRAMS: dict[str, Any] = {}
+
+
+def _compiled(sampling: SamplingConfig, config: TrainConfig) -> Any:
+    key = repr((sampling, config.model))
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = jax.jit(rollout_sampler(sampling, config))
+    return _PROGRAMS[key]
 
 
 def measure_acceptance(
@@ -280,7 +277,7 @@ def measure_acceptance(
         key = benchmark_key(settings.seed, name)
         made = to_host(greedy(tokens[rows], mask[rows], key, rows.astype(np.int32)))
         segment_ids = segments_of(mask[rows], made.response_mask)
-        agrees = to_host(model.score(model.params, model.rest, made.tokens, segment_ids)).mtp_agrees
+        agrees = to_host(model.score(model.policy, made.tokens, segment_ids)).mtp_agrees
         counts = acceptance.count(agrees[:, :size], made.response_mask[:size])
         total = counts if total is None else total.plus(counts)
     assert total is not None

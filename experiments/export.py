@@ -19,11 +19,12 @@ import jax
 import tyro
 
 from occ.models import pretrained
+from occ.models.policy import abstract_policy
 from occ.training.config import TrainConfig
 from occ.training.durable.checkpoints import Checkpoints
 from occ.training.durable.run_folder import read_config
 from occ.training.layout import LayoutConfig
-from occ.training.programs import abstract_model, abstract_state
+from occ.training.programs import abstract_state
 from occ.training.sharding import make_mesh
 
 
@@ -56,8 +57,8 @@ def export(arguments: Arguments) -> int:
     if config.layout.devices > jax.device_count():
         config = dataclasses.replace(config, layout=LayoutConfig())
     mesh = make_mesh(config.layout)
-    _, params, rest = abstract_model(config)
-    state = abstract_state(config, params, rest, mesh)
+    policy = abstract_policy(config.model)
+    state = abstract_state(config, policy, mesh)
     with (
         jax.set_mesh(mesh),
         Checkpoints(arguments.run / "checkpoints", read_only=True) as checkpoints,
@@ -65,9 +66,7 @@ def export(arguments: Arguments) -> int:
         number, restored, _ = checkpoints.read(state, arguments.which)
     pretrained.save(
         arguments.target,
-        config.model,
-        restored.params,
-        restored.rest,
+        restored.policy(config.model),
         like=_like(config) if arguments.like is None else arguments.like,
     )
     return number

@@ -11,8 +11,8 @@ for a training step that must know the weights before it has all gradients.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from occ import rules as rules_lib
 from occ import trees
 from occ.finiteness import all_finite, check, condition_number
 
+T = TypeVar("T")
 Leaves = Any  # None, a pytree of bools like the parameters, or a predicate on "path/of/leaf"
 
 
@@ -189,8 +190,22 @@ class Calibration:
             age=jnp.where(state.age > 0, state.age + 1, 0),
         )
 
-    def combine(self, weights: jax.Array, updates: Any, auxiliary: tuple[Any, ...]) -> Any:
-        """w_0 g + sum_k w_k m_k on shared leaves, g + sum_k m_k on the others.
+    def if_due(
+        self, state: CalibrationState, measured: Callable[[Any], T], held: Callable[[Any], T]
+    ) -> T:
+        """`measured(state)` where this update measures, `held(state)` where it keeps the weights.
+
+        The one place that decides it. Both must return the same structure of arrays; only the one
+        that is taken runs.
+        """
+        if self.every == 1:
+            return measured(state)
+        return jax.lax.cond(self.is_due(state), measured, held, state)
+
+    def apply_weights(self, weights: jax.Array, updates: Any, auxiliary: tuple[Any, ...]) -> Any:
+        """Applies the coefficients lambda_k = w_k: w_0 g + sum_k w_k m_k on shared leaves.
+
+        The others, which a single loss reaches, get g + sum_k m_k, unscaled.
 
         Args:
           weights: float [K+1].
@@ -227,17 +242,17 @@ class Calibration:
         auxiliary = trees.auxiliary_tuple(updates, auxiliary, self.num_auxiliary)
         auxiliary, finite = self.remove_nonfinite(auxiliary)
         evidence["gradients"] = (updates, *auxiliary)
-
-        def measured(state):
-            return self.weigh(state, evidence, statistics=statistics, finite=finite)
-
-        if self.every == 1:
-            state = measured(state)
-        else:
-            held = functools.partial(self.hold, finite=finite)
-            state = jax.lax.cond(self.is_due(state), measured, held, state)
+        state = self.if_due(
+            state,
+            lambda state: self.weigh(state, evidence, statistics=statistics, finite=finite),
+            lambda state: self.hold(state, finite),
+        )
         # Evidence may be non-finite where the gradient is finite: then the weight is 0 already.
-        return self.combine(state.weights, updates, auxiliary), state
+        return self.apply_weights(state.weights, updates, auxiliary), state
+
+    def measured_update(self, updates: Any, state: CalibrationState, **keywords) -> Any:
+        """`update` where `if_due` has already decided that this one measures."""
+        return dataclasses.replace(self, every=1).update(updates, state, **keywords)
 
     def remove_nonfinite(self, auxiliary: tuple[Any, ...]) -> tuple[tuple[Any, ...], jax.Array]:
         """Replaces auxiliary gradients that have a non-finite entry by zeros.

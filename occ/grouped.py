@@ -100,12 +100,25 @@ class GroupedCalibration:
             own_evidence = {key: _pick(value, name) for key, value in cut_evidence.items()}
             states[name] = self._one.weigh(state.groups[name], own_evidence, finite=finite)
             weights = states[name].weights
-            combined |= self._one.combine(weights, leaves, tuple(part[name] for part in parts))
+            combined |= self._one.apply_weights(
+                weights, leaves, tuple(part[name] for part in parts)
+            )
         total = _total(states)
         own = total.weights if self.scale_own else jnp.ones_like(total.weights)
         leaves = main.get(None, {})
-        combined |= self._one.combine(own, leaves, tuple(part.get(None, {}) for part in parts))
+        combined |= self._one.apply_weights(
+            own, leaves, tuple(part.get(None, {}) for part in parts)
+        )
         return self._restore(combined, updates), GroupedState(total, states)
+
+    def if_due(
+        self, state: GroupedState, measured: Callable[[GroupedState], Any], held: Any
+    ) -> Any:
+        """`measured(state)`: every update measures."""
+        del held
+        return measured(state)
+
+    measured_update = update
 
     @property
     def _one(self) -> Calibration:

@@ -56,4 +56,4 @@ def error(actual, expected):
 def configured(model, **mtp):
     """The same weights, with other fields of MTPConfig."""
     changed = dataclasses.replace(model.config.mtp, **mtp)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, mtp=changed))
+    return model.replace(config=dataclasses.replace(model.config, mtp=changed))

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from flax import nnx
 
 from experiments import compare_regimes, report, train
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
 from experiments.instruments import sampling_speed, step_cost
 from experiments.progress import interrupt
-from occ.models.decoder import Decoder, split_model
+from occ.models.policy import create_policy
 from occ.training import loop
 from occ.training.batch import Minibatch
 from occ.training.config import EvaluationConfig, RolloutConfig, WarmStartConfig, regime
@@ -35,12 +34,11 @@ pytestmark = pytest.mark.standard_promotion
 
 def abstract_step(config, rows=4, time=64):
     """Shapes of the train step's outputs, without a single parameter in memory."""
-    graphdef, *_ = split_model(nnx.eval_shape(lambda: Decoder(config.model, nnx.Rngs(0))))
 
     def start():
-        _, params, rest = split_model(Decoder(config.model, nnx.Rngs(0)))
+        policy = create_policy(config.model, 0)
         calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
-        return init_state(params, rest, build_optimizer(config.optimizer), calibration)
+        return init_state(policy, build_optimizer(config.optimizer), calibration)
 
     state = jax.eval_shape(start)
     ints, floats = (jax.ShapeDtypeStruct((rows, time), d) for d in (jnp.int32, jnp.float32))
@@ -57,7 +55,7 @@ def abstract_step(config, rows=4, time=64):
         rollout_log_prob=floats,
         reference_log_prob=floats,
     )
-    return state, *jax.eval_shape(make_train_step(graphdef, config), state, batch)
+    return state, *jax.eval_shape(make_train_step(config), state, batch)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +172,7 @@ def test_ctrl_c_stops_after_the_rollout_in_hand(at):
     config = dataclasses.replace(small(), mtp=regime("occ_paper"))
     task = train.runs.load_task(config)
     programs = loop.build(config, task)
-    start = loop.init_model(config)
+    start = loop.init_policy(config)
     rows, before = [], signal.getsignal(signal.SIGINT)
 
     def press(row):

@@ -33,7 +33,7 @@ def begin(folder, config):
     programs = loop.build(config, task)
     RunFolder(folder, config)
     with jax.set_mesh(programs.mesh), Checkpoints(folder / "checkpoints") as checkpoints:
-        state = programs.begin(*loop.init_model(config))
+        state = programs.begin(loop.init_policy(config))
         checkpoints.save(1, state, History().evaluated(1, 0.5))
         later = state.replace(params=jax.tree.map(lambda x: 2 * x, state.params))
         checkpoints.save(2, later, History().evaluated(1, 0.5))

@@ -10,6 +10,7 @@ import pytest
 from occ.generation.bucketing import COLUMN_RUNGS, Bucketed, padding_waste, portions
 from occ.generation.sampling import SamplingConfig, check_fits, generate, restrict, sample_token
 from occ.models.decoder import merge_model
+from occ.models.policy import Policy
 from tests.reference_models import MOE, random_model, rows, small_config
 
 SIZES = pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
@@ -17,7 +18,7 @@ LENGTHS = (2, 5, 3)
 PROMPT, NEW = 5, 6
 KEY = jax.random.key(7)
 
-sample = jax.jit(generate, static_argnums=0, static_argnames="config")
+sample = jax.jit(generate, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -115,7 +116,9 @@ def test_greedy_is_the_argmax_step_by_step(moe):
     config = small_config(dtype="float32", moe=moe)
     model = random_model(config)
     tokens, mask = prompts(config)
-    got = sample(*model, tokens, mask, KEY, config=SamplingConfig(NEW, temperature=0.0))
+    got = sample(
+        Policy(config, *model[1:]), tokens, mask, KEY, config=SamplingConfig(NEW, temperature=0.0)
+    )
     sequences, positions, segment_ids = whole(got, mask)
     logits = np.asarray(full_logits(*model, sequences, positions, segment_ids))
     np.testing.assert_array_equal(sequences[:, PROMPT:], logits[:, PROMPT - 1 : -1].argmax(-1))
@@ -141,7 +144,7 @@ def test_log_prob_is_that_of_the_distribution_drawn_from(moe, settings):
     model = random_model(config)
     tokens, mask = prompts(config)
     sampling = SamplingConfig(NEW, **settings)
-    got = sample(*model, tokens, mask, KEY, config=sampling)
+    got = sample(Policy(config, *model[1:]), tokens, mask, KEY, config=sampling)
     sequences, positions, segment_ids = whole(got, mask)
     logits = np.asarray(full_logits(*model, sequences, positions, segment_ids))
     assert got.log_prob.dtype == jnp.float32
@@ -160,11 +163,11 @@ def test_a_stop_token_ends_its_row():
     config = small_config(dtype="float32")
     model = random_model(config)
     tokens, mask = prompts(config)
-    free = sample(*model, tokens, mask, KEY, config=SamplingConfig(NEW))
+    free = sample(Policy(config, *model[1:]), tokens, mask, KEY, config=SamplingConfig(NEW))
     responses = np.asarray(free.tokens)[:, PROMPT:]
     stops = (int(responses[0, 2]), int(responses[1, 4]))
     sampling = SamplingConfig(NEW, stop_tokens=stops, pad_token=12)
-    got = sample(*model, tokens, mask, KEY, config=sampling)
+    got = sample(Policy(config, *model[1:]), tokens, mask, KEY, config=sampling)
     lengths = []
     for row in range(3):
         at = [t for t in range(NEW) if responses[row, t] in stops]
@@ -186,18 +189,20 @@ def test_a_stop_token_in_the_last_column_is_an_end():
     config = small_config(dtype="float32")
     model = random_model(config)
     tokens, mask = prompts(config)
-    free = np.asarray(sample(*model, tokens, mask, KEY, config=SamplingConfig(NEW)).tokens)[0]
+    free = np.asarray(
+        sample(Policy(config, *model[1:]), tokens, mask, KEY, config=SamplingConfig(NEW)).tokens
+    )[0]
     first = next(n for n in range(1, NEW + 1) if free[PROMPT + n - 1] not in free[PROMPT:][: n - 1])
     last = int(free[PROMPT + first - 1])
     sampling = SamplingConfig(first, stop_tokens=(last,))
-    got = sample(*model, tokens, mask, KEY, config=sampling)
+    got = sample(Policy(config, *model[1:]), tokens, mask, KEY, config=sampling)
     assert got.finished[0] and got.lengths[0] == first
 
 
 def test_decoding_stops_when_all_rows_have_ended():
     """Every token is a stop token, so that one step must do."""
     config = small_config(dtype="float32")
-    graphdef, params, rest = random_model(config)
+    _, params, rest = random_model(config)
     tokens, mask = prompts(config)
     every = SamplingConfig(NEW, stop_tokens=tuple(range(config.vocab_size)))
     steps = []
@@ -210,8 +215,8 @@ def test_decoding_stops_when_all_rows_have_ended():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("occ.generation.sampling.sample_token", counting)
-        got = jax.jit(functools.partial(generate, graphdef, config=every))(
-            params, rest, tokens, mask, KEY
+        got = jax.jit(functools.partial(generate, config=every))(
+            Policy(config, params, rest), tokens, mask, KEY
         )
         jax.effects_barrier()
     assert len(steps) == 1
@@ -225,16 +230,18 @@ def test_a_row_does_not_depend_on_the_others_or_on_padding():
     model = random_model(config)
     sampling = SamplingConfig(NEW, stop_tokens=(3,))
     tokens, mask = prompts(config)
-    got = sample(*model, tokens, mask, KEY, config=sampling)
+    got = sample(Policy(config, *model[1:]), tokens, mask, KEY, config=sampling)
 
     others, other_mask = prompts(config, (2, 1, 4), seed=5)
     others, other_mask = others.at[0].set(tokens[0]), other_mask.at[0].set(mask[0])
-    again = sample(*model, others, other_mask, KEY, config=sampling)
+    again = sample(Policy(config, *model[1:]), others, other_mask, KEY, config=sampling)
     np.testing.assert_array_equal(again.tokens[0], got.tokens[0])
     np.testing.assert_allclose(again.log_prob[0], got.log_prob[0], atol=1e-5)
 
     wider = jnp.pad(tokens, ((0, 0), (3, 0)), constant_values=9)
-    padded = sample(*model, wider, jnp.pad(mask, ((0, 0), (3, 0))), KEY, config=sampling)
+    padded = sample(
+        Policy(config, *model[1:]), wider, jnp.pad(mask, ((0, 0), (3, 0))), KEY, config=sampling
+    )
     np.testing.assert_array_equal(padded.tokens[:, 3:], got.tokens)
     np.testing.assert_allclose(padded.log_prob[:, 3:], got.log_prob, atol=1e-5)
 
@@ -245,9 +252,13 @@ def test_rows_with_one_prompt_and_other_keys_differ():
     tokens, _ = prompts(config)
     same = jnp.broadcast_to(tokens[1:2], (3, PROMPT))
     everywhere = jnp.ones((3, PROMPT), bool)
-    got = np.asarray(sample(*model, same, everywhere, KEY, config=SamplingConfig(NEW)).tokens)
+    got = np.asarray(
+        sample(Policy(config, *model[1:]), same, everywhere, KEY, config=SamplingConfig(NEW)).tokens
+    )
     assert len({tuple(row) for row in got}) == 3
-    other = sample(*model, same, everywhere, jax.random.key(8), config=SamplingConfig(NEW))
+    other = sample(
+        Policy(config, *model[1:]), same, everywhere, jax.random.key(8), config=SamplingConfig(NEW)
+    )
     assert (np.asarray(other.tokens) != got).any()
 
 
@@ -306,7 +317,9 @@ def test_generation_past_the_context_raises():
     config = small_config(dtype="float32", max_length=PROMPT + NEW - 1)
     tokens, mask = prompts(config)
     with pytest.raises(ValueError, match="exceed the context of max_length=10"):
-        sample(*random_model(config), tokens, mask, KEY, config=SamplingConfig(NEW))
+        sample(
+            Policy(config, *random_model(config)[1:]), tokens, mask, KEY, config=SamplingConfig(NEW)
+        )
 
 
 @pytest.mark.parametrize(
@@ -329,7 +342,7 @@ def test_bad_settings_raise(settings, match):
 
 
 def portioned(model, config, rows_at_a_time):
-    program = jax.jit(functools.partial(generate, model[0], config=config))
+    program = jax.jit(functools.partial(generate, config=config))
     return Bucketed(program, rows_at_a_time, config.pad_token)
 
 
@@ -340,9 +353,9 @@ def test_portions_sample_the_same_tokens(rows_at_a_time):
     model = random_model(config)
     tokens, mask = prompts(config, (5, 1, 8, 3, 1, 8, 2), columns=8)
     sampling = SamplingConfig(NEW, stop_tokens=(3, 5), pad_token=12)
-    expected = sample(*model, tokens, mask, KEY, config=sampling)
+    expected = sample(Policy(config, *model[1:]), tokens, mask, KEY, config=sampling)
     bucketed = portioned(model, sampling, rows_at_a_time)
-    got = bucketed(*model[1:], tokens, mask, KEY)
+    got = bucketed(Policy(config, *model[1:]), tokens, mask, KEY)
     for name in ("tokens", "response_mask", "finished", "lengths"):
         assert getattr(got, name).dtype == getattr(expected, name).dtype
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))

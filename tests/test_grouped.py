@@ -11,9 +11,9 @@ import pytest
 import occ
 from occ import measures, rules
 from occ.grouped import GroupedCalibration
+from occ.models.parameters import is_stacked, partition
 from occ.training.config import MTPTrainingConfig, regime
-from occ.training.gradient.calibration import build_calibration, by_layer, is_stacked
-from occ.training.gradient.stages import partition
+from occ.training.gradient.calibration import build_calibration, by_layer
 from tests import tiny
 
 

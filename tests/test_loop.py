@@ -23,7 +23,7 @@ from occ.training.durable.checkpoints import Checkpoints
 from occ.training.durable.run_folder import RunFolder, read_rows
 from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
-from occ.training.start.demonstrations import demonstration_batch, warm_start
+from occ.training.start.demonstrations import demonstration_batch, learn_from_demonstrations
 from occ.training.start.saved import load_start, save_start
 from occ.training.state import init_state
 from tests import tiny
@@ -48,8 +48,7 @@ def programs():
 @pytest.fixture(scope="module")
 def start(programs):
     with jax.numpy_dtype_promotion("standard"):
-        params, rest = loop.init_model(CONFIG)
-        return warm_start(programs.graphdef, params, rest, CONFIG, TASK), rest
+        return learn_from_demonstrations(loop.init_policy(CONFIG), CONFIG, TASK)
 
 
 def rows_of(folder):
@@ -60,7 +59,7 @@ def rows_of(folder):
 
 def newest(folder):
     state = init_state(
-        *loop.init_model(CONFIG),
+        loop.init_policy(CONFIG),
         build_optimizer(CONFIG.optimizer),
         build_calibration(CONFIG.mtp, 1),
     )
@@ -262,12 +261,12 @@ def test_a_kl_term_pulls_towards_the_starting_point(start, tmp_path):
 
 
 def test_the_warm_start_learns_from_demonstrations(programs):
-    fresh = loop.init_model(CONFIG)
+    fresh = loop.init_policy(CONFIG)
     losses = []
-    warm_start(programs.graphdef, *fresh, CONFIG, TASK, lambda step, all: losses.append(all))
+    learn_from_demonstrations(fresh, CONFIG, TASK, lambda step, all: losses.append(all))
     assert len(losses[0]) == 2 and np.all(np.array(losses[-1]) < 0.8 * np.array(losses[0]))
     none = dataclasses.replace(CONFIG, warm_start=WarmStartConfig(steps=0))
-    assert warm_start(programs.graphdef, *fresh, none, TASK) is fresh[0]
+    assert learn_from_demonstrations(fresh, none, TASK) is fresh
 
 
 def test_demonstrations_hold_prompt_answer_and_end():

@@ -15,9 +15,9 @@ from occ.training.config import (
     ObjectiveConfig,
     regime,
 )
-from occ.training.gradient.cotangents import Problem, rl_seam
+from occ.training.gradient.cotangents import rl_gradient
+from occ.training.gradient.inputs import step_inputs
 from occ.training.gradient.micro_batches import interleave, micro_batches
-from occ.training.gradient.stages import Stages, partition
 from tests import tiny
 
 
@@ -158,16 +158,17 @@ def test_a_loss_of_whole_sequences_is_the_same_in_chunks(x64, monkeypatch):
 def test_logits_in_chunks_are_computed_once_unless_the_loss_is_of_whole_sequences(policy, products):
     """Of the output head's products: logits, the gradient of its matrix, that of its input."""
     model_config = tiny.model_config(1)
-    graphdef, params, rest = model = tiny.build_model(model_config)
+    model = tiny.build_model(model_config)
     config = tiny.train_config(
-        regime("detach"), model_config, objective=ObjectiveConfig(policy=policy)
+        regime("detach"),
+        model_config,
+        objective=ObjectiveConfig(policy=policy),
+        layout=LayoutConfig(logits_chunk=4),
     )
     batch = tiny.minibatch(config, model, rows=8)
-    layout = batch.tokens, batch.positions, batch.segment_ids
-    stages = Stages(graphdef, rest, *layout, logits_chunk=4)
-    problem = Problem(stages, partition(params), batch, config, 1)
+    inputs = step_inputs(tiny.policy(config, model), batch, config)
     hidden = jnp.zeros((*batch.tokens.shape, model_config.width))
-    jaxpr = jax.make_jaxpr(lambda hidden: rl_seam(problem, hidden).gradient)(hidden)
+    jaxpr = jax.make_jaxpr(lambda hidden: rl_gradient(inputs, hidden).gradient)(hidden)
     assert products_with(model_config.vocab_size, jaxpr.jaxpr) == products
 
 

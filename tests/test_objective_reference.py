@@ -138,13 +138,26 @@ def logits_of(model_config, batch):
     )
 
 
-def config_of(mtp, objective="ppo", model=TWO, **changes):
+PACKED = {"pack": True, "sequences_per_row": 2}
+
+
+def config_of(mtp, objective="ppo", model=TWO, cut=None, **changes):
+    """Packed, but for a measure over all positions, which packing would change."""
+    packed = {} if mtp.measure == "released_unmasked" else PACKED
+    layout = LayoutConfig(**(packed | (cut or {})))
     changes = {"objective": OBJECTIVES[objective], "optimizer": OPTIMIZER} | changes
-    return tiny.train_config(mtp, model, **changes)
+    return tiny.train_config(mtp, model, layout=layout, **changes)
+
+
+def batch_for(config, seed=0):
+    """Two sequences a row, or one where the configuration says so."""
+    if config.layout.pack:
+        return minibatch(config.model, seed)
+    return minibatch(config.model, seed, PLAIN, ANSWERS & (PLAIN > 0))
 
 
 def cut(micro_batches=1, logits_chunk=0):
-    return {"layout": LayoutConfig(micro_batches=micro_batches, logits_chunk=logits_chunk)}
+    return {"cut": {"micro_batches": micro_batches, "logits_chunk": logits_chunk}}
 
 
 def gradient_of(state):
@@ -178,8 +191,7 @@ def assert_step(metrics, gradient, expected, tolerance=1e-11):
 def check(config, batches, **options):
     """The train step on these minibatches, one after the other, and the reference beside it."""
     model = reference_models.random_model(config.model)
-    options = {"sequences_per_row": 2} | options
-    train_step = jax.jit(make_train_step(model[0], config, **options))
+    train_step = jax.jit(make_train_step(config, **options))
     state, memory = tiny.state(config, model), None
     for number, batch in enumerate(batches):
         before = state.params
@@ -243,7 +255,7 @@ SLOW = {
 )
 def test_a_step_is_that_of_the_loops(x64, name):
     config = (STEPS | SLOW)[name]
-    check(config, [minibatch(config.model)])
+    check(config, [batch_for(config)])
 
 
 @pytest.mark.parametrize(
@@ -252,9 +264,8 @@ def test_a_step_is_that_of_the_loops(x64, name):
 )
 def test_without_the_columns_of_the_prompts(x64, model, chunk):
     """And the modules' own leaves learn from another loss than what the shared ones see."""
-    batch = minibatch(model, segments=PLAIN, response=ANSWERS & (PLAIN > 0))
-    config = config_of(DISTILL, "reinforce", model, **cut(1, chunk))
-    check(config, [batch], sequences_per_row=1, prompt_columns=PROMPT_COLUMNS)
+    config = config_of(DISTILL, "reinforce", model, {"logits_chunk": chunk, "pack": False})
+    check(config, [batch_for(config)], prompt_columns=PROMPT_COLUMNS)
 
 
 @pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -277,7 +288,6 @@ def test_replay_keeps_its_coefficient_too(x64, placement):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="fused in micro-batches, it takes the next one at once")
 def test_replay_in_micro_batches_keeps_its_coefficient_too(x64):
     config = config_of(REPLAY, "ppo", ONE, **cut(2))
     check(config, [minibatch(ONE, seed) for seed in range(3)])

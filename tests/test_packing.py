@@ -67,7 +67,7 @@ def steps(mtp, *, heads=1, dtype="float64", layout=PACKED, model=None, **changes
     return [
         (
             tiny.gradient(plain, model, padded),
-            tiny.gradient(config, model, packed, sequences_per_row=layout.sequences_per_row),
+            tiny.gradient(config, model, packed),
         )
         for padded, packed in zip(
             minibatches(batch, plain), minibatches(batch, config), strict=True
@@ -270,7 +270,7 @@ def test_a_run_compiles_once_or_when_packed_once_a_rung(tmp_path):
             return step(state, batch)
 
         seen = dataclasses.replace(programs, train_step=seeing)
-        loop.run(run, judged, seen, loop.init_model(run), tmp_path / name)
+        loop.run(run, judged, seen, loop.init_policy(run), tmp_path / name)
         compiled = programs.train_step._cache_size()
         assert len(shapes) == 6
         assert compiled == len(set(shapes)) <= (1 if name == "padded" else RUNGS)

@@ -107,7 +107,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path, name):
     ours = pretrained.load(folder)
     tokens, positions, mask, weights = batch(ours.config.vocab_size)
     (main, _), gradient = run(ours, (tokens, positions, mask), weights)
-    pretrained.save(tmp_path / "saved", ours.config, ours.params, ours.rest)
+    pretrained.save(tmp_path / "saved", ours)
     inputs = {
         "attention_mask": torch.tensor(mask),
         "position_ids": torch.tensor(positions).long(),
@@ -120,7 +120,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path, name):
     torch.sum(expected[present] * torch.tensor(weights)[present]).backward()
 
     # Their loader knows how their parameters are made of tensors: it reads our gradient too.
-    pretrained.save(tmp_path / "gradient", ours.config, gradient, ours.rest)
+    pretrained.save(tmp_path / "gradient", ours.replace(params=gradient))
     read = theirs(without_modules(tmp_path / "gradient", tmp_path / "gradient_theirs"))
     given = dict(read.named_parameters())
     for parameter, value in other.named_parameters():
@@ -161,7 +161,7 @@ def test_modules_have_the_logits_and_gradients_of_the_definition(tmp_path, name,
         assert error(ahead[0, row, :-1], expected[1].detach()) < TOLERANCE
         total = (expected[0] * torch.tensor(weights[row])).sum()
         (total + (expected[1] * torch.tensor(mtp_weights[row])).sum()).backward()
-    pretrained.save(tmp_path / "gradient", ours.config, gradient, ours.rest)
+    pretrained.save(tmp_path / "gradient", ours.replace(params=gradient))
     found = WeightFolder(tmp_path / "gradient")
     gradients = {key: tensor.grad.numpy() for key, tensor in tensors.items() if has_gradient(key)}
     for copy in names.copies(ours.config):
@@ -184,7 +184,7 @@ def drafted_by_transformers(folder, model, tokens):
     layers = transformers.modeling_layers
     if not hasattr(layers, "MtpModel"):  # 5.24 has
         pytest.skip(f"transformers {transformers.__version__} has no MtpModel; the rest agrees")
-    pretrained.save(folder, model.config, model.params, model.rest)
+    pretrained.save(folder, model)
     main = theirs(folder)
     # By these patterns it tells the tensors of the published sizes' modules.
     main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_layers}.*"]

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from occ.models import pretrained
+from occ.models.policy import abstract_policy
 from occ.models.pretrained import names, reading
 from occ.models.pretrained.folder import WeightFolder
 from occ.training.config import LayoutConfig
@@ -109,7 +110,8 @@ def test_on_a_mesh_each_device_reads_its_own_part(tmp_path, name, monkeypatch):
     whole = pretrained.load(folder)
     layout = LayoutConfig(fsdp=2, tensor=1, data=2)
     mesh = make_mesh(layout)
-    trees = names.abstract_variables(config)
+    trees = abstract_policy(config)
+    trees = trees.params, trees.rest
     shardings = tuple(tree_shardings(tree, mesh) for tree in trees)
     sizes, read = [], WeightFolder.read
 
@@ -143,7 +145,8 @@ def test_host_memory_holds_a_part_of_a_leaf_or_of_one_layer(
     shardings = None
     if layout is not None:
         mesh = make_mesh(layout)
-        trees = names.abstract_variables(config)
+        trees = abstract_policy(config)
+        trees = trees.params, trees.rest
         shardings = tuple(tree_shardings(tree, mesh) for tree in trees)
     filled, window = [], reading._window
     monkeypatch.setattr(
@@ -171,7 +174,7 @@ def test_overrides_decide_the_dtype_in_memory(tmp_path):
     )
     model = pretrained.load(folder, config)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.float32.dtype}
-    pretrained.save(tmp_path / "saved", config, model.params, model.rest, like=folder)
+    pretrained.save(tmp_path / "saved", model, config=config, like=folder)
     assert stored(tmp_path / "saved") == stored(folder)
 
 
@@ -183,7 +186,7 @@ def test_mixed_dtypes_are_kept_where_the_model_is_wide_enough(tmp_path):
     with pytest.warns(pretrained.PretrainedWarning, match=r"2 tensors .* float32 holds all"):
         pretrained.load(folder)
     model = pretrained.load(folder, pretrained.read_config(folder, param_dtype="float32"))
-    pretrained.save(tmp_path / "saved", model.config, model.params, model.rest, like=folder)
+    pretrained.save(tmp_path / "saved", model, like=folder)
     assert len({dtype for _, dtype, _ in stored(folder).values()}) == 2
     assert stored(tmp_path / "saved") == stored(folder)
 
@@ -205,8 +208,8 @@ def test_a_round_trip_is_the_same_bits(tmp_path, name, dtype):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_text("not read")
     model = pretrained.load(folder)
-    pretrained.save(tmp_path / "like", model.config, model.params, model.rest, like=folder)
-    pretrained.save(tmp_path / "fresh", model.config, model.params, model.rest)
+    pretrained.save(tmp_path / "like", model, like=folder)
+    pretrained.save(tmp_path / "fresh", model)
     expected = stored(folder)
     assert len(expected) > 15
     assert stored(tmp_path / "like") == expected
@@ -223,7 +226,7 @@ def test_files_of_bounded_size_with_an_index(tmp_path, name):
     folder = write_folder(tmp_path / "model", name)
     model = pretrained.load(folder)
     most = 6000
-    pretrained.save(tmp_path / "out", model.config, model.params, model.rest, shard_bytes=most)
+    pretrained.save(tmp_path / "out", model, shard_bytes=most)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
@@ -238,14 +241,14 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
     folder = write_folder(tmp_path / "model", "llama")
     model = pretrained.load(folder)
     with pytest.raises(ValueError, match="exists already"):
-        pretrained.save(folder, model.config, model.params, model.rest)
+        pretrained.save(folder, model)
 
 
 def test_another_architecture_than_that_of_like_is_refused(tmp_path):
     folder = write_folder(tmp_path / "model", "llama")
     other = pretrained.load(write_folder(tmp_path / "other", "qwen3"))
     with pytest.raises(ValueError, match="head_dim, qk_norm"):
-        pretrained.save(tmp_path / "out", other.config, other.params, other.rest, like=folder)
+        pretrained.save(tmp_path / "out", other, like=folder)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +259,7 @@ def test_what_no_family_has_is_not_saved(tmp_path, changes, words):
     model = pretrained.load(write_folder(tmp_path / "model", "llama"))
     config = dataclasses.replace(model.config, **changes)
     with pytest.raises(ValueError, match=words):
-        pretrained.save(tmp_path / "out", config, model.params, model.rest)
+        pretrained.save(tmp_path / "out", model, config=config)
 
 
 # -- copies ---------------------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def test_a_modules_embedding_and_head_are_shared_where_they_are_copies(tmp_path,
     assert max(errors(model, "glm")) < TOLERANCE  # a last bit is no other model
     for like in (folder, None):
         target = tmp_path / f"saved-{like is None}"
-        pretrained.save(target, model.config, model.params, model.rest, like=like)
+        pretrained.save(target, model, like=like)
         assert stored(target) == stored(folder)
     shared = configured(model, own_embedding=False, own_output_head=False).config
     if different:
@@ -310,7 +313,7 @@ def test_modules_without_copies_are_written_without(tmp_path):
     folder = published.write(tmp_path / "model", CASES["glm"], tensors)
     model = pretrained.load(folder)
     assert max(errors(model, "glm")) < TOLERANCE
-    pretrained.save(tmp_path / "saved", model.config, model.params, model.rest, like=folder)
+    pretrained.save(tmp_path / "saved", model, like=folder)
     assert stored(tmp_path / "saved") == stored(folder)
 
 
@@ -326,5 +329,5 @@ def test_a_tied_output_head_that_is_stored_as_well(tmp_path, equal):
         return
     model = pretrained.load(folder)
     assert "output_head" not in model.params
-    pretrained.save(tmp_path / "saved", model.config, model.params, model.rest, like=folder)
+    pretrained.save(tmp_path / "saved", model, like=folder)
     assert stored(tmp_path / "saved") == stored(folder)

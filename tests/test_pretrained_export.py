@@ -8,12 +8,13 @@ import pytest
 
 from experiments import export
 from occ.models import pretrained
+from occ.models.policy import abstract_policy
 from occ.training import loop
 from occ.training.config import LayoutConfig, PretrainedConfig
 from occ.training.durable.checkpoints import Checkpoints
 from occ.training.durable.history import History
 from occ.training.durable.run_folder import RunFolder
-from occ.training.programs import abstract_model, abstract_state, fresh_state
+from occ.training.programs import abstract_state, fresh_state
 from occ.training.sharding import make_mesh
 from tests import tiny
 from tests.published import write_folder
@@ -21,12 +22,12 @@ from tests.published import write_folder
 pytestmark = pytest.mark.standard_promotion
 
 
-def begin(folder, config, params, rest):
+def begin(folder, config, policy):
     """A run of which there are two checkpoints, the first the best; nothing is trained."""
     RunFolder(folder, config)
     mesh = make_mesh(config.layout)
-    state = fresh_state(config, params, rest)
-    shapes = abstract_state(config, *abstract_model(config)[1:], mesh)
+    state = fresh_state(config, policy)
+    shapes = abstract_state(config, abstract_policy(config.model), mesh)
     state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, shapes)
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(1, state, History().evaluated(1, 0.5))
@@ -36,8 +37,9 @@ def begin(folder, config, params, rest):
 
 def test_a_checkpoint_becomes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     config = tiny.run_config("tiny")
-    params, rest = loop.init_model(config)
-    begin(tmp_path / "run", config, params, rest)
+    policy = loop.init_policy(config)
+    params = policy.params
+    begin(tmp_path / "run", config, policy)
     target = tmp_path / "exported" / "model"
     monkeypatch.setattr("sys.argv", ["export", str(tmp_path / "run"), str(target)])
     assert export.main() == 0
@@ -58,7 +60,7 @@ def test_a_run_that_began_from_a_folder_keeps_its_form(tmp_path):
     model = pretrained.load(source, pretrained.read_config(source, **overrides))
     base = tiny.run_config("tiny", model=model.config, layout=LayoutConfig(fsdp=2))
     config = dataclasses.replace(base, pretrained=PretrainedConfig(str(source)))
-    begin(tmp_path / "run", config, model.params, model.rest)
+    begin(tmp_path / "run", config, model)
     export.export(export.Arguments(tmp_path / "run", tmp_path / "saved", which="best"))
     saved, before = pretrained.load(tmp_path / "saved"), pretrained.load(source)
     assert saved.config == before.config

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.configs import paper
 from occ.models import pretrained
+from occ.models.policy import abstract_policy
 from occ.models.pretrained import architectures, names
 from tests import published
 from tests.published import CASES, GLM, LAYER, MIMO, write_folder
@@ -236,12 +237,11 @@ def test_attached_modules_are_new_and_the_model_is_what_it_was(tmp_path, name, i
     model, folder = bare(tmp_path, name)
     before, _ = logits(model)
     with pytest.warns(pretrained.PretrainedWarning, match=r"2 MTP module.* NEVER TRAINED"):
-        config, params, rest = pretrained.attach(
-            model.params, model.rest, model.config, num_modules=2, init=init, seed=3
-        )
-    shapes = names.abstract_variables(config)
-    assert jax.tree.map(jnp.shape, (params, rest)) == jax.tree.map(jnp.shape, shapes)
-    main, ahead = logits(pretrained.Pretrained(config, params, rest))
+        attached = pretrained.attach(model, num_modules=2, init=init, seed=3)
+    config, params, rest = attached.config, attached.params, attached.rest
+    shapes = abstract_policy(config)
+    assert jax.tree.map(jnp.shape, attached) == jax.tree.map(jnp.shape, shapes)
+    main, ahead = logits(attached)
     np.testing.assert_array_equal(main, before)
     assert ahead.shape[0] == 2 and np.isfinite(ahead).all()
     last = jax.tree.map(lambda leaf: leaf[-1], (model.params["layers"], model.rest.get("layers")))
@@ -250,7 +250,7 @@ def test_attached_modules_are_new_and_the_model_is_what_it_was(tmp_path, name, i
     assert all(jax.tree.leaves(same)) == (init == "last_block")
     for like in (folder, None):
         target = tmp_path / f"saved-{like is None}"
-        pretrained.save(target, config, params, rest, like=like)
+        pretrained.save(target, attached, like=like)
         again = pretrained.load(target)
         assert again.config.mtp == config.mtp
         jax.tree.map(np.testing.assert_array_equal, again.params, params)
@@ -262,35 +262,32 @@ def test_modules_of_every_kind_survive_the_round_trip(tmp_path):
     model, folder = bare(tmp_path, "llama")
     model = configured(model, kind="parallel", own_final_norm=False)
     with pytest.warns(pretrained.PretrainedWarning):
-        config, params, rest = pretrained.attach(
-            model.params, model.rest, model.config, num_modules=1
-        )
-    pretrained.save(tmp_path / "saved", config, params, rest, like=folder)
+        attached = pretrained.attach(model, num_modules=1)
+    pretrained.save(tmp_path / "saved", attached, like=folder)
     again = pretrained.load(tmp_path / "saved")
-    assert again.config.mtp == config.mtp
-    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+    assert again.config.mtp == attached.config.mtp
+    jax.tree.map(np.testing.assert_array_equal, again.params, attached.params)
 
 
 def test_a_dense_model_has_no_place_for_a_modules_own_head(tmp_path):
     model, folder = bare(tmp_path, "llama")
     model = configured(model, own_output_head=True)
     with pytest.warns(pretrained.PretrainedWarning):
-        config, params, rest = pretrained.attach(
-            model.params, model.rest, model.config, num_modules=1
-        )
+        attached = pretrained.attach(model, num_modules=1)
     np.testing.assert_array_equal(
-        params["mtp"]["0"]["output_head"]["kernel"], params["output_head"]["kernel"]
+        attached.params["mtp"]["0"]["output_head"]["kernel"],
+        attached.params["output_head"]["kernel"],
     )
     with pytest.raises(ValueError, match="'mtp/0/output_head/kernel' has no published name"):
-        pretrained.save(tmp_path / "saved", config, params, rest, like=folder)
+        pretrained.save(tmp_path / "saved", attached, like=folder)
 
 
 def test_attach_refuses_what_makes_no_sense(tmp_path, unchecked):
     model = pretrained.load(write_folder(tmp_path / "model", "mimo"))
     with pytest.raises(ValueError, match="has 1 MTP module"):
-        pretrained.attach(model.params, model.rest, model.config, num_modules=1)
-    config = configured(model, num_modules=0).config
+        pretrained.attach(model, num_modules=1)
+    bare = configured(model, num_modules=0)
     with pytest.raises(ValueError, match="num_modules must be >= 1"):
-        pretrained.attach(model.params, model.rest, config, num_modules=0)
+        pretrained.attach(bare, num_modules=0)
     with pytest.raises(ValueError, match="init must be"):
-        pretrained.attach(model.params, model.rest, config, num_modules=1, init="zero")
+        pretrained.attach(bare, num_modules=1, init="zero")

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import runs
 from occ import tasks
+from occ.models.policy import Policy
 from occ.models.pretrained import PretrainedWarning, save
 from occ.training import loop
 from occ.training.config import (
@@ -23,8 +24,8 @@ from occ.training.config import (
     regime,
 )
 from occ.training.sharding import make_mesh, tree_shardings
-from occ.training.start import own_samples
-from occ.training.start.pretrained import load_model
+from occ.training.start import own_samples, starting_point
+from occ.training.start.pretrained import load_policy
 from tests import test_gguf, tiny
 
 TASK = tasks.load("arithmetic", digits=1, train_size=20, test_size=8)
@@ -67,14 +68,14 @@ def programs(weights):
 
 @pytest.fixture(scope="module")
 def loaded(weights):
-    return load_model(with_weights(weights[0], warm_start=OWN))
+    return load_policy(with_weights(weights[0], warm_start=OWN))
 
 
 # -- weights of others ------------------------------------------------------------------------
 
 
 def test_the_weights_of_a_file_and_fresh_modules_make_the_model(weights, loaded):
-    params, rest = loaded
+    params, rest = loaded.params, loaded.rest
     modules = params["mtp"]
     chex.assert_trees_all_equal({k: v for k, v in params.items() if k != "mtp"}, weights[1])
     last = jax.tree.map(lambda leaf: leaf[-1], weights[1]["layers"])
@@ -84,9 +85,9 @@ def test_the_weights_of_a_file_and_fresh_modules_make_the_model(weights, loaded)
 
 def test_modules_that_nothing_will_warm_up_are_warned_of(weights):
     with pytest.warns(PretrainedWarning, match="NEVER TRAINED"):
-        params, _ = load_model(
+        params = load_policy(
             with_weights(weights[0], pretrained=PretrainedConfig(str(weights[0]), "random"))
-        )
+        ).params
     block, last = params["mtp"]["0"]["block"], params["layers"]
     assert not np.array_equal(block["mlp"]["up"]["kernel"], last["mlp"]["up"]["kernel"][-1])
 
@@ -94,7 +95,7 @@ def test_modules_that_nothing_will_warm_up_are_warned_of(weights):
 def test_everything_lies_where_training_wants_it(weights):
     layout = LayoutConfig(fsdp=2, tensor=2)
     config = with_weights(weights[0], layout=layout, warm_start=OWN)
-    params, _ = load_model(config)
+    params = load_policy(config).params
     expected = tree_shardings(params, make_mesh(layout))
     jax.tree.map(
         lambda leaf, sharding: chex.assert_equal(leaf.sharding, sharding), params, expected
@@ -104,20 +105,20 @@ def test_everything_lies_where_training_wants_it(weights):
 def test_a_folder_with_modules_brings_its_own(tmp_path):
     model = dataclasses.replace(MODEL, qkv_bias=True, tied_embeddings=False)
     _, params, rest = tiny.build_model(model)
-    save(tmp_path / "folder", model, params, rest)
+    save(tmp_path / "folder", Policy(model, params, rest))
     config = with_weights(tmp_path / "folder", model=model)
-    chex.assert_trees_all_equal(load_model(config)[0], params)
+    chex.assert_trees_all_equal(load_policy(config).params, params)
     other = dataclasses.replace(model, mtp=dataclasses.replace(model.mtp, num_modules=2))
     with pytest.raises(ValueError, match="mtp: .*num_modules=2.* in the configuration"):
-        load_model(dataclasses.replace(config, model=other))
+        load_policy(dataclasses.replace(config, model=other))
 
 
 def test_weights_of_another_model_are_refused(weights):
     other = dataclasses.replace(MODEL, width=64, head_dim=16)
     with pytest.raises(ValueError, match="width: 64 in the configuration, 32 in the files"):
-        load_model(with_weights(weights[0], model=other))
+        load_policy(with_weights(weights[0], model=other))
     with pytest.raises(ValueError, match="no file or folder 'nowhere'"):
-        load_model(with_weights("nowhere"))
+        load_policy(with_weights("nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -151,16 +152,15 @@ def test_settings_that_cannot_be_are_refused(make, message):
 def test_the_gradient_is_that_of_detach(weights, loaded):
     """On the same minibatch: cross-entropy of the modules, cut at the trunk's output."""
     config = with_weights(weights[0], mtp=regime("detach"))
-    graphdef, *_ = tiny.build_model(MODEL)
-    model = graphdef, *loaded
+    model = None, loaded.params, loaded.rest
     batch = tiny.minibatch(config, model)
     detach = tiny.gradient(config, model, batch).gradient["mtp"]
     samples = own_samples.Samples(batch.tokens, batch.segment_ids, batch.response_mask)
 
     def loss(params):
-        return own_samples.modules_loss(graphdef, params, loaded[1], samples, config)[0]
+        return own_samples.modules_loss(loaded.replace(params=params), samples, config)[0]
 
-    gradient = jax.jit(jax.grad(loss))(loaded[0])
+    gradient = jax.jit(jax.grad(loss))(loaded.params)
     tiny.close(gradient["mtp"], detach, 1e-5)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["layers"]))
     assert np.any(gradient["embedding"]["embedding"])  # which the warm-up leaves out
@@ -170,16 +170,17 @@ def test_the_gradient_is_that_of_detach(weights, loaded):
 def test_the_warm_up_teaches_the_modules_alone(weights, programs):
     random = PretrainedConfig(str(weights[0]), attach="random")
     config = with_weights(weights[0], pretrained=random, warm_start=OWN)
-    loaded = load_model(config)
+    loaded = load_policy(config)
     losses = []
     with jax.set_mesh(programs.mesh):
-        params, before, after = own_samples.warm_up_modules(
-            programs, *loaded, config, TASK, lambda step, all: losses.append(all)
+        warmed, before, after = own_samples.warm_up_modules(
+            programs, loaded, config, TASK, lambda step, all: losses.append(all)
         )
     assert losses[-1][0] < losses[0][0] - 0.2
     assert after[0] > before[0] + 0.2
-    chex.assert_trees_all_equal({**params, "mtp": None}, {**loaded[0], "mtp": None})
-    changed = jax.tree.map(lambda a, b: np.any(a != b), params["mtp"], loaded[0]["mtp"])
+    params = warmed.params
+    chex.assert_trees_all_equal({**params, "mtp": None}, {**loaded.params, "mtp": None})
+    changed = jax.tree.map(lambda a, b: np.any(a != b), params["mtp"], loaded.params["mtp"])
     assert all(jax.tree.leaves(changed))
 
 
@@ -187,8 +188,8 @@ def test_samples_are_the_models_own(weights, loaded, programs):
     """Drawn as rollouts are, and of training prompts."""
     config = with_weights(weights[0], warm_start=OWN)
     with jax.set_mesh(programs.mesh):
-        held_out, pool = own_samples.draw(programs, *loaded, config, TASK)
-        again, _ = own_samples.draw(programs, *loaded, config, TASK)
+        held_out, pool = own_samples.draw(programs, loaded, config, TASK)
+        again, _ = own_samples.draw(programs, loaded, config, TASK)
     assert len(held_out.tokens) == 16 and len(pool.tokens) == 32
     chex.assert_trees_all_equal(held_out, again)
     assert not np.array_equal(held_out.tokens, pool.tokens[:16])
@@ -203,13 +204,11 @@ def test_samples_are_the_models_own(weights, loaded, programs):
 @pytest.mark.standard_promotion
 def test_a_starting_point_is_made_once(weights, programs, tmp_path, monkeypatch):
     config = with_weights(weights[0], warm_start=dataclasses.replace(OWN, steps=3))
-    params, rest = runs.starting_point(config, TASK, programs, tmp_path)
+    start = runs.starting_point(config, TASK, programs, tmp_path)
     stored = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    monkeypatch.setattr(runs, "warm_up_modules", None)  # cannot be called again
-    chex.assert_trees_all_equal(
-        runs.starting_point(config, TASK, programs, tmp_path), (params, rest)
-    )
-    assert stored < 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # modules alone
+    monkeypatch.setattr(starting_point, "warm_up_modules", None)  # cannot be called again
+    chex.assert_trees_all_equal(runs.starting_point(config, TASK, programs, tmp_path), start)
+    assert stored < 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(start))  # modules alone
     longer = dataclasses.replace(config, max_response_tokens=3)
     with pytest.raises(TypeError):
         runs.starting_point(longer, TASK, programs, tmp_path)

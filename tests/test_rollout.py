@@ -33,6 +33,10 @@ def config_for(mtp="occ_paper", **changes):
     )
 
 
+def policy_of(model):
+    return tiny.policy(config_for(), model)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny.build_model(config_for().model)
@@ -40,7 +44,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def programs(model):
-    return build_programs(model[0], config_for(), TASK)
+    return build_programs(config_for(), TASK)
 
 
 def judged_by(verifier):
@@ -55,10 +59,10 @@ def by_length(problem, completion):
 def test_a_rollout_depends_on_seed_and_step_and_not_on_the_regime(model, programs):
     task = judged_by(by_length)
     runs = {
-        "detach": collect(programs, *model[1:], config_for("detach"), task, 3),
-        "occ": collect(programs, *model[1:], config_for("occ"), task, 3),
-        "step": collect(programs, *model[1:], config_for("detach"), task, 4),
-        "seed": collect(programs, *model[1:], config_for("detach", seed=1), task, 3),
+        "detach": collect(programs, policy_of(model), config_for("detach"), task, 3),
+        "occ": collect(programs, policy_of(model), config_for("occ"), task, 3),
+        "step": collect(programs, policy_of(model), config_for("detach"), task, 4),
+        "seed": collect(programs, policy_of(model), config_for("detach", seed=1), task, 3),
     }
     chex.assert_trees_all_equal(runs["detach"].batch, runs["occ"].batch)
     for other in ("step", "seed"):
@@ -67,10 +71,10 @@ def test_a_rollout_depends_on_seed_and_step_and_not_on_the_regime(model, program
 
 def test_what_a_minibatch_holds(model, programs):
     task = judged_by(by_length)
-    rollout = collect(programs, *model[1:], config_for(), task, 0)
+    rollout = collect(programs, policy_of(model), config_for(), task, 0)
     batch = rollout.batch
     segment_ids, mask = np.asarray(batch.segment_ids), np.asarray(batch.response_mask)
-    scores = tiny.score(*model, batch.tokens, batch.positions, batch.segment_ids)
+    scores = tiny.score(policy_of(model), batch.tokens, batch.positions, batch.segment_ids)
     for old, score in zip((batch.old_log_prob, batch.old_mtp_log_prob[0]), scores, strict=True):
         np.testing.assert_allclose(old[:, COLUMNS:], score.log_prob[:, COLUMNS:], atol=1e-5)
         assert not old[:, :COLUMNS].any()  # prompts are not scored
@@ -96,11 +100,11 @@ def test_portions_make_the_same_rollout(model):
         tasks.load("arithmetic", digits=2, train_size=40, test_size=10), verifier=by_length
     )
     config = config_for(max_prompt_tokens=16)
-    whole = collect(build_programs(model[0], config, task), *model[1:], config, task, 0)
+    whole = collect(build_programs(config, task), policy_of(model), config, task, 0)
     layout = LayoutConfig(generation_rows=4)
     config = dataclasses.replace(config, layout=layout)
-    programs = build_programs(model[0], config, task)
-    parts = collect(programs, *model[1:], config, task, 0)
+    programs = build_programs(config, task)
+    parts = collect(programs, policy_of(model), config, task, 0)
     for name in ("tokens", "segment_ids", "response_mask", "advantages"):
         np.testing.assert_array_equal(getattr(parts.batch, name), getattr(whole.batch, name))
     np.testing.assert_allclose(
@@ -111,7 +115,7 @@ def test_portions_make_the_same_rollout(model):
     present, steps = np.asarray(whole.batch.segment_ids) > 0, task.max_response_tokens
     assert np.asarray(whole.batch.response_mask)[:, -1].any()  # some response went on to the end
     assert whole.metrics[waste] == pytest.approx(1 - present.sum() / (16 * (16 + steps)))
-    accuracy = evaluate(programs, *model[1:], config, task)
+    accuracy = evaluate(programs, policy_of(model), config, task)
     assert 0 <= accuracy["greedy"] <= 1
 
 
@@ -123,10 +127,10 @@ def test_groups_without_variance_are_counted_and_dropped_if_asked(model, program
         seen.append(problem.prompt)
         return float(len(seen) % 2) if problem.prompt == seen[0] else 1.0
 
-    plain = collect(programs, *model[1:], config_for(), judged_by(verifier), 0)
+    plain = collect(programs, policy_of(model), config_for(), judged_by(verifier), 0)
     seen.clear()
     dropping = config_for(rollout={"dynamic_sampling": True})
-    dropped = collect(programs, *model[1:], dropping, judged_by(verifier), 0)
+    dropped = collect(programs, policy_of(model), dropping, judged_by(verifier), 0)
     for rollout in (plain, dropped):
         assert rollout.metrics["rollout/zero_variance_groups"] == pytest.approx(0.75)
     assert np.asarray(plain.batch.response_mask).any(axis=1).all()
@@ -143,7 +147,7 @@ def test_a_sample_that_could_not_be_judged_is_in_no_loss(model, programs):
             raise VerifierError
         return by_length(problem, completion)
 
-    rollout = collect(programs, *model[1:], config_for(), judged_by(verifier), 0)
+    rollout = collect(programs, policy_of(model), config_for(), judged_by(verifier), 0)
     counted = np.asarray(rollout.batch.response_mask).any(axis=1)
     assert counted.tolist() == [row != 5 for row in range(16)]
     assert rollout.metrics["rollout/invalid"] == pytest.approx(1 / 16)
@@ -154,12 +158,12 @@ def test_responses_that_were_cut_off(model):
     """Of twelve tokens an untrained model ends about half: filtered out, or punished."""
     task = judged_by(lambda problem, completion: 1.0)
     config = config_for(max_response_tokens=12)
-    programs = build_programs(model[0], config, task)
-    plain = collect(programs, *model[1:], config, task, 0)
+    programs = build_programs(config, task)
+    plain = collect(programs, policy_of(model), config, task, 0)
     filtering = config_for(rollout={"overlong_filter": True}, max_response_tokens=12)
-    filtered = collect(programs, *model[1:], filtering, task, 0)
+    filtered = collect(programs, policy_of(model), filtering, task, 0)
     punishing = config_for(rollout={"overlong_buffer": 1}, max_response_tokens=12)
-    punished = collect(programs, *model[1:], punishing, task, 0)
+    punished = collect(programs, policy_of(model), punishing, task, 0)
     finished = np.any(np.asarray(plain.batch.tokens)[:, COLUMNS:] == TASK.tokenizer.end_id, axis=1)
     assert 0 < finished.sum() < 16
     counted = np.asarray(filtered.batch.response_mask).any(axis=1)
@@ -173,12 +177,12 @@ def test_responses_that_were_cut_off(model):
 
 def test_evaluation_counts_what_the_verifier_accepts(model, programs):
     config = config_for()
-    got = evaluate(programs, *model[1:], config, judged_by(by_length))
+    got = evaluate(programs, policy_of(model), config, judged_by(by_length))
     assert 0 < got["sampled"] < 1 and got["greedy"] * 6 == pytest.approx(round(got["greedy"] * 6))
     assert len(got["mtp_acceptance"]) == 1 and 0 <= got["mtp_acceptance"][0] <= 1
-    everything = evaluate(programs, *model[1:], config, judged_by(lambda *_: 1.0))
+    everything = evaluate(programs, policy_of(model), config, judged_by(lambda *_: 1.0))
     assert everything["greedy"] == everything["sampled"] == 1
-    again = evaluate(programs, *model[1:], config, judged_by(by_length))
+    again = evaluate(programs, policy_of(model), config, judged_by(by_length))
     assert again == got
 
 
@@ -197,10 +201,10 @@ def test_what_does_not_fit_the_model_is_refused(model, changes, message):
 def test_a_prompt_longer_than_its_columns_is_refused(model, programs):
     config = dataclasses.replace(config_for(), max_prompt_tokens=3)
     with pytest.raises(ValueError, match="has 4 tokens, expected 1 to 3.*raise max_prompt_tokens"):
-        collect(programs, *model[1:], config, TASK, 0)
+        collect(programs, policy_of(model), config, TASK, 0)
 
 
 def test_more_test_prompts_than_there_are_is_refused(model, programs):
     config = dataclasses.replace(config_for(), evaluation=EvaluationConfig(prompts=11))
     with pytest.raises(ValueError, match="11 test prompts are asked for.*has 10"):
-        evaluate(programs, *model[1:], config, TASK)
+        evaluate(programs, policy_of(model), config, TASK)

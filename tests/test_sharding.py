@@ -11,6 +11,7 @@ import pytest
 from experiments.configs import CONFIGS
 from occ.generation.sampling import SamplingConfig, generate
 from occ.models.config import MoEConfig
+from occ.models.policy import Policy, abstract_policy
 from occ.training import programs, sharding
 from occ.training.config import LayoutConfig, regime
 from tests import tiny
@@ -37,12 +38,11 @@ def setting(name, dtype, layout, moe=None):
 
 def compiled_step(config, model, batch):
     """The production step, compiled for its mesh, and what it is called with."""
-    graphdef, params, rest = model
     mesh = sharding.make_mesh(config.layout)
     with jax.set_mesh(mesh):
-        state = programs.fresh_state(config, params, rest)
-        shapes = programs.abstract_state(config, params, rest, mesh)
-        step = programs.jit_train_step(graphdef, config, mesh, shapes)
+        state = programs.fresh_state(config, tiny.policy(config, model))
+        shapes = programs.abstract_state(config, tiny.policy(config, model), mesh)
+        step = programs.jit_train_step(config, mesh, shapes)
         state = jax.tree.map(
             lambda x, like: jax.device_put(np.asarray(x), like.sharding), state, shapes
         )
@@ -58,9 +58,9 @@ def one_step(config, model, batch):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_parameter_of_every_configuration_has_its_place(name):
     config = CONFIGS[name]()
-    _, params, rest = programs.abstract_model(config)
+    policy = abstract_policy(config.model)
     mesh = sharding.make_mesh(LayoutConfig())
-    placed = programs.abstract_state(config, params, rest, mesh)
+    placed = programs.abstract_state(config, policy, mesh)
     cut = jax.tree.leaves(jax.tree.map(lambda x: x.sharding.spec != jax.P(), placed.params))
     assert all(cut)  # a row of the table was found for each
     moments = [x for x in jax.tree.leaves(placed.opt_state) if x.ndim]
@@ -85,7 +85,7 @@ def test_dimensions_that_do_not_divide_are_listed():
     config, model, _ = setting("occ", "float32", LayoutConfig())
     mesh = sharding.make_mesh(LayoutConfig(tensor=3))
     with pytest.raises(ValueError, match=r"embedding/embedding \(16, 16\): 16 over tensor = 3"):
-        programs.abstract_state(config, *model[1:], mesh)
+        programs.abstract_state(config, tiny.policy(config, model), mesh)
 
 
 def test_more_devices_than_there_are_is_an_error():
@@ -128,9 +128,9 @@ def test_a_sharded_step_is_the_single_devices(x64, mtp, layout):
 
 def test_parameters_are_born_where_they_live_and_do_not_depend_on_it():
     config, _, _ = setting("occ", "float32", LayoutConfig())
-    alone = programs.init_model(config)
+    alone = programs.init_policy(config)
     config = dataclasses.replace(config, layout=LAYOUTS["data-fsdp-tensor"])
-    born = programs.init_model(config)
+    born = programs.init_policy(config)
     kernel = born[0]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == jax.P(None, ("fsdp", "expert"), "tensor")
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
@@ -258,7 +258,7 @@ def test_a_bounded_capacity_drops_and_counts(x64):
 def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):
     """Parameters are gathered once for all tokens; rows are divided, and keys belong to rows."""
     config, model, batch = setting("occ", "float32", LayoutConfig(), moe)
-    graphdef, params, rest = model
+    _, params, rest = model
     sampling = SamplingConfig(max_new_tokens=6, stop_tokens=(1,))
     prompts, mask = np.asarray(batch.tokens[:, :3]) + 2, np.ones((16, 3), bool)
 
@@ -270,7 +270,9 @@ def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):
             def run(params, prompts, mask):
                 gathered = sharding.for_generation(params, config.model.compute)
                 key = jax.random.key(3)
-                return generate(graphdef, gathered, rest, prompts, mask, key, config=sampling)
+                return generate(
+                    Policy(config.model, gathered, rest), prompts, mask, key, config=sampling
+                )
 
             # What every layer asked for, it would get anew for every token.
             assert "all_gather" not in str(jax.make_jaxpr(run)(placed, prompts, mask))

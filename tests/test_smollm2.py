@@ -15,10 +15,10 @@ from experiments.configs.smollm2 import PROMPT_TOKENS, SOURCE, smollm2_135m
 from occ import sources
 from occ.models import gguf
 from occ.models.config import MTPConfig
+from occ.models.policy import abstract_policy
 from occ.tasks import pretrained_tokenizer
-from occ.training import programs
 from occ.training.rollout import build_programs
-from occ.training.start.pretrained import load_model
+from occ.training.start.pretrained import load_policy
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def config():
 
 
 def test_the_configuration_describes_135_million_parameters():
-    _, params, _ = programs.abstract_model(config())
+    params = abstract_policy(config().model).params
     sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     module = sizes.pop("mtp")
     assert sum(sizes.values()) == 134_515_008  # as its authors count
@@ -58,8 +58,7 @@ def test_the_task_fits_and_is_verified(path):
     assert max(len(task.tokenizer.encode(answer)) for answer in answers) < 16
     rewards, valid = task.verify_batch(task.train, answers)
     assert rewards.all() and valid.all()
-    graphdef, *_ = programs.abstract_model(settings)
-    build_programs(graphdef, settings, task)  # which checks lengths and vocabulary
+    build_programs(settings, task)  # which checks lengths and vocabulary
     assert task.tokenizer.end_ids == (2, 0)
 
 
@@ -73,7 +72,8 @@ def test_the_tokenizer_knows_its_turns(path):
 
 @pytest.mark.slow
 def test_the_weights_go_into_the_model_with_a_module_beside(path):
-    params, rest = load_model(config())
+    policy = load_policy(config())
+    params, rest = policy.params, policy.rest
     assert rest == {}
     block = params["mtp"]["0"]["block"]["attention"]["key"]["kernel"]
     assert np.array_equal(block, params["layers"]["attention"]["key"]["kernel"][-1])

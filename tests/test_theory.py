@@ -9,9 +9,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from occ import measures, rules, theory
+from occ.models.parameters import is_shared, partition
 from occ.training.config import MTPTrainingConfig
 from occ.training.gradient.losses import mtp_loss, rl_loss
-from occ.training.gradient.stages import Stages, is_shared, partition
+from occ.training.gradient.stages import Stages
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -547,9 +548,10 @@ def test_improvement_of_the_tiny_model_is_predicted_to_second_order():
     """
     mtp = MTPTrainingConfig()
     config = tiny.train_config(mtp, tiny.model_config(dtype="float64"))
-    graphdef, params, rest = model = tiny.build_model(config.model)
+    model = tiny.build_model(config.model)
+    params = model[1]
     batch = tiny.minibatch(config, model)
-    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    stages = Stages(tiny.policy(config, model), batch)
 
     def parts_and_hidden(params):
         parts = partition(params)
@@ -557,12 +559,12 @@ def test_improvement_of_the_tiny_model_is_predicted_to_second_order():
 
     def objective(params):
         parts, hidden = parts_and_hidden(params)
-        return -rl_loss(stages.head(parts, hidden, 0), batch, config.objective, 1)[0]
+        return -rl_loss(stages.head(parts, hidden, 0), batch, config)[0]
 
     def auxiliary(params):
         parts, hidden = parts_and_hidden(params)
         scores = stages.head(parts, stages.modules(parts, hidden)[0], 1)
-        return -mtp_loss(scores, batch, 1, config.objective, mtp, 1)[0]
+        return -mtp_loss(scores, batch, 1, config)[0]
 
     @jax.jit
     def errors(params):

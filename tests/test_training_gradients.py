@@ -9,12 +9,13 @@ import pytest
 
 from occ import rules
 from occ.models.config import MoEConfig
+from occ.models.parameters import is_shared, partition
 from occ.objectives import mtp as mtp_alignment
 from occ.objectives.policy import PolicyConfig, gspo
-from occ.training.config import MTPTrainingConfig, ObjectiveConfig, regime
+from occ.training.config import LayoutConfig, MTPTrainingConfig, ObjectiveConfig, regime
 from occ.training.gradient.calibration import build_calibration
 from occ.training.gradient.losses import mtp_loss, rl_loss
-from occ.training.gradient.stages import Stages, is_shared, partition
+from occ.training.gradient.stages import Stages
 from tests import tiny
 
 SEQUENTIAL = {"kind": "sequential"}
@@ -24,17 +25,16 @@ OWN = {"own_embedding": True, "own_output_head": True}
 
 def autodiff(config, model, batch, weights, own_weight=1.0):
     """The combined gradient by one plain jax.grad of the losses, weighed leaf by leaf."""
-    graphdef, params, rest = model
-    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    params, stages = model[1], Stages(tiny.policy(config, model), batch)
 
     def loss(params, index):
         parts = partition(params)
         hidden = stages.trunk(parts).hidden
         if index == 0:
-            return rl_loss(stages.head(parts, hidden, 0), batch, config.objective, 1)[0]
+            return rl_loss(stages.head(parts, hidden, 0), batch, config)[0]
         states = stages.modules(parts, hidden)
         scores = stages.head(parts, states[index - 1], index)
-        return mtp_loss(scores, batch, index, config.objective, config.mtp, 1)[0]
+        return mtp_loss(scores, batch, index, config)[0]
 
     gradients = [jax.jit(jax.grad(loss), static_argnums=1)(params, i) for i in range(len(weights))]
 
@@ -121,10 +121,10 @@ def test_fused_equals_exact_equals_plain_autodiff(x64, heads, kind, loss):
 
 def test_a_modules_own_head_says_the_same_in_chunks(x64):
     model_config = tiny.model_config(1, "float64", mtp=OWN)
-    graphdef, params, rest = model = tiny.build_model(model_config)
+    model = tiny.build_model(model_config)
     config = tiny.train_config(regime("detach"), model_config)
     batch = tiny.minibatch(config, model)
-    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    params, stages = model[1], Stages(tiny.policy(config, model), batch)
     whole, chunked = (
         jax.jit(dataclasses.replace(stages, logits_chunk=chunk).score)(params) for chunk in (0, 4)
     )
@@ -187,7 +187,9 @@ def test_log_ratio_coefficient_against_a_loop(x64, reference):
     config = tiny.train_config(mtp, model_config)
     batch = tiny.minibatch(config, model)
     got = tiny.gradient(config, model, batch)
-    main, head = tiny.score(*model, batch.tokens, batch.positions, batch.segment_ids)
+    main, head = tiny.score(
+        tiny.policy(config, model), batch.tokens, batch.positions, batch.segment_ids
+    )
     old = batch.old_log_prob if reference == "main" else batch.old_mtp_log_prob[0]
     c = v2 = 0.0
     for b, t in np.ndindex(*batch.tokens.shape):
@@ -238,6 +240,12 @@ OBJECTIVES = {
 }
 
 
+def packed(config, sequences):
+    """The configuration for rows of so many sequences."""
+    layout = LayoutConfig(pack=sequences > 1, sequences_per_row=sequences)
+    return dataclasses.replace(config, layout=layout)
+
+
 @pytest.mark.parametrize(
     ("name", "objective"), [("occ", "full"), ("occ_paper", "dapo"), ("occ_paper", "gspo")]
 )
@@ -253,8 +261,8 @@ def test_layout_changes_nothing(x64, name, objective):
         "reordered": (_reorder(batch, jnp.array([2, 0, 3, 1])), 1),
         "packed": (_pack(batch), 2),
     }
-    for layout, (other, sequences_per_row) in layouts.items():
-        got = tiny.gradient(config, model, other, sequences_per_row=sequences_per_row)
+    for layout, (other, sequences) in layouts.items():
+        got = tiny.gradient(packed(config, sequences), model, other)
         np.testing.assert_allclose(
             got.calibration.weights, plain.calibration.weights, rtol=1e-9, err_msg=layout
         )
@@ -268,7 +276,7 @@ def test_layout_changes_nothing_in_float32():
     batch = tiny.minibatch(config, model)
     plain = tiny.gradient(config, model, batch).calibration.weights
     for other, sequences in ((_pad(batch, 2, 3), 1), (_pack(batch), 2)):
-        got = tiny.gradient(config, model, other, sequences_per_row=sequences)
+        got = tiny.gradient(packed(config, sequences), model, other)
         np.testing.assert_allclose(got.calibration.weights, plain, atol=1e-5)
 
 
@@ -369,13 +377,12 @@ def test_distillation_is_the_divergence_from_a_main_head_held_fixed(x64):
     """Its gradient by plain autodiff, with the main head's probabilities as numbers."""
     model_config = tiny.model_config(2, "float64", tied_embeddings=False)
     model = tiny.build_model(model_config)
-    graphdef, params, rest = model
     mtp = MTPTrainingConfig(loss="distill", rule="fixed", coefficient=0.37, placement="fused")
     config = tiny.train_config(mtp, model_config)
     batch = tiny.minibatch(config, model)
-    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
+    params, stages = model[1], Stages(tiny.policy(config, model), batch)
     fixed = partition(params)
-    main_logits = stages._model(fixed).logits(stages.trunk(fixed).hidden)
+    main_logits = stages.model(fixed).logits(stages.trunk(fixed).hidden)
     probability = jax.nn.softmax(main_logits, axis=-1)
 
     response, segments = np.asarray(batch.response_mask), np.asarray(batch.segment_ids)
@@ -383,7 +390,7 @@ def test_distillation_is_the_divergence_from_a_main_head_held_fixed(x64):
     def loss(params, depth):
         parts = partition(params)
         states = stages.modules(parts, stages.trunk(parts).hidden)
-        model = stages._model(parts)
+        model = stages.model(parts)
         log_prob = jax.nn.log_softmax(model.mtp_logits(states[depth - 1], depth - 1), axis=-1)
         total, count = 0.0, 0
         for b, t in np.ndindex(*batch.tokens.shape):

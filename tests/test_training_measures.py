@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from occ import measures
+from occ.models.parameters import is_shared
 from occ.training.batch import take_rows
 from occ.training.config import MTPTrainingConfig, ObjectiveConfig, OptimizerConfig, regime
 from occ.training.gradient.calibration import build_calibration
-from occ.training.gradient.stages import is_shared
 from occ.training.optimizer import build_optimizer, second_moment
 from tests import tiny
 

@@ -10,6 +10,8 @@ import optax
 import pytest
 
 from occ.models.config import MoEConfig
+from occ.models.parameters import is_shared
+from occ.models.policy import abstract_policy
 from occ.training.batch import split
 from occ.training.config import (
     REGIMES,
@@ -20,9 +22,7 @@ from occ.training.config import (
     RolloutConfig,
     regime,
 )
-from occ.training.gradient.stages import is_shared
 from occ.training.optimizer import build_optimizer, is_matrix, learning_rate_schedule
-from occ.training.programs import abstract_model
 from occ.training.step import make_train_step
 from tests import tiny
 
@@ -45,7 +45,7 @@ _COMPILED: dict = {}
 def stepper(config, model):
     key = repr(config), model[0]
     if key not in _COMPILED:
-        _COMPILED[key] = jax.jit(make_train_step(model[0], config))
+        _COMPILED[key] = jax.jit(make_train_step(config))
     return _COMPILED[key]
 
 
@@ -57,7 +57,7 @@ def trajectory(mtp, steps, optimizer=DECAYING):
     batches = [tiny.minibatch(config, model, seed) for seed in range(4)]
     state = tiny.state(config, model)
     as_users = {} if jax.config.read("jax_disable_most_optimizations") else tiny.AS_USERS
-    step = jax.jit(make_train_step(model[0], config), compiler_options=as_users)
+    step = jax.jit(make_train_step(config), compiler_options=as_users)
     for number in range(steps):
         state, metrics = step(state, batches[number % 4])
     assert metrics["skipped"] == 0
@@ -193,7 +193,7 @@ def test_only_what_the_mask_names_decays(decay):
     model_config = tiny.model_config(
         qkv_bias=True, moe=MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
     )
-    shapes = abstract_model(tiny.train_config(regime("detach"), model_config))[1]
+    shapes = abstract_policy(model_config).params
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     optimizer = build_optimizer(config)
 
@@ -313,7 +313,7 @@ def test_columns_that_hold_prompts_alone_can_be_left_out_of_the_head(mtp, logits
         assert first > 2  # columns that the heads can leave out
 
         def step(columns):
-            run = jax.jit(make_train_step(model[0], config, prompt_columns=columns))
+            run = jax.jit(make_train_step(config, prompt_columns=columns))
             state, metrics = run(tiny.state(config, model), batch)
             found = state.calibration, metrics["loss/rl"], metrics["loss/mtp"], state.opt_state
             # Ratios come without a Gram matrix, and with no condition number.

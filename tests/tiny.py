@@ -11,9 +11,11 @@ from flax import nnx
 
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
-from occ.training.batch import Minibatch, positions_from_segments
+from occ.models.policy import Policy
+from occ.training.batch import Minibatch, Sequences, positions_from_segments
 from occ.training.config import OptimizerConfig, RolloutConfig, TrainConfig, regime
 from occ.training.gradient.calibration import build_calibration
+from occ.training.gradient.inputs import step_inputs
 from occ.training.gradient.placement import step_gradient
 from occ.training.gradient.stages import Stages
 from occ.training.optimizer import build_optimizer
@@ -62,6 +64,11 @@ def run_config(name, **changes):
     return dataclasses.replace(base, **changes)
 
 
+def policy(config, model):
+    """The policy of a run's configuration, from a model in pieces."""
+    return Policy(config.model, *model[1:])
+
+
 @functools.cache
 def build_model(config, seed=0):
     """(graphdef, params, rest), made by one compiled program, and once for each configuration."""
@@ -74,14 +81,13 @@ def build_model(config, seed=0):
     return graphdef, *jax.jit(create)()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def score(graphdef, params, rest, tokens, positions, segment_ids):
-    return Stages(graphdef, rest, tokens, positions, segment_ids).score(params)
+@jax.jit
+def score(policy, tokens, positions, segment_ids):
+    return Stages(policy, Sequences(tokens, segment_ids, positions)).score(policy.params)
 
 
 def minibatch(config, model, seed=0, rows=4, time=9, drift=0.3):
     """Left-padded sequences, with old log-probs that the present ones have drifted from."""
-    graphdef, params, rest = model
     rng = np.random.default_rng(seed)
     dtype = config.model.compute
     prompt = rng.integers(2, 5, rows)
@@ -92,7 +98,7 @@ def minibatch(config, model, seed=0, rows=4, time=9, drift=0.3):
     segment_ids = jnp.asarray(present.astype(np.int32))
     tokens = jnp.asarray(np.where(present, rng.integers(2, 11, (rows, time)), 0), jnp.int32)
     positions = positions_from_segments(segment_ids)
-    main, *heads = score(graphdef, params, rest, tokens, positions, segment_ids)
+    main, *heads = score(policy(config, model), tokens, positions, segment_ids)
 
     def drifted(log_prob):
         noise = rng.normal(size=(rows, time)) * drift
@@ -115,9 +121,8 @@ def minibatch(config, model, seed=0, rows=4, time=9, drift=0.3):
 
 
 def state(config, model):
-    _, params, rest = model
     calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
-    fresh = init_state(params, rest, build_optimizer(config.optimizer), calibration)
+    fresh = init_state(policy(config, model), build_optimizer(config.optimizer), calibration)
     return jax.tree.map(jnp.array, fresh)  # a copy, since train steps donate
 
 
@@ -126,47 +131,34 @@ FLAG = "xla_cpu_use_fusion_emitters"
 AS_USERS = {FLAG: True} if FLAG in os.environ.get("XLA_FLAGS", "") else {}
 
 
-def gradient(config, model, batch, calibration=None, sequences_per_row=1, as_users=False):
+def gradient(config, model, batch, calibration=None, as_users=False):
     """The combined gradient of one minibatch, from a fresh calibration state."""
     graphdef, params, rest = model
     given = calibration is not None
     if not given:
         calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
     start = () if calibration is None else calibration.init(params)
-    key = repr(config), graphdef, id(calibration) if given else None, sequences_per_row, as_users
+    key = repr(config), graphdef, id(calibration) if given else None, as_users
     if key not in _COMPILED:
         options = AS_USERS if as_users else {}
-        _COMPILED[key] = _compiled(config, graphdef, calibration, sequences_per_row, options)
+        _COMPILED[key] = _compiled(config, graphdef, calibration, options)
     return _COMPILED[key](params, rest, batch, start)
 
 
 _COMPILED: dict = {}
 
 
-def _compiled(config, graphdef, calibration, sequences_per_row, options):
+def _compiled(config, graphdef, calibration, options):
     def compute(params, rest, batch, start):
-        model = graphdef, params, rest
-        return step_gradient_of(
-            config, model, batch, calibration, start, sequences_per_row=sequences_per_row
-        )
+        return step_gradient_of(config, (graphdef, params, rest), batch, calibration, start)
 
     return jax.jit(compute, compiler_options=options)
 
 
-def step_gradient_of(config, model, batch, calibration, start, moments=None, sequences_per_row=1):
+def step_gradient_of(config, model, batch, calibration, start, moments=None):
     """`step_gradient` on a model in pieces, from a given calibration state."""
-    graphdef, params, rest = model
-    stages = Stages(
-        graphdef,
-        rest,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        logits_chunk=config.layout.logits_chunk,
-    )
-    return step_gradient(
-        stages, params, batch, config, calibration, start, sequences_per_row, moments
-    )
+    inputs = step_inputs(policy(config, model), batch, config, second_moment=moments)
+    return step_gradient(inputs, calibration, start)
 
 
 def close(actual, expected, tolerance):

@@ -100,8 +100,8 @@ def estimated_cost(
     cut = layout.fsdp * layout.expert
     share = (cut - 1) / cut
     # In one micro-batch the weights are known on the way.
-    looks_first = config.mtp.looks and gradients == 1 and layout.micro_batches > 1
-    passes = layout.micro_batches * (3 + looks_first)
+    measured_first = config.mtp.data_dependent and gradients == 1 and layout.micro_batches > 1
+    passes = layout.micro_batches * (3 + measured_first)
     gathered = whole * width
     reduced = whole * 4 * gradients * layout.micro_batches
     summed = 4 * passes * model.num_layers * tokens * model.width * width

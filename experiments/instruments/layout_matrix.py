@@ -26,16 +26,16 @@ import tyro
 
 from experiments import runs
 from occ.models.config import ModelConfig, MTPConfig
+from occ.models.policy import abstract_policy
 from occ.training.batch import Minibatch, positions_from_segments
 from occ.training.config import LayoutConfig, RolloutConfig, TrainConfig, regime
 from occ.training.durable.run_folder import environment
 from occ.training.packing import pack
 from occ.training.processes import to_mesh
 from occ.training.programs import (
-    abstract_model,
     abstract_state,
     fresh_state,
-    init_model,
+    init_policy,
     jit_train_step,
 )
 from occ.training.sharding import batch_shardings, make_mesh
@@ -134,15 +134,15 @@ def minibatch(dtype: str) -> Minibatch:
 
 def one_step(config: TrainConfig, batch: Minibatch) -> tuple[Any, Any]:
     """State and metrics after a production step in the configuration's layout, on the host."""
-    graphdef, params, rest = abstract_model(config)
+    policy = abstract_policy(config.model)
     mesh = make_mesh(config.layout)
     # The same values in every layout: born on one device, then moved.
-    start = jax.device_get(init_model(dataclasses.replace(config, layout=LayoutConfig())))
+    start = jax.device_get(init_policy(dataclasses.replace(config, layout=LayoutConfig())))
     with jax.set_mesh(mesh):
-        like = abstract_state(config, params, rest, mesh)
-        fresh = jax.device_get(fresh_state(config, *start))
+        like = abstract_state(config, policy, mesh)
+        fresh = jax.device_get(fresh_state(config, start))
         state = jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, like))
-        step = jit_train_step(graphdef, config, mesh, like)
+        step = jit_train_step(config, mesh, like)
         if config.layout.pack:
             per_row = config.layout.sequences_per_row
             batch = pack(batch, length=LENGTH, sequences_per_row=per_row, rows=ROWS * 3 // 4)

@@ -27,6 +27,7 @@ from experiments import runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from occ.evaluation.intervals import ratio_interval
+from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training import loop
 from occ.training.batch import Minibatch
@@ -99,28 +100,28 @@ class Case:
     rollout_waste: float
 
 
-def case(config: TrainConfig, task: Task, start: tuple[Any, Any]) -> Case:
+def case(config: TrainConfig, task: Task, start: Policy) -> Case:
     """Builds the programs and makes the rollout."""
     programs = loop.build(config, task)
     with jax.set_mesh(programs.mesh):
-        rollout = collect(programs.rollout, *start, config, task, 0)
+        rollout = collect(programs.rollout, start, config, task, 0)
     waste = rollout.metrics["rollout/padding_waste"]
     return Case(config, programs, minibatches(rollout.batch, config), waste)
 
 
-def sample_seconds(made: Case, task: Task, start: tuple[Any, Any]) -> float:
+def sample_seconds(made: Case, task: Task, start: Policy) -> float:
     """Time of a rollout, verification and scoring included."""
     with jax.set_mesh(made.programs.mesh):
         started = time.perf_counter()
-        collect(made.programs.rollout, *start, made.config, task, 0)
+        collect(made.programs.rollout, start, made.config, task, 0)
         return time.perf_counter() - started
 
 
-def update_seconds(made: Case, start: tuple[Any, Any]) -> float:
+def update_seconds(made: Case, start: Policy) -> float:
     """Time of the gradient steps on the rollout."""
     programs = made.programs
     with jax.set_mesh(programs.mesh):
-        state = jax.block_until_ready(programs.begin(*start))
+        state = jax.block_until_ready(programs.begin(start))
         started = time.perf_counter()
         for batch in made.batches:
             state, _ = programs.train_step(state, to_mesh(batch, batch_shardings(programs.mesh)))

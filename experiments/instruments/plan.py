@@ -26,15 +26,16 @@ from experiments import runs
 from experiments.configs import CONFIGS
 from experiments.instruments.chips import Chip, chip_of, tpu_devices
 from experiments.instruments.costs import Cost, compiled_cost, estimated_cost
-from occ.generation.sampling import SamplingConfig, generate
+from occ.generation.sampling import SamplingConfig
+from occ.models.policy import abstract_policy
 from occ.training.batch import Minibatch
 from occ.training.config import TrainConfig, regime
 from occ.training.durable.run_folder import environment
-from occ.training.programs import abstract_model, abstract_state, jit_train_step
+from occ.training.programs import abstract_state, jit_train_step
+from occ.training.rollout import sampler
 from occ.training.sharding import (
     abstract_mesh,
     batch_shardings,
-    for_generation,
     make_mesh,
     replicated,
     rows_sharding,
@@ -88,16 +89,16 @@ def minibatch_shapes(config: TrainConfig, mesh: Any) -> Minibatch:
 
 def trace_train_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """The traced production step, and the shapes of its state."""
-    graphdef, params, rest = abstract_model(config)
-    state = abstract_state(config, params, rest, mesh)
-    step = jit_train_step(graphdef, config, mesh, state, config.max_prompt_tokens or 0)
+    policy = abstract_policy(config.model)
+    state = abstract_state(config, policy, mesh)
+    step = jit_train_step(config, mesh, state, config.max_prompt_tokens or 0)
     return step.trace(state, minibatch_shapes(config, mesh)), state
 
 
 def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """The traced sampling of a whole rollout, and the shapes of the parameters."""
-    graphdef, params, rest = abstract_model(config)
-    state = abstract_state(config, params, rest, mesh)
+    policy = abstract_policy(config.model)
+    state = abstract_state(config, policy, mesh)
     sampling = SamplingConfig(
         max_new_tokens=config.max_response_tokens or 0,
         temperature=config.rollout.temperature,
@@ -112,13 +113,8 @@ def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
     sharding = rows_sharding(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def sample(params, rest, prompts, mask, key):
-        gathered = for_generation(params, config.model.compute)
-        return generate(graphdef, gathered, rest, prompts, mask, key, config=sampling)
-
-    traced = jax.jit(sample).trace(
-        state.params,
-        state.rest,
+    traced = jax.jit(sampler(sampling, config)).trace(
+        state.policy(config.model),
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
         jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),

@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import tqdm
 import tyro
-from flax import nnx
 
 from experiments import runs
 from occ.generation.sampling import SamplingConfig, generate
 from occ.models.config import ModelConfig, MTPConfig
-from occ.models.decoder import Decoder, split_model
+from occ.models.policy import new_policy
 from occ.training.durable.run_folder import environment
 
 
@@ -67,15 +66,15 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         max_length=columns,
         mtp=MTPConfig(num_modules=1),
     )
-    graphdef, params, rest = split_model(Decoder(config, nnx.Rngs(0)))
+    policy = new_policy(config)
     never = arguments.vocab  # no such token
     sampling = SamplingConfig(max_new_tokens=arguments.response, stop_tokens=(never,))
 
-    def sample(params, rest, prompts, mask, key):
-        return generate(graphdef, params, rest, prompts, mask, key, config=sampling)
+    def sample(policy, prompts, mask, key):
+        return generate(policy, prompts, mask, key, config=sampling)
 
     shape = (arguments.rows, arguments.prompt)
-    inputs = params, rest, jnp.ones(shape, jnp.int32), jnp.ones(shape, bool), jax.random.key(0)
+    inputs = policy, jnp.ones(shape, jnp.int32), jnp.ones(shape, bool), jax.random.key(0)
     compiled = jax.jit(sample).lower(*inputs).compile()
     seconds = []
     for repeat in tqdm.trange(arguments.repeats + 1, desc="sample"):

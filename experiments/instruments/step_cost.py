@@ -27,18 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 import tyro
-from flax import nnx
 
 from experiments import runs
 from occ.evaluation.intervals import ratio_interval
 from occ.models.config import ModelConfig, MTPConfig
-from occ.models.decoder import Decoder, split_model
+from occ.models.policy import new_policy
 from occ.training.batch import Minibatch, positions_from_segments
 from occ.training.config import LayoutConfig, MTPTrainingConfig, TrainConfig, regime
 from occ.training.durable.run_folder import environment
 from occ.training.gradient.calibration import build_calibration
-from occ.training.gradient.cotangents import Problem, rl_seam
-from occ.training.gradient.stages import Stages, partition
+from occ.training.gradient.cotangents import rl_gradient
+from occ.training.gradient.inputs import step_inputs
 from occ.training.optimizer import build_optimizer
 from occ.training.state import init_state
 from occ.training.step import make_train_step
@@ -138,13 +137,11 @@ def compile_step(
     """The compiled step, which donates its state, and a state for it."""
     layout = LayoutConfig(logits_chunk=logits_chunk)
     config = TrainConfig(name="step_cost", model=model, task="arithmetic", mtp=mtp, layout=layout)
-    graphdef, params, rest = split_model(Decoder(model, nnx.Rngs(0)))
+    policy = new_policy(model)
     calibration = build_calibration(mtp, model.mtp.num_modules)
-    state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
+    state = init_state(policy, build_optimizer(config.optimizer), calibration)
     prompt_columns = batch.tokens.shape[1] // 2
-    step = jax.jit(
-        make_train_step(graphdef, config, prompt_columns=prompt_columns), donate_argnums=0
-    )
+    step = jax.jit(make_train_step(config, prompt_columns=prompt_columns), donate_argnums=0)
     return step.lower(state, batch).compile(), jax.tree.map(jnp.array, state)
 
 
@@ -173,19 +170,19 @@ def measure_head(arguments: Arguments) -> dict[str, dict[str, float]]:
     batch = minibatch(arguments)
     model = model_config(arguments, "none")
     config = TrainConfig(name="step_cost", model=model, task="arithmetic")
-    graphdef, params, rest = split_model(Decoder(model, nnx.Rngs(0)))
+    policy = new_policy(model)
     shape = (*batch.tokens.shape, arguments.width)
     hidden = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
     def compiled_head(chunk):
-        def gradient(params, hidden):
-            layout = batch.tokens, batch.positions, batch.segment_ids
-            half = arguments.length // 2
-            stages = Stages(graphdef, rest, *layout, logits_chunk=chunk, prompt_columns=half)
-            seam = rl_seam(Problem(stages, partition(params), batch, config, 1), hidden)
-            return seam.gradient, seam.output.metrics
+        cut = dataclasses.replace(config, layout=LayoutConfig(logits_chunk=chunk))
 
-        return jax.jit(gradient).lower(params, hidden).compile()
+        def gradient(policy, hidden):
+            inputs = step_inputs(policy, batch, cut, prompt_columns=arguments.length // 2)
+            head = rl_gradient(inputs, hidden)
+            return head.gradient, head.output.metrics
+
+        return jax.jit(gradient).lower(policy, hidden).compile()
 
     compiled = {
         "whole": compiled_head(0),
@@ -193,7 +190,7 @@ def measure_head(arguments: Arguments) -> dict[str, dict[str, float]]:
     }
 
     def run(name):
-        jax.block_until_ready(compiled[name](params, hidden))
+        jax.block_until_ready(compiled[name](policy, hidden))
 
     return _costs(compiled, run, arguments.repeats)
 

@@ -32,14 +32,15 @@ from experiments import runs
 from experiments.configs import CONFIGS
 from experiments.instruments import step_cost
 from experiments.studies import fidelity_report
-from experiments.studies.following import Followed, begin, further, one_core_processes, problem_of
+from experiments.studies.following import Followed, begin, further, inputs_of, one_core_processes
 from occ import measures, trees
 from occ.models.config import ModelConfig
+from occ.models.parameters import is_shared
 from occ.training.batch import Minibatch, split
 from occ.training.config import MTPTrainingConfig, TrainConfig
-from occ.training.gradient.cotangents import Problem
-from occ.training.gradient.exact import LossGradients, loss_gradients
-from occ.training.gradient.stages import is_shared
+from occ.training.gradient.inputs import StepInputs
+from occ.training.gradient.micro_batches import Pass
+from occ.training.gradient.placement import loss_gradients
 from occ.training.optimizer import second_moment
 from occ.training.rollout import collect
 from occ.training.state import TrainState
@@ -132,14 +133,14 @@ PARTS = ("first_layer", "last_layer", "embedding")
 ROW_FRACTION = 0.125
 
 
-def estimate(problem: Problem, moments: Any, key: jax.Array) -> dict[str, Any]:
+def estimate(inputs: StepInputs, moments: Any, key: jax.Array) -> dict[str, Any]:
     """Every estimator on one minibatch.
 
     Returns:
       "gram": {name: float [2, 2]} of every estimator that has a Gram matrix; "ratio": {name:
       float []} of those that have c / v^2 alone; "gradients": (g, m), each {part: float [P]}.
     """
-    whole = loss_gradients(problem)
+    whole = loss_gradients(inputs)
     shared = _shared(whole)
     step = jax.random.randint(key, (), 0, 2**30, jnp.int32)
     gram = {}
@@ -151,18 +152,18 @@ def estimate(problem: Problem, moments: Any, key: jax.Array) -> dict[str, Any]:
     arrays = {"gradients": shared, "second_moment": scaled}
     adam = measures.preconditioned()
     gram["preconditioned"] = adam.update(adam.reduce(arrays, 1), (), None)[0].gram
-    rows = problem.batch.tokens.shape[0]
+    rows = inputs.batch.tokens.shape[0]
     halves = tuple(
-        _shared(loss_gradients(problem.rows(part)))
+        _shared(loss_gradients(inputs.rows(part)))
         for part in (slice(0, rows // 2), slice(rows // 2, rows))
     )
     crossed, _ = measures.cross_fitted().update((shared, halves), (), None)
     gram["cross_fitted"] = crossed.gram
     few = slice(0, max(round(rows * ROW_FRACTION), 1))
-    gram["row_subset"] = measures.gram_matrix(_shared(loss_gradients(problem.rows(few))))
+    gram["row_subset"] = measures.gram_matrix(_shared(loss_gradients(inputs.rows(few))))
     ratio = {}
     for reference in ("main", "own"):
-        evidence = _log_ratios(problem, reference)
+        evidence = _log_ratios(inputs, reference)
         gram[f"log_ratios_{reference}"] = _by_log_ratios("paper", evidence).gram
         for form in ("released_masked", "released_unmasked"):
             ratio[f"{form}_{reference}"] = _by_log_ratios(form, evidence).ratio
@@ -184,9 +185,9 @@ def _by_part(gradient: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: jnp.concatenate(piece) for name, piece in pieces.items()}
 
 
-def _shared(losses: LossGradients) -> tuple[dict[str, jax.Array], ...]:
+def _shared(losses: Pass) -> tuple[dict[str, jax.Array], ...]:
     """The gradients on shared leaves, by path."""
-    return tuple(by_path(gradient) for gradient in losses.gradients)
+    return tuple(by_path(gradient) for gradient in losses.gradient)
 
 
 def by_path(tree: Any) -> dict[str, jax.Array]:
@@ -197,12 +198,12 @@ def by_path(tree: Any) -> dict[str, jax.Array]:
     return trees.selected(tree, mask)
 
 
-def _log_ratios(problem: Problem, reference: str) -> dict[str, jax.Array]:
-    batch = problem.batch
-    params = {**problem.parts.blocks, **problem.parts.readout, **problem.parts.modules}
-    main, head = problem.stages.score(params)
+def _log_ratios(inputs: StepInputs, reference: str) -> dict[str, jax.Array]:
+    batch = inputs.batch
+    params = {**inputs.parts.blocks, **inputs.parts.readout, **inputs.parts.modules}
+    main, head = inputs.stages.score(params)
     old = batch.old_log_prob if reference == "main" else batch.old_mtp_log_prob[0]
-    predicted = batch.response_mask & problem.stages.predictable(1)
+    predicted = batch.response_mask & inputs.stages.predictable(1)
     return {
         "main_log_ratio": jnp.where(batch.response_mask, main.log_prob - batch.old_log_prob, 0),
         "auxiliary_log_ratios": jnp.where(predicted, head.log_prob - old, 0)[None],
@@ -233,7 +234,7 @@ def follow(name: str, arguments: Run) -> pathlib.Path:
     lines: list[dict[str, Any]] = []
     own: list[dict[str, Any]] = []
     for number in range(config.rollouts):
-        rollout = collect(programs.rollout, state.params, state.rest, config, task, number)
+        rollout = collect(programs.rollout, run.policy(state), config, task, number)
         point = number % arguments.stride == arguments.stride - 1
         # One, two or three steps after the rollout, in turn: the proxy has nothing to say before.
         steps = 1 + (number // arguments.stride) % (config.rollout.minibatches - 1)
@@ -265,7 +266,7 @@ def _compiled(run: Followed) -> Callable[..., dict[str, Any]]:
     @jax.jit
     def compute(state: TrainState, batch: Minibatch, key: jax.Array):
         moments = by_path(second_moment(state.opt_state, run.config.optimizer))
-        return estimate(problem_of(run, state, batch), moments, key)
+        return estimate(inputs_of(run, state, batch), moments, key)
 
     return lambda *inputs: jax.device_get(compute(*inputs))
 

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from experiments import runs
+from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training import loop
 from occ.training.batch import Minibatch
 from occ.training.config import MTPTrainingConfig, TrainConfig
 from occ.training.gradient.calibration import build_calibration
-from occ.training.gradient.cotangents import Problem
-from occ.training.gradient.stages import Stages, partition
+from occ.training.gradient.inputs import StepInputs, step_inputs
 from occ.training.optimizer import build_optimizer
 from occ.training.rollout import collect
 from occ.training.state import TrainState, init_state
@@ -37,6 +37,10 @@ class Followed(NamedTuple):
     task: Task
     programs: loop.Programs
     state: TrainState
+
+    def policy(self, state: TrainState) -> Policy:
+        """The policy of one of its states."""
+        return state.policy(self.config.model)
 
 
 def begin(config: TrainConfig, *, seed: int, quick_rollouts: int | None = None) -> Followed:
@@ -55,7 +59,7 @@ def begin(config: TrainConfig, *, seed: int, quick_rollouts: int | None = None) 
     programs = loop.build(config, task)
     start = runs.starting_point(config, task, programs, pathlib.Path("runs/fidelity/starts"))
     calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
-    state = init_state(*start, build_optimizer(config.optimizer), calibration)
+    state = init_state(start, build_optimizer(config.optimizer), calibration)
     return Followed(config, task, programs, jax.tree.map(jnp.array, state))
 
 
@@ -63,20 +67,12 @@ def further(run: Followed, state: TrainState, number: int) -> Minibatch:
     """A rollout of the same policy that training never sees."""
     sampler = run.programs.rollout
     step = FURTHER_STEPS + number
-    return collect(sampler, state.params, state.rest, run.config, run.task, step).batch
+    return collect(sampler, run.policy(state), run.config, run.task, step).batch
 
 
-def problem_of(run: Followed, state: TrainState, batch: Minibatch) -> Problem:
-    """What a step on this minibatch differentiates."""
-    stages = Stages(
-        run.programs.graphdef,
-        state.rest,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        run.config.rollout.temperature,
-    )
-    return Problem(stages, partition(state.params), batch, run.config, 1)
+def inputs_of(run: Followed, state: TrainState, batch: Minibatch) -> StepInputs:
+    """What a step on this minibatch reads."""
+    return step_inputs(run.policy(state), batch, run.config)
 
 
 @contextlib.contextmanager

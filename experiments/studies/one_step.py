@@ -38,15 +38,15 @@ import tyro
 
 from experiments import runs
 from experiments.configs import CONFIGS
-from experiments.studies.following import Followed, begin, further, problem_of
+from experiments.studies.following import Followed, begin, further, inputs_of
 from occ import theory
 from occ.measures import inner_product
+from occ.models.parameters import is_shared, partition
 from occ.training.batch import Minibatch, split
 from occ.training.durable.run_folder import read_rows
-from occ.training.gradient.cotangents import Problem
-from occ.training.gradient.exact import loss_gradients
+from occ.training.gradient.inputs import StepInputs
 from occ.training.gradient.losses import rl_loss
-from occ.training.gradient.stages import is_shared, partition
+from occ.training.gradient.placement import loss_gradients
 from occ.training.rollout import collect
 from occ.training.state import TrainState
 
@@ -98,7 +98,7 @@ def follow(arguments: Run) -> pathlib.Path:
     measure = _compiled(run)
     lines = []
     for number in range(config.rollouts):
-        rollout = collect(programs.rollout, state.params, state.rest, config, task, number)
+        rollout = collect(programs.rollout, run.policy(state), config, task, number)
         if number % arguments.stride == arguments.stride - 1:
             fresh = further(run, state, number)
             wanted = 1 + (number // arguments.stride) % (config.rollout.minibatches - 1)
@@ -120,29 +120,29 @@ def follow(arguments: Run) -> pathlib.Path:
 
 
 def _compiled(run: Followed) -> Callable[..., Any]:
-    def ascent(problem: Problem) -> list[Any]:
+    def ascent(inputs: StepInputs) -> list[Any]:
         """g and m, zero on the modules' own parameters."""
         return [
             jax.tree.map(jnp.negative, _shared(gradient))
-            for gradient in loss_gradients(problem).gradients
+            for gradient in loss_gradients(inputs).gradient
         ]
 
     @jax.jit
     def measure(state: TrainState, batch: Minibatch, fresh: Minibatch, length: jax.Array):
-        problem = problem_of(run, state, batch)
-        g, m = ascent(problem)
+        inputs = inputs_of(run, state, batch)
+        g, m = ascent(inputs)
         rows = batch.tokens.shape[0]
         halves = [
-            ascent(problem.rows(part)) for part in (slice(0, rows // 2), slice(rows // 2, rows))
+            ascent(inputs.rows(part)) for part in (slice(0, rows // 2), slice(rows // 2, rows))
         ]
         (g_first, m_first), (g_second, m_second) = halves
         cross = (inner_product(g_first, m_second) + inner_product(g_second, m_first)) / 2
-        stages = problem_of(run, state, fresh).stages
+        stages = inputs_of(run, state, fresh).stages
 
         def objective(params):
             parts = partition(params)
             scores = stages.head(parts, stages.trunk(parts).hidden, 0)
-            return -rl_loss(scores, fresh, run.config.objective, 1)[0]
+            return -rl_loss(scores, fresh, run.config)[0]
 
         joint = jax.tree.map(lambda a, b: a + LAMBDA * b, g, m)
         step_size = length / jnp.sqrt(inner_product(joint, joint))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from occ.generation.sampling import Generation
+from occ.models.policy import Policy
 
 COLUMN_RUNGS = 4
 
@@ -68,7 +69,7 @@ class Bucketed:
     A row's random numbers depend on its place in the whole batch, and so not on the portions.
 
     Attributes:
-      program: jitted `(params, rest, prompts, prompt_mask, key, rows=...) -> Generation`.
+      program: jitted `(policy, prompts, prompt_mask, key, rows=...) -> Generation`.
       rows_at_a_time: R; 0 runs the program once, on the batch as it is.
       pad_token: stands on the left of prompts.
       fetch: whole values of arrays, on the host; several processes need one that gathers.
@@ -86,13 +87,11 @@ class Bucketed:
                 f"{self.rows_at_a_time}. It comes from LayoutConfig.generation_rows."
             )
 
-    def __call__(
-        self, params: Any, rest: Any, prompts: Any, prompt_mask: Any, key: jax.Array
-    ) -> Any:
+    def __call__(self, policy: Policy, prompts: Any, prompt_mask: Any, key: jax.Array) -> Any:
         """One response to each prompt, in the order and the columns of the prompts.
 
         Args:
-          params, rest: the model's variables.
+          policy: the model.
           prompts: int32 [B, P], left-padded.
           prompt_mask: bool [B, P], False on padding.
           key: PRNG key.
@@ -101,14 +100,13 @@ class Bucketed:
           A `Generation` of numpy arrays.
         """
         if not self.rows_at_a_time:
-            return self.fetch(self.program(params, rest, prompts, prompt_mask, key))
+            return self.fetch(self.program(policy, prompts, prompt_mask, key))
         prompts, prompt_mask = np.asarray(prompts), np.asarray(prompt_mask)
         columns = prompts.shape[1]
         cut = portions(prompt_mask.sum(axis=1), columns, self.rows_at_a_time)
         generated = [
             self.program(
-                params,
-                rest,
+                policy,
                 prompts[portion.rows, columns - portion.columns :],
                 prompt_mask[portion.rows, columns - portion.columns :],
                 key,

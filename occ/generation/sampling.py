@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from occ.models.decoder import Cache, Decoder, merge_model
+from occ.models.decoder import Cache, Decoder
+from occ.models.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +98,7 @@ def check_fits(prompt_mask: Any, max_length: int, config: SamplingConfig) -> Non
 
 
 def generate(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    rest: Any,
+    policy: Policy,
     prompts: Int[Array, "batch columns"],
     prompt_mask: Bool[Array, "batch columns"],
     key: jax.Array,
@@ -114,7 +112,7 @@ def generate(
     does not change with the other rows or with the padding.
 
     Args:
-      graphdef, params, rest: the model, from `split_model`.
+      policy: the model.
       prompts: int32 [B, P], left-padded.
       prompt_mask: bool [B, P], False on padding. `check_fits` checks concrete ones.
       key: PRNG key.
@@ -122,7 +120,7 @@ def generate(
       rows: int32 [B], each row's number, where these are some rows of a larger batch; None numbers
         them from 0.
     """
-    model = merge_model(graphdef, params, rest)
+    model = policy.model
     batch, _ = prompts.shape
     segment_ids = prompt_mask.astype(jnp.int32)
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)

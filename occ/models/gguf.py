@@ -20,8 +20,7 @@ import numpy as np
 
 from occ.models.agreement import check_agrees
 from occ.models.config import ModelConfig, MTPConfig
-from occ.models.pretrained.model import Pretrained
-from occ.models.pretrained.names import abstract_variables
+from occ.models.policy import Policy, abstract_policy
 
 ARCHITECTURE = "llama"
 
@@ -90,7 +89,7 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
 
 def load(
     path: str | pathlib.Path, config: ModelConfig | None = None, *, shardings: Any = None
-) -> Pretrained:
+) -> Policy:
     """Weights of the trunk, and the head.
 
     Args:
@@ -115,7 +114,7 @@ def load(
     for name, values in _parameters(tensors, config):
         sharding = None if shardings is None else _at(shardings[0], name)
         _put(params, name, jax.device_put(values, sharding))
-    return Pretrained(config, params, {})
+    return Policy(config, params, {})
 
 
 # -- what a file says -------------------------------------------------------------------------
@@ -205,7 +204,7 @@ def _has(name: str, config: ModelConfig) -> bool:
 
 def _parameters(tensors: dict[str, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Every parameter, by its path, in the dtype of parameters; one at a time."""
-    shapes, _ = abstract_variables(config)
+    shapes = abstract_policy(config).params
 
     def read(tensor: str, convert: Callable[..., np.ndarray], shape: tuple[int, ...]):
         values = _dequantise(tensors[tensor])

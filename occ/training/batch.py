@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+
+class Sequences(NamedTuple):
+    """Sequences alone, several in a row if they are packed.
+
+    Attributes:
+      tokens: int32 [B, T].
+      segment_ids: int32 [B, T], 0 on padding, 1..S for the sequences in a row.
+      positions: int32 [B, T], position within the sequence; 0 on padding.
+    """
+
+    tokens: Any
+    segment_ids: Any
+    positions: Any
 
 
 class Minibatch(struct.PyTreeNode):

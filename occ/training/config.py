@@ -123,7 +123,8 @@ class MTPTrainingConfig:
         factor with the minibatches a rollout: otherwise the same ones are always measured, and the
         first is unlike the others, since the policy has not moved yet.
       groups: "none" has one coefficient for all shared parameters, "layer" one for each layer of
-        the trunk and for what is before and after them (rules that look, exact placement).
+        the trunk and for what is before and after them (rules that depend on data, placement
+        "exact").
       placement: "fused" weighs the losses before one backward pass through the trunk; "exact"
         takes a backward pass for each where it measures, and knows the true c and v^2.
       scale_own: scale the modules' own gradient too, as the paper's released code does.
@@ -158,7 +159,10 @@ class MTPTrainingConfig:
         positive("MTPTrainingConfig", row_fraction=self.row_fraction, every=self.every)
         one_of("MTPTrainingConfig", "groups", self.groups, ("none", "layer"))
         if self.groups != "none" and (
-            self.placement == "fused" or self.every != 1 or not self.looks or self.measure in EARLY
+            self.placement == "fused"
+            or self.every != 1
+            or not self.data_dependent
+            or self.measure in EARLY
         ):
             raise ValueError(
                 "MTPTrainingConfig: groups='layer' measures the gradients of every layer at every "
@@ -167,7 +171,7 @@ class MTPTrainingConfig:
                 f"{self.rule!r} and {self.measure!r}."
             )
         early = self.measure in EARLY
-        if self.placement == "fused" and self.looks and not early:
+        if self.placement == "fused" and self.data_dependent and not early:
             raise ValueError(
                 "MTPTrainingConfig: placement='fused' must know the coefficient before the "
                 "backward pass through the trunk, when the gradients that "
@@ -176,7 +180,7 @@ class MTPTrainingConfig:
             )
 
     @property
-    def looks(self) -> bool:
+    def data_dependent(self) -> bool:
         """Whether the rule depends on what is measured."""
         return self.rule not in ("detach", "fixed", "replay")
 
@@ -403,7 +407,7 @@ class TrainConfig:
                 f"{self.layout.micro_batches} micro-batches on {self.layout.row_parts} devices "
                 "(data x fsdp x expert). Change RolloutConfig or LayoutConfig."
             )
-        if self.layout.pack and self.mtp.looks and self.mtp.measure == "released_unmasked":
+        if self.layout.pack and self.mtp.data_dependent and self.mtp.measure == "released_unmasked":
             raise ValueError(
                 "TrainConfig: measure 'released_unmasked' is a mean over all positions, padding "
                 "included, and layout.pack=True leaves most of the padding out: the coefficient "

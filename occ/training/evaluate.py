@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.tasks.prompts import encode_prompts
 from occ.training.batch import segments_of
@@ -17,7 +18,7 @@ SAMPLING_KEY = 2**31 - 1  # apart from the keys of rollouts, which count from 0
 
 
 def evaluate(
-    programs: RolloutPrograms, params: Any, rest: Any, config: TrainConfig, task: Task
+    programs: RolloutPrograms, policy: Policy, config: TrainConfig, task: Task
 ) -> dict[str, Any]:
     """Accuracies on the first held-out prompts.
 
@@ -38,11 +39,11 @@ def evaluate(
     prompts, mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
     key = key_on_mesh(config.seed, SAMPLING_KEY)
 
-    greedy = programs.greedy(params, rest, prompts, mask, key)
+    greedy = programs.greedy(policy, prompts, mask, key)
     _, greedy_rewards, greedy_valid = judge(task, problems, greedy, columns)
     repeated = [problem for problem in problems for _ in range(k)]
     sampled = programs.evaluation(
-        params, rest, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
+        policy, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
     )
     _, rewards, valid = judge(task, repeated, sampled, columns)
     return {
@@ -50,8 +51,7 @@ def evaluate(
         "sampled": _share(rewards, valid),
         "mtp_acceptance": mtp_acceptance(
             programs,
-            params,
-            rest,
+            policy,
             greedy.tokens,
             segments_of(mask, greedy.response_mask),
             greedy.response_mask,
@@ -65,8 +65,7 @@ def _share(rewards: np.ndarray, valid: np.ndarray) -> float:
 
 def mtp_acceptance(
     programs: RolloutPrograms,
-    params: Any,
-    rest: Any,
+    policy: Policy,
     tokens: Any,
     segment_ids: Any,
     response_mask: Any,
@@ -75,9 +74,9 @@ def mtp_acceptance(
 
     Args:
       programs: of the run.
-      params, rest: the model.
+      policy: the model.
       tokens, segment_ids: int32 [B, T].
       response_mask: bool [B, T].
     """
-    scores = to_host(programs.score(params, rest, tokens, segment_ids))
+    scores = to_host(programs.score(policy, tokens, segment_ids))
     return [float(agrees[response_mask].mean()) for agrees in scores.mtp_agrees]

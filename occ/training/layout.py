@@ -46,6 +46,11 @@ class LayoutConfig:
         )
 
     @property
+    def most_in_a_row(self) -> int:
+        """S, the most sequences in a row of a minibatch: 1 unless they are packed."""
+        return self.sequences_per_row if self.pack else 1
+
+    @property
     def row_parts(self) -> int:
         """Into how many parts the rows of a batch are cut."""
         return self.data * self.fsdp * self.expert

@@ -12,21 +12,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training.config import TrainConfig
-from occ.training.durable.bad_updates import LEAF, BadUpdates
+from occ.training.durable.bad_updates import BadUpdates
 from occ.training.durable.checkpoints import Checkpoints, Restored
 from occ.training.durable.history import History
 from occ.training.durable.run_folder import RunFolder, plain
 from occ.training.evaluate import evaluate
+from occ.training.metrics import ALARMS, over_steps
 from occ.training.packing import minibatches, padding_waste
 from occ.training.processes import any_of_all, to_host, to_mesh
-from occ.training.programs import Programs, build, init_model
+from occ.training.programs import Programs, build, init_policy
 from occ.training.rollout import Rollout, collect
 from occ.training.sharding import batch_shardings
 from occ.training.state import TrainState
 
-__all__ = ["Programs", "build", "init_model", "run"]
+__all__ = ["Programs", "build", "init_policy", "run"]
 
 SECONDS = "seconds/"  # beginning of the names of timings, which no two runs share
 OnRow = Callable[[dict[str, Any]], None]
@@ -36,7 +38,7 @@ def run(
     config: TrainConfig,
     task: Task,
     programs: Programs,
-    start: tuple[Any, Any],
+    start: Policy,
     folder: pathlib.Path,
     on_row: OnRow = lambda row: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -50,7 +52,7 @@ def run(
       config: of the run.
       task: prompts and verifier.
       programs: from `build`.
-      start: parameters and other variables to start from (and the reference of the KL term).
+      start: the policy to start from (and the reference of the KL term).
       folder: of the run's files; the same call resumes an interrupted run.
       on_row: called with every row of metrics.
       should_stop: asked after every rollout; True saves a checkpoint and ends the run early.
@@ -72,7 +74,7 @@ def _run(
     config: TrainConfig,
     task: Task,
     programs: Programs,
-    start: tuple[Any, Any],
+    start: Policy,
     folder: pathlib.Path,
     on_row: OnRow,
     should_stop: Callable[[], bool],
@@ -82,7 +84,7 @@ def _run(
     result = files.result()
     if result is not None:
         return result
-    reference = start[0] if config.objective.kl_coefficient else None
+    reference = start if config.objective.kl_coefficient else None
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         first, state, history = _restore(programs, start, checkpoints)
         files.keep_rows_before(first)
@@ -117,7 +119,7 @@ def _run(
             bad_updates.check()
             if stop and not last:
                 return None
-        final = evaluate(programs.rollout, state.params, state.rest, config, task)
+        final = evaluate(programs.rollout, state.policy(config.model), config, task)
         history = _now(history.evaluated(config.rollouts, final["sampled"]), began)
     # Not before the last checkpoint is whole, since a finished run is never opened again.
     result = _result(files, final, history)
@@ -130,9 +132,9 @@ def _now(history: History, began: float) -> History:
     return dataclasses.replace(history, seconds=time.perf_counter() - began)
 
 
-def _restore(programs: Programs, start: tuple[Any, Any], checkpoints: Checkpoints) -> Restored:
+def _restore(programs: Programs, start: Policy, checkpoints: Checkpoints) -> Restored:
     """The newest checkpoint, or a beginning."""
-    fresh = programs.begin(*start)
+    fresh = programs.begin(start)
     restored = checkpoints.restore(fresh)
     return Restored(0, fresh, History()) if restored is None else restored
 
@@ -142,7 +144,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Metrics of the held-out accuracy, for a row."""
     started = time.perf_counter()
-    accuracy = evaluate(programs.rollout, state.params, state.rest, config, task)
+    accuracy = evaluate(programs.rollout, state.policy(config.model), config, task)
     metrics = {f"eval/{name}": value for name, value in accuracy.items()}
     return metrics | {"seconds/evaluation": time.perf_counter() - started}
 
@@ -153,12 +155,13 @@ def _train_on_rollout(
     programs: Programs,
     state: TrainState,
     number: int,
-    reference: Any,
+    reference: Policy | None,
     bad_updates: BadUpdates,
 ) -> tuple[Rollout, dict[str, Any], TrainState]:
     """One rollout and its gradient steps: with a row of metrics, and the new state."""
     started = time.perf_counter()
-    rollout = collect(programs.rollout, state.params, state.rest, config, task, number, reference)
+    policy = state.policy(config.model)
+    rollout = collect(programs.rollout, policy, config, task, number, reference)
     sampled = time.perf_counter()
     steps = []
     batches = minibatches(rollout.batch, config)
@@ -172,7 +175,7 @@ def _train_on_rollout(
     row = {
         "rollout": number,
         **rollout.metrics,
-        **plain(_mean_over_steps(steps)),
+        **plain(over_steps(steps)),
         "batch/padding_waste": padding_waste(batches),
         "seconds/rollout": sampled - started,
         "seconds/updates": time.perf_counter() - sampled,
@@ -180,42 +183,8 @@ def _train_on_rollout(
     return rollout, row, state
 
 
-def _mean_over_steps(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Mean over a rollout's minibatches; counts are the last, alarms the number of steps."""
-    means = {}
-    for name in (name for name in steps[0] if name != LEAF):
-        values = np.stack([np.asarray(step[name]) for step in steps])
-        if name.startswith("alarm/"):
-            means[name] = values.sum(axis=0)
-        elif name in ("skipped", "occ/nonfinite", "occ/overflowed", "learning_rate"):
-            means[name] = values[-1]
-        elif name.startswith("true/") or name in ("grad_norm/rl", "grad_norm/mtp"):
-            means[name] = _mean_where_measured(values)
-        else:
-            means[name] = values.mean(axis=0)
-    if "true/ratio" in means:
-        # A ratio of means: a mean of ratios is ruled by the minibatch with the smallest v^2.
-        smallest = np.finfo(np.float32).tiny
-        perturbation = np.maximum(means["true/perturbation"], smallest)
-        means["true/ratio"] = means["true/correlation"] / perturbation
-    return means
-
-
-def _mean_where_measured(values: np.ndarray) -> np.ndarray:
-    """Mean over the steps that measured; NaN without any."""
-    measured = np.isfinite(values)
-    total = np.where(measured, values, 0).sum(axis=0)
-    count = measured.sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
 def _sound_alarms(steps: list[dict[str, np.ndarray]], number: int) -> None:
-    texts = {
-        "alarm/no_module_gradient": "received a gradient of exactly zero",
-        "alarm/module_unchanged": "did not change in an update",
-        "alarm/all_targets_masked": "had every target masked",
-    }
-    for name, text in texts.items():
+    for name, text in ALARMS.items():
         for step, metrics in enumerate(steps):
             for module in np.flatnonzero(metrics.get(name, np.zeros(0))):
                 warnings.warn(

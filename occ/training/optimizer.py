@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from occ.models.parameters import is_shared
 from occ.training.config import OptimizerConfig
-from occ.training.gradient.stages import is_shared
 from occ.trees import path_string
 
 MATRICES = ("kernel", "embedding", "router", "gate_kernel", "up_kernel", "down_kernel")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
-from occ.models.decoder import Decoder, split_model
+from occ.models.policy import Policy, abstract_policy, create_policy
 from occ.tasks import Task
 from occ.training.config import TrainConfig
 from occ.training.gradient.calibration import build_calibration
@@ -27,40 +27,37 @@ class Programs:
     """What a run compiles; runs that differ by seed alone share it.
 
     Attributes:
-      graphdef: the model without its variables.
       rollout: generation and scoring.
       train_step: jitted; it donates its state.
-      begin: jitted `(params, rest) -> TrainState`, a fresh state on the mesh around a copy of given
+      begin: jitted `Policy -> TrainState`, a fresh state on the mesh around a copy of its
         variables, which serve further runs.
       mesh: all of them run on it, within `jax.set_mesh`.
       state: shapes of the training state, and where its arrays live.
     """
 
-    graphdef: nnx.GraphDef
     rollout: RolloutPrograms
     train_step: TrainStep
-    begin: Callable[[Any, Any], TrainState]
+    begin: Callable[[Policy], TrainState]
     mesh: Mesh
     state: TrainState
 
 
 def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = None) -> Programs:
     """Builds a run's programs, around those of a rollout that another regime compiled."""
-    graphdef, params, rest = abstract_model(config)
+    policy = abstract_policy(config.model)
     if rollout is None:
-        rollout = build_programs(graphdef, config, task)
+        rollout = build_programs(config, task)
     mesh = make_mesh(config.layout)
-    state = abstract_state(config, params, rest, mesh)
+    state = abstract_state(config, policy, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def begin(params, rest):
+    def begin(policy):
         # Without a copy the very arrays would come out that went in.
-        return fresh_state(config, *jax.tree.map(jnp.copy, (params, rest)))
+        return fresh_state(config, jax.tree.map(jnp.copy, policy))
 
     return Programs(
-        graphdef,
         rollout,
-        jit_train_step(graphdef, config, mesh, state, lengths(config, task)[0]),
+        jit_train_step(config, mesh, state, lengths(config, task)[0]),
         jax.jit(begin, out_shardings=shardings),
         mesh,
         state,
@@ -68,7 +65,6 @@ def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = Non
 
 
 def jit_train_step(
-    graphdef: nnx.GraphDef,
     config: TrainConfig,
     mesh: Mesh,
     state: TrainState,
@@ -77,18 +73,13 @@ def jit_train_step(
     """The train step for states and minibatches that live on the mesh as they should.
 
     Args:
-      graphdef, config, mesh: of the run.
+      config, mesh: of the run.
       state: shapes and shardings, from `abstract_state`.
       prompt_columns: leading columns of padded minibatches that hold prompts alone.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    layout = config.layout
-    step = make_train_step(
-        graphdef,
-        config,
-        sequences_per_row=layout.sequences_per_row if layout.pack else 1,
-        prompt_columns=0 if layout.pack else prompt_columns,
-    )
+    columns = 0 if config.layout.pack else prompt_columns
+    step = make_train_step(config, prompt_columns=columns)
     return jax.jit(
         step,
         donate_argnums=0,
@@ -97,14 +88,9 @@ def jit_train_step(
     )
 
 
-def abstract_model(config: TrainConfig) -> tuple[nnx.GraphDef, Any, Any]:
-    """The model without its variables, and their shapes."""
-    return split_model(nnx.eval_shape(lambda: Decoder(config.model, nnx.Rngs(0))))
-
-
-def abstract_state(config: TrainConfig, params: Any, rest: Any, mesh: Mesh) -> TrainState:
-    """Shapes of the training state, each with its sharding."""
-    shapes = jax.eval_shape(lambda params, rest: fresh_state(config, params, rest), params, rest)
+def abstract_state(config: TrainConfig, policy: Policy, mesh: Mesh) -> TrainState:
+    """Shapes of the training state around a policy of shapes, each with its sharding."""
+    shapes = jax.eval_shape(lambda policy: fresh_state(config, policy), policy)
     shardings = tree_shardings(shapes, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -113,21 +99,19 @@ def abstract_state(config: TrainConfig, params: Any, rest: Any, mesh: Mesh) -> T
     )
 
 
-def fresh_state(config: TrainConfig, params: Any, rest: Any) -> TrainState:
-    """The state in which a run begins, around given variables of the model."""
+def fresh_state(config: TrainConfig, policy: Policy) -> TrainState:
+    """The state in which a run begins, around the variables of a policy."""
     calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
-    return init_state(params, rest, build_optimizer(config.optimizer), calibration)
+    return init_state(policy, build_optimizer(config.optimizer), calibration)
 
 
-def init_model(config: TrainConfig) -> tuple[Any, Any]:
-    """Fresh parameters, and the model's other variables, born where they will live."""
-
-    def create():
-        _, *variables = split_model(Decoder(config.model, nnx.Rngs(config.seed)))
-        return tuple(variables)
-
+def init_policy(config: TrainConfig) -> Policy:
+    """A policy with fresh variables, born where they will live."""
     mesh = make_mesh(config.layout)
-    shapes = jax.eval_shape(create)
-    shardings = tuple(tree_shardings(variables, mesh) for variables in shapes)
+    shapes = abstract_policy(config.model)
+    shardings = shapes.replace(
+        params=tree_shardings(shapes.params, mesh), rest=tree_shardings(shapes.rest, mesh)
+    )
+    create = functools.partial(create_policy, config.model, config.seed)
     with jax.set_mesh(mesh):
         return jax.jit(create, out_shardings=shardings)()

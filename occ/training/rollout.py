@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from occ.generation.bucketing import Bucketed, padding_waste
 from occ.generation.sampling import Generation, SamplingConfig, check_fits, generate
+from occ.models.policy import Policy
 from occ.objectives import advantages
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
-from occ.training.batch import Minibatch, positions_from_segments, segments_of
+from occ.training.batch import Minibatch, Sequences, positions_from_segments, segments_of
 from occ.training.config import TrainConfig
 from occ.training.gradient.stages import Stages
 from occ.training.processes import collect_shares, key_on_mesh, my_share, to_host
@@ -42,11 +43,11 @@ class RolloutPrograms:
     """The compiled programs of a rollout; they are the same in every regime and for every seed.
 
     Attributes:
-      sample: `(params, rest, prompts, prompt_mask, key) -> Generation` as in training, on the host;
-        in portions if the layout says so.
+      sample: `(policy, prompts, prompt_mask, key) -> Generation` as in training, on the host; in
+        portions if the layout says so.
       greedy: the same with the most likely tokens.
       evaluation: the same as `EvaluationConfig` says, at temperature 1.
-      score: `(params, rest, tokens, segment_ids) -> Scores`.
+      score: `(policy, tokens, segment_ids) -> Scores`.
     """
 
     sample: Bucketed
@@ -55,7 +56,7 @@ class RolloutPrograms:
     score: Callable[..., Scores]
 
 
-def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> RolloutPrograms:
+def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
     """Jits what a rollout and an evaluation need.
 
     Raises:
@@ -82,40 +83,61 @@ def build_programs(graphdef: nnx.GraphDef, config: TrainConfig, task: Task) -> R
     evaluation = dataclasses.replace(plain, top_p=config.evaluation.top_p)
 
     def program(sampling):
-        def sample(params, rest, prompts, prompt_mask, key, rows=None):
-            params = for_generation(params, config.model.compute)
-            return generate(
-                graphdef, params, rest, prompts, prompt_mask, key, config=sampling, rows=rows
-            )
-
-        compiled = jax.jit(sample)
+        compiled = jax.jit(sampler(sampling, config))
         return Bucketed(compiled, config.layout.generation_rows, task.tokenizer.pad_id, to_host)
 
-    def score(params, rest, tokens, segment_ids):
-        positions = positions_from_segments(segment_ids)
-        stages = Stages(
-            graphdef,
-            rest,
-            tokens,
-            positions,
-            segment_ids,
-            rollout.temperature,
-            config.layout.logits_chunk,
-            columns,
-        )
-        main, *heads = stages.score(params)
-        if not heads:
-            nothing = jnp.zeros((0, *tokens.shape), main.log_prob.dtype)
-            return Scores(main.log_prob, nothing, nothing > 0)
-        agrees = [
-            (head.greedy == tokens) & stages.scored(depth)
-            for depth, head in enumerate(heads, start=1)
-        ]
-        return Scores(
-            main.log_prob, jnp.stack([head.log_prob for head in heads]), jnp.stack(agrees)
-        )
-
+    score = functools.partial(
+        score_sequences,
+        temperature=rollout.temperature,
+        logits_chunk=config.layout.logits_chunk,
+        prompt_columns=columns,
+    )
     return RolloutPrograms(program(sample), program(greedy), program(evaluation), jax.jit(score))
+
+
+def sampler(sampling: SamplingConfig, config: TrainConfig) -> Callable[..., Generation]:
+    """`(policy, prompts, prompt_mask, key, rows=None) -> Generation`, as a run generates: to jit.
+
+    Parameters are gathered over the mesh once for all new tokens. Whoever plans, times or
+    evaluates generation takes this one, and so that of production.
+    """
+
+    def sample(policy, prompts, prompt_mask, key, rows=None):
+        policy = policy.replace(params=for_generation(policy.params, config.model.compute))
+        return generate(policy, prompts, prompt_mask, key, config=sampling, rows=rows)
+
+    return sample
+
+
+def score_sequences(
+    policy: Policy,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    temperature: float = 1.0,
+    logits_chunk: int = 0,
+    prompt_columns: int = 0,
+) -> Scores:
+    """Log-probs of given sequences under every head.
+
+    Args:
+      policy: the model.
+      tokens: int32 [B, T].
+      segment_ids: int32 [B, T], 0 on padding, 1..S for the sequences in a row.
+      temperature: logits are divided by it.
+      logits_chunk: columns whose logits exist at one time; 0 is all of them.
+      prompt_columns: leading columns that are not scored.
+    """
+    batch = Sequences(tokens, segment_ids, positions_from_segments(segment_ids))
+    stages = Stages(policy, batch, temperature, logits_chunk, prompt_columns)
+    main, *heads = stages.score(policy.params)
+    if not heads:
+        nothing = jnp.zeros((0, *tokens.shape), main.log_prob.dtype)
+        return Scores(main.log_prob, nothing, nothing > 0)
+    agrees = [
+        (head.greedy == tokens) & stages.scored(depth) for depth, head in enumerate(heads, start=1)
+    ]
+    return Scores(main.log_prob, jnp.stack([head.log_prob for head in heads]), jnp.stack(agrees))
 
 
 def lengths(config: TrainConfig, task: Task) -> tuple[int, int]:
@@ -143,12 +165,11 @@ class Rollout(NamedTuple):
 
 def collect(
     programs: RolloutPrograms,
-    params: Any,
-    rest: Any,
+    policy: Policy,
     config: TrainConfig,
     task: Task,
     step: int,
-    reference_params: Any = None,
+    reference: Policy | None = None,
 ) -> Rollout:
     """Samples, verifies and scores the rollout number `step`.
 
@@ -157,11 +178,11 @@ def collect(
 
     Args:
       programs: from `build_programs`.
-      params, rest: the policy.
+      policy: samples, and is scored.
       config: of the run.
       task: prompts and verifier.
       step: number of the rollout, from 0.
-      reference_params: frozen policy of the KL term; None where that term is off.
+      reference: frozen policy of the KL term; None where that term is off.
     """
     rollout = config.rollout
     columns, response = lengths(config, task)
@@ -169,7 +190,7 @@ def collect(
     problems = [task.train[i] for i in indices for _ in range(rollout.samples)]
     prompts, prompt_mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
     key = key_on_mesh(config.seed, step)
-    sampled = programs.sample(params, rest, prompts, prompt_mask, key)
+    sampled = programs.sample(policy, prompts, prompt_mask, key)
     completions, rewards, valid = judge(task, problems, sampled, columns)
 
     grouped = (rollout.prompts, rollout.samples)
@@ -188,10 +209,10 @@ def collect(
     if rollout.overlong_filter:
         counted &= sampled.finished
 
-    batch = _batch(programs, params, rest, sampled, prompt_mask, counted, advantage)
-    if reference_params is not None:
-        reference = programs.score(reference_params, rest, batch.tokens, batch.segment_ids)
-        batch = batch.replace(reference_log_prob=to_host(reference.log_prob))
+    batch = _batch(programs, policy, sampled, prompt_mask, counted, advantage)
+    if reference is not None:
+        scores = programs.score(reference, batch.tokens, batch.segment_ids)
+        batch = batch.replace(reference_log_prob=to_host(scores.log_prob))
     metrics = _metrics(batch, sampled, rewards, valid, kept)
     metrics["rollout/padding_waste"] = padding_waste(
         prompt_mask, sampled.lengths, programs.sample.rows_at_a_time
@@ -236,12 +257,12 @@ def _length_penalty(sampled: Generation, config: TrainConfig, response: int) -> 
     )
 
 
-def _batch(programs, params, rest, sampled, prompt_mask, counted, advantage) -> Minibatch:
+def _batch(programs, policy, sampled, prompt_mask, counted, advantage) -> Minibatch:
     """The sequences with the old policies' log-probs."""
     rows = sampled.tokens.shape[0]
     segment_ids = segments_of(prompt_mask, sampled.response_mask)
     response_mask = sampled.response_mask & counted[:, None]
-    old = to_host(programs.score(params, rest, sampled.tokens, segment_ids))
+    old = to_host(programs.score(policy, sampled.tokens, segment_ids))
     return Minibatch(
         tokens=sampled.tokens,
         segment_ids=segment_ids,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +10,8 @@ from flax import struct
 
 from occ.calibration import Calibration
 from occ.grouped import GroupedCalibration
+from occ.models.config import ModelConfig
+from occ.models.policy import Policy
 
 
 class TrainState(struct.PyTreeNode):
@@ -33,19 +33,22 @@ class TrainState(struct.PyTreeNode):
     calibration: chex.ArrayTree
     skipped: jax.Array
 
+    def policy(self, config: ModelConfig) -> Policy:
+        """What is trained, as a policy of this architecture."""
+        return Policy(config, self.params, self.rest)
+
 
 def init_state(
-    params: Any,
-    rest: Any,
+    policy: Policy,
     optimizer: optax.GradientTransformation,
     calibration: Calibration | GroupedCalibration | None,
 ) -> TrainState:
-    """A fresh state around given parameters."""
+    """A fresh state around a policy's variables."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        rest=rest,
-        opt_state=optimizer.init(params),
-        calibration=() if calibration is None else calibration.init(params),
+        params=policy.params,
+        rest=policy.rest,
+        opt_state=optimizer.init(policy.params),
+        calibration=() if calibration is None else calibration.init(policy.params),
         skipped=jnp.zeros((), jnp.int32),
     )

@@ -9,24 +9,22 @@ import functools
 import os
 import pathlib
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from experiments.instruments.peers import problem as problems
 from experiments.instruments.peers.problem import Problem, Sizes
 from experiments.instruments.peers.turns import Program, serve
 from occ.models.config import ModelConfig, MTPConfig
-from occ.models.decoder import Decoder, split_model
+from occ.models.policy import Policy, new_policy
 from occ.objectives.policy import PolicyConfig
 from occ.training.batch import Minibatch, positions_from_segments
 from occ.training.config import ObjectiveConfig, OptimizerConfig, TrainConfig, regime
 from occ.training.gradient.calibration import build_calibration
-from occ.training.gradient.stages import Stages
 from occ.training.optimizer import build_optimizer
+from occ.training.rollout import score_sequences
 from occ.training.state import init_state
 from occ.training.step import make_train_step
 
@@ -63,10 +61,10 @@ def train_config(sizes: Sizes, name: str, scan: bool = False) -> TrainConfig:
     )
 
 
-def parameters(problem: Problem, config: ModelConfig) -> tuple[nnx.GraphDef, Any, Any]:
-    """The model with the problem's weights, as `split_model` gives it; MTP modules are fresh."""
+def parameters(problem: Problem, config: ModelConfig) -> Policy:
+    """The model with the problem's weights; MTP modules are fresh."""
     weights = jax.tree.map(jnp.asarray, problem.weights)
-    graphdef, params, rest = split_model(Decoder(config, nnx.Rngs(0)))
+    policy = new_policy(config)
 
     def kernels(*names):
         return {name: {"kernel": weights[name]} for name in names}
@@ -77,12 +75,12 @@ def parameters(problem: Problem, config: ModelConfig) -> tuple[nnx.GraphDef, Any
         "mlp_norm": {"scale": weights["mlp_norm"]},
         "mlp": kernels("gate", "up", "down"),
     }
-    params = params | {
+    params = policy.params | {
         "embedding": {"embedding": weights["embedding"]},
         "layers": layers,
         "final_norm": {"scale": weights["final_norm"]},
     }
-    return graphdef, params, rest
+    return policy.replace(params=params)
 
 
 def minibatch(problem: Problem, modules: int) -> Minibatch:
@@ -108,10 +106,9 @@ def minibatch(problem: Problem, modules: int) -> Minibatch:
 def on_policy_log_prob(problem: Problem) -> np.ndarray:
     """Log-probs [B, T / 2] of the responses under the problem's own weights."""
     config = train_config(problem.sizes, "rl_only")
-    graphdef, params, rest = parameters(problem, config.model)
+    policy = parameters(problem, config.model)
     batch = minibatch(problem, 0)
-    stages = Stages(graphdef, rest, batch.tokens, batch.positions, batch.segment_ids)
-    (scores,) = jax.jit(stages.score)(params)
+    scores = jax.jit(score_sequences)(policy, batch.tokens, batch.segment_ids)
     return np.asarray(scores.log_prob)[:, -problem.sizes.response :]
 
 
@@ -125,16 +122,14 @@ def build(problem: Problem, key: str) -> Program:
     """
     name, *options = key.split("+")
     config = train_config(problem.sizes, name, scan="scan" in options)
-    graphdef, params, rest = parameters(problem, config.model)
+    policy = parameters(problem, config.model)
     modules = config.model.mtp.num_modules
     batch = minibatch(problem, modules)
     calibration = build_calibration(config.mtp, modules)
-    state = init_state(params, rest, build_optimizer(config.optimizer), calibration)
+    state = init_state(policy, build_optimizer(config.optimizer), calibration)
     state = jax.tree.map(jnp.array, state)  # donated: the weights may not be shared
     columns = 0 if "prompts" in options else problem.sizes.length - problem.sizes.response
-    train_step = jax.jit(
-        make_train_step(graphdef, config, prompt_columns=columns), donate_argnums=0
-    )
+    train_step = jax.jit(make_train_step(config, prompt_columns=columns), donate_argnums=0)
 
     def step() -> tuple[float, float]:
         nonlocal state

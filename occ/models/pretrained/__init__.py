@@ -2,17 +2,17 @@
 
     from occ.models import pretrained
 
-    model = pretrained.load(folder)              # config, params, rest
+    policy = pretrained.load(folder)         # a Policy: graph, params, rest; policy.config
     ...
-    pretrained.save(target, model.config, params, rest, like=folder)
+    pretrained.save(target, policy, like=folder)
 
 Folders of safetensors files in Hugging Face's layout: Llama, Qwen2, Qwen3, MiMo, GLM-4.5. Nothing
 is downloaded, and nothing is unpickled. It takes the extra `pretrained`.
 """
 
 from occ.models.pretrained.attaching import attach
-from occ.models.pretrained.model import Pretrained, PretrainedWarning
+from occ.models.pretrained.model import PretrainedWarning
 from occ.models.pretrained.reading import load, read_config
 from occ.models.pretrained.writing import save
 
-__all__ = ["Pretrained", "PretrainedWarning", "attach", "load", "read_config", "save"]
+__all__ = ["PretrainedWarning", "attach", "load", "read_config", "save"]

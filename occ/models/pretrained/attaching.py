@@ -8,25 +8,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from occ.models.config import ModelConfig
-from occ.models.decoder import Decoder, split_model
+from occ.models.policy import Policy, abstract_policy, create_policy
 from occ.models.pretrained.model import PretrainedWarning
-from occ.models.pretrained.names import abstract_variables
 
 Tree = dict[str, Any]
 
 
 def attach(
-    params: Tree,
-    rest: Tree,
-    config: ModelConfig,
+    policy: Policy,
     *,
     num_modules: int,
     init: Literal["last_block", "random"] = "last_block",
     seed: int = 0,
-) -> tuple[ModelConfig, Tree, Tree]:
+) -> Policy:
     """Gives a model without MTP modules K fresh ones, and warns that they know nothing yet.
 
     From the "last_block", each module's block is a copy of the trunk's last and its final norm one
@@ -34,18 +30,19 @@ def attach(
     [I; I] / sqrt(2). At "random", modules begin as in a fresh model.
 
     Args:
-      params, rest: of the model; the arrays are shared with the result.
-      config: without modules. Its `mtp` says of which kind they are to be.
+      policy: without modules; its arrays are shared with the result, and the `mtp` of its
+        configuration says of which kind they are to be.
       num_modules: K >= 1.
       init: where their weights come from.
       seed: of the random ones.
 
     Returns:
-      The configuration, parameters and other variables with the modules.
+      The policy with the modules.
 
     Raises:
       ValueError: the model has modules already, K < 1, or an unknown `init`.
     """
+    config = policy.config
     _check(config, num_modules, init)
     mtp = dataclasses.replace(config.mtp, num_modules=num_modules)
     config = dataclasses.replace(config, mtp=mtp)
@@ -53,8 +50,8 @@ def attach(
         modules, module_rest = _random_modules(config, seed)
     else:
         numbers = [str(number) for number in range(num_modules)]
-        modules = {number: _from_trunk(params, config) for number in numbers}
-        bias = _last_block(rest)
+        modules = {number: _from_trunk(policy.params, config) for number in numbers}
+        bias = _last_block(policy.rest)
         module_rest = {number: {"block": bias} for number in numbers} if bias else {}
     warnings.warn(
         f"attach: the model now has {num_modules} MTP module(s) that were NEVER TRAINED "
@@ -62,8 +59,8 @@ def attach(
         PretrainedWarning,
         stacklevel=2,
     )
-    rest = {**rest, "mtp": module_rest} if module_rest else rest
-    return config, {**params, "mtp": modules}, rest
+    rest = {**policy.rest, "mtp": module_rest} if module_rest else policy.rest
+    return Policy(config, {**policy.params, "mtp": modules}, rest)
 
 
 def _check(config: ModelConfig, num_modules: int, init: str) -> None:
@@ -83,8 +80,8 @@ def _random_modules(config: ModelConfig, seed: int) -> tuple[Tree, Tree]:
 
     @jax.jit
     def create():
-        _, params, rest = split_model(Decoder(config, nnx.Rngs(seed)))
-        return params["mtp"], rest.get("mtp", {})
+        policy = create_policy(config, seed)
+        return policy.params["mtp"], policy.rest.get("mtp", {})
 
     return create()
 
@@ -109,6 +106,6 @@ def _from_trunk(params: Tree, config: ModelConfig) -> Tree:
         "embedding": {"embedding": embedding},
         "output_head": {"kernel": head},
     }
-    abstract, _ = abstract_variables(config)
+    abstract = abstract_policy(config).params
     # Copies, since a train step gives its arrays away one by one.
     return {name: jax.tree.map(jnp.copy, every[name]) for name in abstract["mtp"]["0"]}

@@ -11,16 +11,14 @@ DeepSeek-V3).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from occ.models.config import ModelConfig
-from occ.models.decoder import Decoder, split_model
+from occ.models.policy import abstract_policy
 from occ.trees import path_string
 
 
@@ -133,23 +131,16 @@ class Copy(NamedTuple):
     layer: str | None
 
 
-@functools.cache
-def abstract_variables(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shapes of (params, rest) of a model; one object for all, so not to be changed."""
-    _, params, rest = split_model(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
-    return params, rest
-
-
 def stored_leaves(config: ModelConfig) -> dict[str, Stored]:
     """How every leaf of a model is published, by path, in the order of the model.
 
     Raises:
       ValueError: a leaf has no published name; it is named.
     """
-    variables = abstract_variables(config)
+    policy = abstract_policy(config)
     return {
         path_string(path): _stored(path_string(path), leaf, config)
-        for tree in variables
+        for tree in (policy.params, policy.rest)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 

@@ -1,4 +1,4 @@
-"""Weights in: a published folder as (config, params, rest), each leaf straight to its place."""
+"""Weights in: a published folder as a policy, each leaf straight to its place."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from occ.models.config import ModelConfig
+from occ.models.policy import Policy, abstract_policy
 from occ.models.pretrained import architectures, names
 from occ.models.pretrained.folder import WeightFolder, listed
-from occ.models.pretrained.model import Pretrained, PretrainedWarning
+from occ.models.pretrained.model import PretrainedWarning
 from occ.models.pretrained.names import Stored
+from occ.sources import resolve
 from occ.trees import path_string
 
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
@@ -54,14 +56,14 @@ def read_config(path: str | pathlib.Path, **overrides: Any) -> ModelConfig:
 
 def load(
     path: str | pathlib.Path, config: ModelConfig | None = None, *, shardings: Any = None
-) -> Pretrained:
-    """Loads a published folder of safetensors files.
+) -> Policy:
+    """Loads a published folder of safetensors files, or a .gguf file.
 
     Every device is given its own part of every leaf, one layer after another: what is in host
     memory at one time is that part of one layer's tensor (of a mixture, of its experts').
 
     Args:
-      path: the folder.
+      path: the folder, the file, or "package:NAME" for the file that an installed package holds.
       config: the architecture; None reads the folder's. Leaves take its `param_dtype`.
       shardings: (of params, of rest), trees of `jax.sharding.Sharding` as
         `occ.training.sharding.tree_shardings` makes them; None is the default device.
@@ -69,7 +71,12 @@ def load(
     Raises:
       ValueError: tensors are missing, left over or of another shape; all are listed.
     """
-    folder = WeightFolder(path)
+    source = resolve(str(path))
+    if source.suffix == ".gguf":
+        from occ.models import gguf  # here, since folders are read without that package
+
+        return gguf.load(source, config, shardings=shardings)
+    folder = WeightFolder(source)
     if config is None:
         config = _config(folder)
     stored = names.stored_leaves(config)
@@ -79,13 +86,14 @@ def load(
     def fill(path, leaf, sharding=None):
         return _leaf(folder, stored[path_string(path)], sharding)
 
-    trees = names.abstract_variables(config)
+    shapes = abstract_policy(config)
+    trees = shapes.params, shapes.rest
     places: Any = [()] * len(trees) if shardings is None else [(tree,) for tree in shardings]
     params, rest = (
         jax.tree_util.tree_map_with_path(fill, tree, *place)
         for tree, place in zip(trees, places, strict=True)
     )
-    return Pretrained(config, params, rest)
+    return Policy(config, params, rest)
 
 
 def _config(folder: WeightFolder) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Weights out: (config, params, rest) as a published folder, tensor by tensor."""
+"""Weights out: a policy as a published folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from occ.models.config import ModelConfig
+from occ.models.policy import Policy
 from occ.models.pretrained import architectures, names
 from occ.models.pretrained.folder import INDEX, PICKLED, SINGLE, WeightFolder
 from occ.models.pretrained.names import Stored
@@ -40,10 +41,9 @@ class _Tensor(NamedTuple):
 
 def save(
     path: str | pathlib.Path,
-    config: ModelConfig,
-    params: Any,
-    rest: Any,
+    policy: Policy,
     *,
+    config: ModelConfig | None = None,
     like: str | pathlib.Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -53,8 +53,9 @@ def save(
 
     Args:
       path: the folder, which must not exist.
-      config: the architecture.
-      params, rest: arrays, on any mesh.
+      policy: the model, its arrays on any mesh.
+      config: what config.json is to say where it differs (a longer context); None takes the
+        policy's own.
       like: the folder that the model was loaded from. Its names, dtypes, config.json and other
         files (tokenizer) are kept; a model that has not changed is written back to the same bits.
         None writes `param_dtype`, and no tokenizer.
@@ -66,6 +67,7 @@ def save(
     target = pathlib.Path(path)
     if target.exists():
         raise ValueError(f"save: {target} exists already. Choose another folder, or delete it.")
+    config = policy.config if config is None else config
     source = None if like is None else WeightFolder(like)
     raw = architectures.to_json(
         config, None if source is None else architectures.read_json(source.path)
@@ -73,7 +75,7 @@ def save(
     tensors = _tensors(config, raw, source)
     variables = {
         path_string(at): leaf
-        for tree in (params, rest)
+        for tree in (policy.params, policy.rest)
         for at, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     beside = target.with_name(target.name + ".new")

@@ -7,13 +7,8 @@ from typing import Any
 from occ import measures, rules
 from occ.calibration import Calibration
 from occ.grouped import GroupedCalibration
+from occ.models.parameters import is_shared, is_stacked
 from occ.training.config import MTPTrainingConfig
-from occ.training.gradient.stages import BLOCKS, is_shared
-
-
-def is_stacked(path: str) -> bool:
-    """Whether a leaf has a leading axis of layers."""
-    return path.split("/")[0] in BLOCKS
 
 
 def by_layer(path: str) -> str | None:
@@ -63,7 +58,7 @@ def build_calibration(
 
 def _measure(config: MTPTrainingConfig) -> measures.Measure:
     name = config.measure
-    if not config.looks:
+    if not config.data_dependent:
         name = "gradients" if config.placement == "exact" else "log_ratios"
     if name.startswith("released"):
         return measures.log_ratios(name, eps=config.added_eps)

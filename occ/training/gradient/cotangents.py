@@ -8,23 +8,24 @@ final norm, output head) and of the modules.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from occ.models.parameters import Parts, join, substitute
 from occ.models.partitioning import in_order
-from occ.training.batch import Minibatch, take_rows
-from occ.training.config import TrainConfig
+from occ.training.gradient.inputs import StepInputs
 from occ.training.gradient.losses import LossOutput, mtp_loss, rl_loss
-from occ.training.gradient.stages import Parts, Stages, substitute
 from occ.training.sharding import cut_as_parameters
 
-HIDDEN = "hidden"  # the name of the trunk's output beside the readout's parameters in a seam
+HIDDEN = "hidden"
+"""Name of the trunk's output beside the parameters in the gradient of a head."""
 
 
-class Seam(NamedTuple):
-    """One loss, differentiated back to the trunk's output.
+class HeadGradient(NamedTuple):
+    """One head's loss, differentiated back to the trunk's output.
 
     Attributes:
       gradient: dict of the readout's and the modules' top-level names, and `HIDDEN` for the
@@ -36,151 +37,145 @@ class Seam(NamedTuple):
     output: LossOutput
 
 
-class Problem(NamedTuple):
-    """What a step differentiates: the model on a minibatch, and how.
+class Trunk(NamedTuple):
+    """A forward pass through the trunk.
 
     Attributes:
-      stages: the model on this batch.
-      parts: its parameters, by stage.
-      batch: the minibatch.
-      config: the run's configuration.
-      sequences_per_row: S, the most sequences packed in a row.
+      hidden: float [B, T, D], its output.
+      pull: from a cotangent of it to the gradients on blocks and readout.
+      router_load: float [L, E], tokens an expert received; None without mixture of experts.
     """
 
-    stages: Stages
-    parts: Parts
-    batch: Minibatch
-    config: TrainConfig
-    sequences_per_row: int
-
-    def on(self, batch: Minibatch) -> Problem:
-        """The same model on another batch."""
-        return self._replace(stages=self.stages.on(batch), batch=batch)
-
-    def rows(self, rows: slice) -> Problem:
-        """The same on some rows of the minibatch."""
-        return self.on(take_rows(self.batch, rows))
+    hidden: jax.Array
+    pull: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]
+    router_load: Any
 
 
-def trunk(problem: Problem) -> tuple[jax.Array, Any, Any]:
-    """The trunk's output, the function that pulls a cotangent back through it, and the load."""
-    parts = problem.parts
+def trunk(inputs: StepInputs) -> Trunk:
+    """The trunk's output, and the way back through it."""
+    parts = inputs.parts
 
     def forward(blocks, readout):
-        output = problem.stages.trunk(parts._replace(blocks=blocks, readout=readout))
+        output = inputs.stages.trunk(parts._replace(blocks=blocks, readout=readout))
         return output.hidden, output.router_load
 
-    return jax.vjp(forward, parts.blocks, parts.readout, has_aux=True)
+    return Trunk(*jax.vjp(forward, parts.blocks, parts.readout, has_aux=True))
 
 
-def all_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
-    """The seams of the K+1 losses, the RL loss first."""
-    main = rl_seam(problem, hidden)
+def head_gradients(inputs: StepInputs, hidden: jax.Array, *, attached: bool) -> list[HeadGradient]:
+    """Those of the K+1 losses, the RL loss first; detached, MTP losses reach the modules alone."""
+    main = rl_gradient(inputs, hidden)
     # The output head's gradient, which is whole on every device while it is added up, is cut
     # before anything else needs memory.
     hidden, gradient = in_order(hidden, main.gradient)
     main = main._replace(gradient=gradient)
-    return [main, *mtp_seams(problem, hidden, attached=attached)]
+    return [main, *mtp_gradients(inputs, hidden, attached=attached)]
 
 
-def rl_seam(problem: Problem, hidden: jax.Array) -> Seam:
-    """The RL loss's seam: zero on the modules."""
-    stages, parts, batch, config, sequences_per_row = problem
-
-    def loss(scores):
-        return rl_loss(scores, batch, config.objective, sequences_per_row)
-
-    by_token = config.objective.policy.by_token
-    (readout, cotangent), output = stages.head_gradient(
-        loss, parts, parts.readout, hidden, 0, by_token=by_token
+def rl_gradient(inputs: StepInputs, hidden: jax.Array) -> HeadGradient:
+    """The RL loss's gradient: zero on the modules."""
+    parts = inputs.parts
+    (readout, cotangent), output = inputs.stages.head_gradient(
+        lambda scores: rl_loss(scores, inputs.batch, inputs.config),
+        parts,
+        parts.readout,
+        hidden,
+        0,
+        by_token=inputs.config.objective.policy.by_token,
     )
     own = jax.tree.map(jnp.zeros_like, parts.modules)
-    return Seam({**cut_as_parameters(readout), **own, HIDDEN: cotangent}, output)
+    return HeadGradient({**cut_as_parameters(readout), **own, HIDDEN: cotangent}, output)
 
 
-def mtp_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
-    """One seam a head; the modules' own parameters may have a loss of their own."""
-    seams = _head_seams(problem, hidden, attached=attached)
-    mtp = problem.config.mtp
+def mtp_gradients(inputs: StepInputs, hidden: jax.Array, *, attached: bool) -> list[HeadGradient]:
+    """One a module; the modules' own parameters may have a loss of their own."""
+    heads = _of_one_loss(inputs, hidden, attached=attached)
+    mtp = inputs.config.mtp
     if mtp.own_loss in ("same", mtp.loss):
-        return seams
+        return heads
     own_mtp = dataclasses.replace(mtp, loss=mtp.own_loss)  # type: ignore[arg-type]
-    config = dataclasses.replace(problem.config, mtp=own_mtp)
-    own = _head_seams(problem._replace(config=config), hidden, attached=False)
+    config = dataclasses.replace(inputs.config, mtp=own_mtp)
+    own = _of_one_loss(inputs._replace(config=config), hidden, attached=False)
     return [
-        seam._replace(gradient={**seam.gradient, **mine.gradient})
-        for seam, mine in zip(seams, own, strict=True)
+        head._replace(gradient={**head.gradient, **mine.gradient})
+        for head, mine in zip(heads, own, strict=True)
     ]
 
 
-def _head_seams(problem: Problem, hidden: jax.Array, *, attached: bool) -> list[Seam]:
-    """One seam a head. Detached, only the modules are differentiated: nothing is left to leak."""
-    stages, parts = problem.stages, problem.parts
+def _of_one_loss(inputs: StepInputs, hidden: jax.Array, *, attached: bool) -> list[HeadGradient]:
+    """One a module. Detached, only the modules are differentiated: nothing is left to leak."""
+    stages, parts = inputs.stages, inputs.parts
     params = {**parts.modules, **parts.readout} if attached else parts.modules
     states, pull_modules = jax.vjp(
-        lambda seam: stages.modules(substitute(parts, seam), seam.get(HIDDEN, hidden)),
+        lambda given: stages.modules(substitute(parts, given), given.get(HIDDEN, hidden)),
         {**params, HIDDEN: hidden} if attached else params,
     )
-    seams = []
+    heads = []
     for k in range(states.shape[0]):
-        (own, cotangent), output = _head_gradient(problem, params, hidden, states[k], k + 1)
+        (own, cotangent), output = _head_gradient(inputs, params, hidden, states[k], k + 1)
         own, cotangent = in_order(cut_as_parameters(own), cotangent)
         # With sequential modules head k's gradient also reaches modules 1..k-1.
         (below,) = pull_modules(jnp.zeros_like(states).at[k].set(cotangent))
         beyond = {HIDDEN: below.pop(HIDDEN)} if attached else {}
         gradient = add_trees(own, cut_as_parameters(below))
-        seams.append(Seam({**gradient, **beyond}, output))
-    return seams
+        heads.append(HeadGradient({**gradient, **beyond}, output))
+    return heads
 
 
 def _head_gradient(
-    problem: Problem, params: dict[str, Any], hidden: jax.Array, state: jax.Array, depth: int
+    inputs: StepInputs, params: dict[str, Any], hidden: jax.Array, state: jax.Array, depth: int
 ) -> tuple[tuple[dict[str, Any], jax.Array], LossOutput]:
     """Gradient of the loss of the MTP head at `depth`, on `params` and on the head's input."""
-    stages, parts, batch, config, sequences_per_row = problem
+    parts, config = inputs.parts, inputs.config
     if config.mtp.loss == "distill":
 
         def composed(params, state):
-            return _head_loss(problem, substitute(parts, params), hidden, state, depth)
+            return _head_loss(inputs, substitute(parts, params), hidden, state, depth)
 
         return jax.grad(composed, argnums=(0, 1), has_aux=True)(params, state)
-
-    def loss(scores):
-        return mtp_loss(scores, batch, depth, config.objective, config.mtp, sequences_per_row)
-
-    by_token = config.mtp.loss == "ce" or config.objective.policy.by_token
-    return stages.head_gradient(loss, parts, params, state, depth, by_token=by_token)
-
-
-def _head_loss(
-    problem: Problem, head_parts: Parts, hidden: jax.Array, state: jax.Array, depth: int
-) -> tuple[jax.Array, LossOutput]:
-    """The loss of the MTP head at `depth`; `head_parts` are its parameters, `state` its input."""
-    stages, parts, batch, config, sequences_per_row = problem
-    divergence = None
-    if config.mtp.loss == "distill":
-        divergence = stages.divergence(head_parts, (parts, hidden), state, depth)
-    scores = stages.head(head_parts, state, depth)
-    return mtp_loss(
-        scores, batch, depth, config.objective, config.mtp, sequences_per_row, divergence
+    return inputs.stages.head_gradient(
+        lambda scores: mtp_loss(scores, inputs.batch, depth, config),
+        parts,
+        params,
+        state,
+        depth,
+        by_token=config.mtp.loss == "ce" or config.objective.policy.by_token,
     )
 
 
-def loss_outputs(problem: Problem, hidden: jax.Array) -> list[LossOutput]:
+def _head_loss(
+    inputs: StepInputs, head_parts: Parts, hidden: jax.Array, state: jax.Array, depth: int
+) -> tuple[jax.Array, LossOutput]:
+    """The loss of the MTP head at `depth`; `head_parts` are its parameters, `state` its input."""
+    stages = inputs.stages
+    divergence = None
+    if inputs.config.mtp.loss == "distill":
+        divergence = stages.divergence(head_parts, (inputs.parts, hidden), state, depth)
+    scores = stages.head(head_parts, state, depth)
+    return mtp_loss(scores, inputs.batch, depth, inputs.config, divergence)
+
+
+def loss_outputs(inputs: StepInputs, hidden: jax.Array) -> list[LossOutput]:
     """What all K+1 losses report, without any gradient."""
-    stages, parts, batch, config, sequences_per_row = problem
+    stages, parts = inputs.stages, inputs.parts
     main = stages.head(parts, hidden, 0)
-    outputs = [rl_loss(main, batch, config.objective, sequences_per_row)[1]]
+    outputs = [rl_loss(main, inputs.batch, inputs.config)[1]]
     states = stages.modules(parts, hidden)
     return outputs + [
-        _head_loss(problem, parts, hidden, states[k], k + 1)[1] for k in range(states.shape[0])
+        _head_loss(inputs, parts, hidden, states[k], k + 1)[1] for k in range(states.shape[0])
     ]
 
 
-def scaled(seam: Seam, factor: jax.Array) -> Seam:
-    """A seam whose loss is multiplied by a factor."""
-    gradient = jax.tree.map(lambda x: (factor * x).astype(x.dtype), seam.gradient)
-    return seam._replace(gradient=gradient)
+def through_trunk(pull: Callable, gradient: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    """The gradient on all parameters, from that of a head, or of a weighted sum of heads."""
+    blocks, readout = pull(gradient[HIDDEN])
+    return join(
+        Parts(
+            blocks=blocks,
+            readout=add_trees(readout, {name: gradient[name] for name in parts.readout}),
+            modules={name: gradient[name] for name in parts.modules},
+        )
+    )
 
 
 def add_trees(left: Any, right: Any) -> Any:

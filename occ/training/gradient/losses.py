@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from occ.objectives import divergences, masked, mtp, policy
 from occ.training.batch import Minibatch
-from occ.training.config import MTPTrainingConfig, ObjectiveConfig
+from occ.training.config import ObjectiveConfig, TrainConfig
 from occ.training.gradient.stages import TokenScores
 
 
@@ -34,23 +34,22 @@ class LossOutput(NamedTuple):
 
 
 def rl_loss(
-    scores: TokenScores, batch: Minibatch, config: ObjectiveConfig, sequences_per_row: int
+    scores: TokenScores, batch: Minibatch, config: TrainConfig
 ) -> tuple[Float[Array, ""], LossOutput]:
     """Policy loss, plus the KL term, minus the entropy bonus.
 
     Args:
       scores: of the main head.
       batch: the minibatch.
-      config: which loss.
-      sequences_per_row: S, the most sequences packed in a row.
+      config: which loss, and how many sequences a row has.
 
     Returns:
       The loss, and what it reports.
     """
-    mask = batch.response_mask
+    objective, mask = config.objective, batch.response_mask
 
     def reduce(values):
-        return _aggregate(values, mask, batch, config, sequences_per_row).mean()
+        return _aggregate(values, mask, batch, config).mean()
 
     terms = policy.policy_loss(
         scores.log_prob,
@@ -58,22 +57,20 @@ def rl_loss(
         batch.advantages,
         mask,
         batch.segment_ids,
-        config=config.policy,
-        sequences_per_row=sequences_per_row,
+        config=objective.policy,
+        sequences_per_row=config.layout.most_in_a_row,
     )
-    policy_term = _aggregate(
-        terms.loss * _importance(batch, config), mask, batch, config, sequences_per_row
-    )
+    policy_term = _aggregate(terms.loss * _importance(batch, objective), mask, batch, config)
     loss = policy_term.mean()
-    if config.kl_coefficient:
+    if objective.kl_coefficient:
         kl = divergences.kl(
             jnp.where(mask, scores.log_prob, 0),
             jnp.where(mask, batch.reference_log_prob, 0),
-            estimator=config.kl_estimator,
+            estimator=objective.kl_estimator,
         )
-        loss = loss + config.kl_coefficient * reduce(kl)
-    if config.entropy_coefficient:
-        loss = loss - config.entropy_coefficient * reduce(scores.entropy)
+        loss = loss + objective.kl_coefficient * reduce(kl)
+    if objective.entropy_coefficient:
+        loss = loss - objective.entropy_coefficient * reduce(scores.entropy)
     log_ratio = jnp.where(mask, scores.log_prob - batch.old_log_prob, 0)
     metrics = {
         "loss/rl": loss,
@@ -90,23 +87,22 @@ def mtp_loss(
     scores: TokenScores,
     batch: Minibatch,
     depth: int,
-    objective: ObjectiveConfig,
-    config: MTPTrainingConfig,
-    sequences_per_row: int,
+    config: TrainConfig,
     divergence: Float[Array, "batch time"] | None = None,
 ) -> tuple[Float[Array, ""], LossOutput]:
     """Loss of the MTP head at `depth`: cross-entropy, divergence, or the policy loss.
 
     The policy loss has the main head's advantages, clipping and aggregation; its ratio is against
-    the old log-prob that `config.reference` names. A minibatch in which every target is masked
+    the old log-prob that `config.mtp.reference` names. A minibatch in which every target is masked
     has loss 0. `divergence` is the token loss of "distill".
     """
+    own = config.mtp.reference == "own"
+    old = batch.old_mtp_log_prob[depth - 1] if own else batch.old_log_prob
     mask = mtp.aligned_mask(batch.response_mask, batch.segment_ids, depth)
-    old = batch.old_log_prob if config.reference == "main" else batch.old_mtp_log_prob[depth - 1]
     metrics: dict[str, Any] = {}
-    if config.loss == "ce":
+    if config.mtp.loss == "ce":
         token_loss = mtp.cross_entropy(scores.log_prob, mask)
-    elif config.loss == "distill":
+    elif config.mtp.loss == "distill":
         assert divergence is not None
         token_loss = jnp.where(mask, divergence, 0)
     else:
@@ -116,12 +112,12 @@ def mtp_loss(
             batch.advantages,
             mask,
             batch.segment_ids,
-            config=objective.policy,
-            sequences_per_row=sequences_per_row,
+            config=config.objective.policy,
+            sequences_per_row=config.layout.most_in_a_row,
         )
-        token_loss = terms.loss * _importance(batch, objective)
+        token_loss = terms.loss * _importance(batch, config.objective)
         metrics = _clip_fractions(terms, mask, "mtp")
-    aggregate = _aggregate(token_loss, mask, batch, objective, sequences_per_row)
+    aggregate = _aggregate(token_loss, mask, batch, config)
     loss = aggregate.mean()
     log_ratio = jnp.where(mask, scores.log_prob - old, 0)
     metrics |= {
@@ -133,9 +129,7 @@ def mtp_loss(
     return loss, jax.lax.stop_gradient(output)
 
 
-def loss_weights(
-    batch: Minibatch, num_modules: int, config: ObjectiveConfig, sequences_per_row: int
-) -> Float[Array, "losses"]:
+def loss_weights(batch: Minibatch, config: TrainConfig) -> Float[Array, "losses"]:
     """What the sum of token losses of each of the K+1 losses is divided by.
 
     A minibatch's share of a larger one in a loss is its weight over the larger one's.
@@ -145,12 +139,10 @@ def loss_weights(
         batch.response_mask,
         *(
             mtp.aligned_mask(batch.response_mask, batch.segment_ids, depth)
-            for depth in range(1, num_modules + 1)
+            for depth in range(1, config.model.mtp.num_modules + 1)
         ),
     ]
-    return jnp.stack(
-        [_aggregate(nothing, mask, batch, config, sequences_per_row).weight for mask in masks]
-    )
+    return jnp.stack([_aggregate(nothing, mask, batch, config).weight for mask in masks])
 
 
 def merge_outputs(
@@ -180,16 +172,14 @@ def merge_outputs(
     )
 
 
-def _aggregate(
-    values, mask, batch: Minibatch, config: ObjectiveConfig, sequences_per_row: int
-) -> masked.Aggregate:
+def _aggregate(values, mask, batch: Minibatch, config: TrainConfig) -> masked.Aggregate:
     return masked.aggregate(
         values,
         mask,
         batch.segment_ids,
-        mode=config.aggregation,
-        sequences_per_row=sequences_per_row,
-        constant_length=config.constant_length,
+        mode=config.objective.aggregation,
+        sequences_per_row=config.layout.most_in_a_row,
+        constant_length=config.objective.constant_length,
     )
 
 

@@ -8,17 +8,62 @@ calibration measures is that of the whole minibatch, whatever the number of part
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from occ.measures import accumulation_dtype
 from occ.training.batch import Minibatch
-from occ.training.gradient.cotangents import Problem
+from occ.training.gradient.inputs import StepInputs
 from occ.training.gradient.losses import LossOutput, loss_weights, merge_outputs
 
-Carry = TypeVar("Carry")
+
+class Pass(NamedTuple):
+    """What a pass over a minibatch gives, or over a micro-batch of it.
+
+    Attributes:
+      gradient: a tree that adds up over micro-batches; () where nothing is differentiated.
+      outputs: what each loss reported.
+      router_load: float [L, E], tokens an expert received; None without mixture of experts.
+      finite: bool [K], whether each MTP gradient was finite.
+    """
+
+    gradient: Any
+    outputs: list[LossOutput]
+    router_load: Any = None
+    finite: Any = None
+
+
+def over_micro_batches(
+    inputs: StepInputs, step: Callable[[StepInputs, Any], Pass], like: Any
+) -> Pass:
+    """A pass over the whole minibatch: `step` once, or over its micro-batches one at a time.
+
+    Args:
+      inputs: on the whole minibatch.
+      step: `(inputs of a micro-batch, its share [K+1] in each loss) -> Pass`, whose gradient is
+        weighed by the shares already; of a minibatch in one piece the shares are None.
+      like: a tree like the gradient.
+    """
+    count = inputs.config.layout.micro_batches
+    if count == 1:
+        return step(inputs, None)
+    whole = loss_weights(inputs.batch, inputs.config)
+
+    def body(total, batch):
+        shares = loss_weights(batch, inputs.config) / jnp.where(whole > 0, whole, 1)
+        part = step(inputs.on(batch), shares)
+        return _add(total, part.gradient), part._replace(gradient=())
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), like)
+    total, parts = jax.lax.scan(body, zeros, micro_batches(inputs.batch, count))
+    return Pass(
+        jax.tree.map(lambda x, y: x.astype(y.dtype), total, like),
+        [_merge(output, count) for output in parts.outputs],
+        None if parts.router_load is None else jnp.sum(parts.router_load, axis=0),
+        None if parts.finite is None else jnp.all(parts.finite, axis=0),
+    )
 
 
 def micro_batches(batch: Minibatch, count: int) -> Minibatch:
@@ -53,53 +98,24 @@ def interleave(parts: Sequence[jax.Array]) -> jax.Array:
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
-def merge(outputs: list[LossOutput], count: int) -> list[LossOutput]:
-    """What the losses reported on the whole, from outputs with a leading axis of micro-batches."""
-    return [
-        merge_outputs([jax.tree.map(lambda x, j=j: x[j], output) for j in range(count)], interleave)
-        for output in outputs
-    ]
+def weighed(tree: Any, shares: Any, loss: int) -> Any:
+    """A gradient times a micro-batch's share in its loss, in at least float32, to be added up."""
+    if shares is None:
+        return tree
+
+    def leaf(x):
+        dtype = accumulation_dtype(x.dtype)
+        return shares[loss].astype(dtype) * x.astype(dtype)
+
+    return jax.tree.map(leaf, tree)
 
 
-def over_micro_batches(
-    problem: Problem,
-    step: Callable[[Carry, Problem, jax.Array], tuple[Carry, Any]],
-    carry: Carry,
-) -> tuple[Carry, Any]:
-    """Runs `step` over the micro-batches in order, one at a time.
-
-    Args:
-      problem: on the whole minibatch.
-      step: `(carry, problem of a micro-batch, its share [K+1] in each loss) -> (carry, output)`.
-      carry: before the first.
-
-    Returns:
-      The last carry, and the outputs with a leading axis of micro-batches.
-    """
-    objective, per_row = problem.config.objective, problem.sequences_per_row
-    modules = problem.config.model.mtp.num_modules
-    whole = loss_weights(problem.batch, modules, objective, per_row)
-
-    def body(carry, batch):
-        weights = loss_weights(batch, modules, objective, per_row)
-        return step(carry, problem.on(batch), weights / jnp.where(whole > 0, whole, 1))
-
-    count = problem.config.layout.micro_batches
-    return jax.lax.scan(body, carry, micro_batches(problem.batch, count))
+def _merge(output: LossOutput, count: int) -> LossOutput:
+    """What a loss reported on the whole, from an output with a leading axis of micro-batches."""
+    parts = [jax.tree.map(lambda x, j=j: x[j], output) for j in range(count)]
+    return merge_outputs(parts, interleave)
 
 
-def zeros_like(tree: Any) -> Any:
-    """Zeros to add up in: like the tree, in at least float32."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), tree)
-
-
-def add(total: Any, tree: Any, factor: Any = 1) -> Any:
-    """total + factor * tree, leaf by leaf, in the dtypes of the total."""
-    return jax.tree.map(
-        lambda t, x: t + (jnp.asarray(factor, t.dtype) * x.astype(t.dtype)), total, tree
-    )
-
-
-def cast_like(tree: Any, like: Any) -> Any:
-    """The tree in the dtypes of another."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+def _add(total: Any, tree: Any) -> Any:
+    """total + tree, leaf by leaf, in the dtypes of the total."""
+    return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, tree)

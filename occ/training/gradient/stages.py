@@ -17,51 +17,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from occ.models import decoder
+from occ.models.parameters import Parts, join, partition, substitute
 from occ.models.partitioning import constrain
+from occ.models.policy import Policy
 from occ.objectives import divergences, mtp
-from occ.training.batch import Minibatch
 from occ.training.gradient.chunks import Chunks
 
-BLOCKS = ("dense_layers", "layers")
-MODULES = ("mtp",)
-
 Aux = TypeVar("Aux")
-
-
-class Parts(NamedTuple):
-    """The parameters by stage; each a dict of some of the model's top-level names."""
-
-    blocks: dict[str, Any]
-    readout: dict[str, Any]
-    modules: dict[str, Any]
-
-
-def partition(params: dict[str, Any]) -> Parts:
-    """Sorts the model's top-level parameter names into stages."""
-    return Parts(
-        blocks={name: tree for name, tree in params.items() if name in BLOCKS},
-        readout={name: tree for name, tree in params.items() if name not in BLOCKS + MODULES},
-        modules={name: tree for name, tree in params.items() if name in MODULES},
-    )
-
-
-def join(parts: Parts) -> dict[str, Any]:
-    """The inverse of `partition`."""
-    return {**parts.blocks, **parts.readout, **parts.modules}
-
-
-def substitute(parts: Parts, params: dict[str, Any]) -> Parts:
-    """The parameters with others in place of the top-level names in `params`."""
-    return Parts(*({name: params.get(name, part[name]) for name in part} for part in parts))
-
-
-def is_shared(path: str) -> bool:
-    """Whether both losses reach the parameter at "path/of/leaf": all but the modules' own."""
-    return path.split("/")[0] not in MODULES
 
 
 class TokenScores(NamedTuple):
@@ -83,41 +48,38 @@ class Stages:
     """The stages of one model on one batch.
 
     Attributes:
-      graphdef, rest: the model without its parameters, from `split_model`.
-      tokens, positions, segment_ids: int32 [B, T], the batch's layout.
+      policy: the model; each stage is told its parameters.
+      batch: a `Minibatch`, or whatever else has its tokens, positions and segment_ids.
       temperature: logits are divided by it, as they were when sampling.
       logits_chunk: columns whose logits exist at one time; 0 is all of them.
       prompt_columns: leading columns whose tokens are not scored, since they hold prompts alone.
     """
 
-    graphdef: nnx.GraphDef
-    rest: Any
-    tokens: Any
-    positions: Any
-    segment_ids: Any
+    policy: Policy
+    batch: Any
     temperature: float = 1.0
     logits_chunk: int = 0
     prompt_columns: int = 0
 
-    def on(self, batch: Minibatch) -> Stages:
+    def on(self, batch: Any) -> Stages:
         """The same model on another batch."""
-        return dataclasses.replace(
-            self, tokens=batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
-        )
+        return dataclasses.replace(self, batch=batch)
 
-    def _model(self, parts: Parts) -> decoder.Decoder:
-        return decoder.merge_model(self.graphdef, join(parts), self.rest)
+    def model(self, parts: Parts) -> decoder.Decoder:
+        """The model around these parameters."""
+        return self.policy.replace(params=join(parts)).model
 
     def trunk(self, parts: Parts) -> decoder.TrunkOutput:
         """Hidden state before the final norm, and the router's load."""
-        return self._model(parts).trunk(self.tokens, self.positions, self.segment_ids)
+        batch = self.batch
+        return self.model(parts).trunk(batch.tokens, batch.positions, batch.segment_ids)
 
     def modules(
         self, parts: Parts, hidden: Float[Array, "batch time width"]
     ) -> Float[Array, "heads batch time width"]:
         """Hidden states of the K modules."""
-        model = self._model(parts)
-        return model.mtp_hidden(hidden, self.tokens, self.positions, self.segment_ids)
+        batch, model = self.batch, self.model(parts)
+        return model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.segment_ids)
 
     def head(
         self, parts: Parts, hidden: Float[Array, "batch time width"], depth: int
@@ -128,7 +90,7 @@ class Stages:
         def score(hidden, labels):
             return self._at_source(parts, hidden, labels, depth)
 
-        labels = mtp.labels_at_source(self.tokens, depth)
+        labels = mtp.labels_at_source(self.batch.tokens, depth)
         return self._aligned(self._in_chunks(score, depth, hidden, labels), depth)
 
     def head_gradient(
@@ -167,7 +129,7 @@ class Stages:
 
             return jax.grad(composed, argnums=(0, 1), has_aux=True)(params, hidden)
         chunks = self._chunks(depth)
-        labels = chunks.cut(mtp.labels_at_source(self.tokens, depth))
+        labels = chunks.cut(mtp.labels_at_source(self.batch.tokens, depth))
 
         def step(total, chunk):
             index, hidden, labels = chunk
@@ -235,7 +197,7 @@ class Stages:
 
     def _logits(self, parts: Parts, hidden: jax.Array, depth: int) -> jax.Array:
         """Logits of the main head (depth 0) or MTP head `depth` >= 1, at their source positions."""
-        model = self._model(parts)
+        model = self.model(parts)
         logits = model.logits(hidden) if depth == 0 else model.mtp_logits(hidden, depth - 1)
         return logits / self.temperature
 
@@ -263,12 +225,12 @@ class Stages:
 
     @property
     def _chunked(self) -> bool:
-        return 0 < self.logits_chunk < self.tokens.shape[1]
+        return 0 < self.logits_chunk < self.batch.tokens.shape[1]
 
     def _chunks(self, depth: int) -> Chunks:
         """The columns that are sources of scored tokens; a single chunk unless they are cut."""
         first = max(self.prompt_columns - depth - 1, 0)
-        time = self.tokens.shape[1]
+        time = self.batch.tokens.shape[1]
         return Chunks(first, time, self.logits_chunk if self._chunked else time - first)
 
     def _in_chunks(self, function: Callable[..., Any], depth: int, *columns: jax.Array) -> Any:
@@ -290,11 +252,11 @@ class Stages:
         predictable = self.predictable(depth)
         if not self.prompt_columns:
             return predictable
-        return predictable & (jnp.arange(self.tokens.shape[1]) >= self.prompt_columns)[None]
+        return predictable & (jnp.arange(self.batch.tokens.shape[1]) >= self.prompt_columns)[None]
 
     def predictable(self, depth: int) -> Bool[Array, "batch time"]:
         """Which tokens the head at this depth can predict from within their own sequence."""
-        return mtp.predictable(self.segment_ids, depth)
+        return mtp.predictable(self.batch.segment_ids, depth)
 
     def score(self, params: dict[str, Any]) -> list[TokenScores]:
         """Forward pass alone: scores by the main head and every MTP head."""

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
+from occ.models.policy import Policy
 from occ.objectives import masked, mtp
 from occ.tasks import Task
 from occ.tasks.demonstrations import demonstrations
 from occ.tasks.prompts import encode_prompts
-from occ.training.batch import positions_from_segments
+from occ.training.batch import Sequences, positions_from_segments
 from occ.training.config import TrainConfig
 from occ.training.gradient.stages import Stages
 from occ.training.rollout import lengths
 
 
 def supervised_loss(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    rest: Any,
+    policy: Policy,
     tokens: jax.Array,
     segment_ids: jax.Array,
     response_mask: jax.Array,
@@ -33,7 +30,7 @@ def supervised_loss(
     """Next-token cross-entropy of the responses, plus `mtp_weight` times the mean MTP one.
 
     Args:
-      graphdef, params, rest: the model.
+      policy: the model.
       tokens: int32 [B, T].
       segment_ids: int32 [B, T].
       response_mask: bool [B, T], tokens to learn.
@@ -42,42 +39,40 @@ def supervised_loss(
     Returns:
       The loss, and the cross-entropies [1 + K], main head first.
     """
-    positions = positions_from_segments(segment_ids)
-    stages = Stages(graphdef, rest, tokens, positions, segment_ids)
+    batch = Sequences(tokens, segment_ids, positions_from_segments(segment_ids))
+    stages = Stages(policy, batch)
     losses = jnp.stack(
         [
             masked.masked_mean(
                 -scores.log_prob, mtp.aligned_mask(response_mask, segment_ids, depth)
             )
-            for depth, scores in enumerate(stages.score(params))
+            for depth, scores in enumerate(stages.score(policy.params))
         ]
     )
     auxiliary = jnp.sum(losses[1:]) / max(losses.shape[0] - 1, 1)
     return losses[0] + mtp_weight * auxiliary, losses
 
 
-def warm_start(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    rest: Any,
+def learn_from_demonstrations(
+    policy: Policy,
     config: TrainConfig,
     task: Task,
     on_step: Callable[[int, list[float]], None] = lambda step, losses: None,
-) -> Any:
+) -> Policy:
     """Trains the parameters on demonstrations, all modules included.
 
     Args:
-      graphdef, params, rest: the model.
+      policy: the model.
       config: `config.warm_start` says how long and on what.
       task: its training problems are demonstrated.
       on_step: called with the step and the cross-entropies now and then.
 
     Returns:
-      The trained parameters.
+      The trained policy.
     """
     settings = config.warm_start
     if not settings.steps:
-        return params
+        return policy
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, min(100, settings.steps // 10 + 1), settings.steps, 0.0
     )
@@ -86,21 +81,21 @@ def warm_start(
     @jax.jit
     def step(params, opt_state, tokens, segment_ids, response_mask):
         def loss(params):
-            return supervised_loss(
-                graphdef, params, rest, tokens, segment_ids, response_mask, settings.mtp_weight
-            )
+            moved = policy.replace(params=params)
+            return supervised_loss(moved, tokens, segment_ids, response_mask, settings.mtp_weight)
 
         gradient, losses = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, losses
 
+    params = policy.params
     opt_state = optimizer.init(params)
     for number in range(settings.steps):
         batch = demonstration_batch(config, task, number)
         params, opt_state, losses = step(params, opt_state, *batch)
         if number % 50 == 0 or number == settings.steps - 1:
             on_step(number, np.asarray(losses).tolist())
-    return params
+    return policy.replace(params=params)
 
 
 def demonstration_batch(

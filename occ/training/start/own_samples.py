@@ -17,15 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
+from occ.models.parameters import join, partition
+from occ.models.policy import Policy
 from occ.objectives import masked, mtp
 from occ.tasks import Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
-from occ.training.batch import positions_from_segments, segments_of
+from occ.training.batch import Sequences, positions_from_segments, segments_of
 from occ.training.config import TrainConfig
 from occ.training.evaluate import mtp_acceptance
-from occ.training.gradient.stages import Stages, join, partition
+from occ.training.gradient.stages import Stages
 from occ.training.processes import key_on_mesh, to_host, to_mesh
 from occ.training.programs import Programs
 from occ.training.rollout import lengths
@@ -53,19 +54,18 @@ class WarmedUp(NamedTuple):
     """What came of the warm-up.
 
     Attributes:
-      params: all parameters; those outside the modules are the ones that were given.
+      policy: all parameters; those outside the modules are the ones that were given.
       before, after: [K], share of the tokens of held-out samples that a module predicts.
     """
 
-    params: Any
+    policy: Policy
     before: list[float]
     after: list[float]
 
 
 def warm_up_modules(
     programs: Programs,
-    params: Any,
-    rest: Any,
+    policy: Policy,
     config: TrainConfig,
     task: Task,
     on_step: Callable[[int, list[float]], None] = lambda step, losses: None,
@@ -74,26 +74,26 @@ def warm_up_modules(
 
     Args:
       programs: of the run; responses are sampled as its rollouts are.
-      params, rest: the model.
+      policy: the model.
       config: `config.warm_start` says how long.
       task: its training prompts are answered.
       on_step: called with the step and the modules' cross-entropies [K] now and then.
     """
     settings = config.warm_start
-    held_out, pool = draw(programs, params, rest, config, task)
-    before = mtp_acceptance(programs.rollout, params, rest, *held_out)
+    held_out, pool = draw(programs, policy, config, task)
+    before = mtp_acceptance(programs.rollout, policy, *held_out)
     columns, _ = lengths(config, task)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, settings.steps // 10 + 1, settings.steps + 1, 0.0
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    parts = partition(params)
+    parts = partition(policy.params)
 
     @jax.jit
-    def step(modules, opt_state, params, rest, batch):
+    def step(modules, opt_state, policy, batch):
         def loss(modules):
-            parts = partition(params)._replace(modules=modules)
-            return modules_loss(programs.graphdef, join(parts), rest, batch, config, columns)
+            parts = partition(policy.params)._replace(modules=modules)
+            return modules_loss(policy.replace(params=join(parts)), batch, config, columns)
 
         gradient, losses = jax.grad(loss, has_aux=True)(modules)
         updates, opt_state = optimizer.update(gradient, opt_state, modules)
@@ -105,18 +105,16 @@ def warm_up_modules(
         chosen = prompt_indices(config.seed, number, settings.batch_size, len(pool.tokens))
         batch = jax.tree.map(lambda x, chosen=chosen: x[chosen], pool)
         batch = to_mesh(batch, Samples(rows, rows, rows))
-        modules, opt_state, losses = step(modules, opt_state, params, rest, batch)
+        modules, opt_state, losses = step(modules, opt_state, policy, batch)
         if number % 10 == 0 or number == settings.steps - 1:
             on_step(number, to_host(losses).tolist())
-    params = join(parts._replace(modules=modules))
-    after = mtp_acceptance(programs.rollout, params, rest, *held_out)
-    return WarmedUp(params, before, after)
+    warmed = policy.replace(params=join(parts._replace(modules=modules)))
+    after = mtp_acceptance(programs.rollout, warmed, *held_out)
+    return WarmedUp(warmed, before, after)
 
 
 def modules_loss(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    rest: Any,
+    policy: Policy,
     batch: Samples,
     config: TrainConfig,
     prompt_columns: int = 0,
@@ -125,17 +123,15 @@ def modules_loss(
 
     No gradient reaches the trunk's output; that of embedding and head is the caller's to leave out.
     """
+    positions = positions_from_segments(batch.segment_ids)
     stages = Stages(
-        graphdef,
-        rest,
-        batch.tokens,
-        positions_from_segments(batch.segment_ids),
-        batch.segment_ids,
+        policy,
+        Sequences(batch.tokens, batch.segment_ids, positions),
         config.rollout.temperature,
         config.layout.logits_chunk,
         prompt_columns,
     )
-    parts = partition(params)
+    parts = partition(policy.params)
     hidden = jax.lax.stop_gradient(stages.trunk(parts).hidden)
     states = stages.modules(parts, hidden)
     losses = [
@@ -149,7 +145,7 @@ def modules_loss(
 
 
 def draw(
-    programs: Programs, params: Any, rest: Any, config: TrainConfig, task: Task
+    programs: Programs, policy: Policy, config: TrainConfig, task: Task
 ) -> tuple[Samples, Samples]:
     """Responses to training prompts, one a prompt: a portion to measure on, and the pool."""
     per_rollout = config.rollout.prompts * config.rollout.samples
@@ -161,7 +157,7 @@ def draw(
         texts = [task.train[i].prompt for i in indices]
         prompts, prompt_mask = encode_prompts(task.tokenizer, texts, columns)
         key = key_on_mesh(config.seed, SAMPLING_KEY + portion)
-        sampled = programs.rollout.sample(params, rest, prompts, prompt_mask, key)
+        sampled = programs.rollout.sample(policy, prompts, prompt_mask, key)
         segment_ids = segments_of(prompt_mask, sampled.response_mask)
         drawn.append(Samples(sampled.tokens, segment_ids, sampled.response_mask))
     pool = jax.tree.map(lambda *portions: np.concatenate(portions), *drawn[1:])

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from occ.models import pretrained
 from occ.models.agreement import check_agrees
 from occ.models.config import ModelConfig
-from occ.models.pretrained.names import abstract_variables
+from occ.models.policy import Policy, abstract_policy
 from occ.sources import resolve
 from occ.training.config import TrainConfig
 from occ.training.sharding import make_mesh, tree_shardings
 
 
-def load_model(config: TrainConfig) -> tuple[Any, Any]:
-    """Parameters and other variables of `config.pretrained`, born where they will live.
+def load_policy(config: TrainConfig) -> Policy:
+    """The model of `config.pretrained`, its variables born where they will live.
 
     Raises:
       ValueError: there are no such files, they hold another model than `config.model` describes,
@@ -33,10 +33,12 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
     bare = dataclasses.replace(config.model, mtp=mtp)
     mesh = make_mesh(config.layout)
     with jax.set_mesh(mesh):
-        params, rest = _read(path, bare, mesh)
+        shapes = abstract_policy(bare)
+        shardings = tuple(tree_shardings(tree, mesh) for tree in (shapes.params, shapes.rest))
+        policy = pretrained.load(path, bare, shardings=shardings)
         if config.model.mtp.num_modules == stored:
-            return params, rest
-        return _with_modules(config, params, rest, bare, mesh)
+            return policy
+        return _with_modules(config, policy, bare, mesh)
 
 
 def stamp(source: str) -> list[list[Any]]:
@@ -55,33 +57,18 @@ def _stored_modules(model: ModelConfig, path: pathlib.Path) -> int:
     return found.mtp.num_modules
 
 
-def _read(path: pathlib.Path, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
-    shardings = tuple(tree_shardings(tree, mesh) for tree in abstract_variables(model))
-    if path.suffix == ".gguf":
-        from occ.models import gguf  # here, since folders are read without that package
-
-        loaded = gguf.load(path, model, shardings=shardings)
-    else:
-        loaded = pretrained.load(path, model, shardings=shardings)
-    return loaded.params, loaded.rest
-
-
-def _with_modules(
-    config: TrainConfig, params: Any, rest: Any, bare: ModelConfig, mesh: Mesh
-) -> tuple[Any, Any]:
+def _with_modules(config: TrainConfig, policy: Policy, bare: ModelConfig, mesh: Mesh) -> Policy:
     assert config.pretrained is not None
     with warnings.catch_warnings():
         if config.warm_start.learns_modules:  # as the warning asks
             warnings.simplefilter("ignore", pretrained.PretrainedWarning)
-        _, params, rest = pretrained.attach(
-            params,
-            rest,
-            bare,
+        policy = pretrained.attach(
+            policy,
             num_modules=config.model.mtp.num_modules,
             init=config.pretrained.attach,
             seed=config.seed,
         )
-    shapes = abstract_variables(config.model)
+    shapes = abstract_policy(config.model)
 
     def place(tree, shape):
         if "mtp" not in tree:
@@ -89,4 +76,6 @@ def _with_modules(
         shardings = tree_shardings(shape, mesh)["mtp"]
         return tree | {"mtp": jax.jit(lambda x: x, out_shardings=shardings)(tree["mtp"])}
 
-    return place(params, shapes[0]), place(rest, shapes[1])
+    return Policy(
+        config.model, place(policy.params, shapes.params), place(policy.rest, shapes.rest)
+    )

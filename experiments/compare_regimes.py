@@ -21,9 +21,9 @@ from experiments import report, runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.progress import interrupt
-from experiments.train import RegimeName
 from occ.training import loop
-from occ.training.config import TrainConfig, regime
+from occ.training.config import TrainConfig
+from occ.training.regimes import REGIMES, RegimeName, regime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def compare(arguments: Arguments) -> int:
                 number = index * len(seeds) + seed + 1
                 path = folder / f"{name}-seed{seed}"
                 result = runs.run(
-                    f"[{number}/{total}] {report.LABELS[name]}, seed {seed}",
+                    f"[{number}/{total}] {REGIMES[name].label}, seed {seed}",
                     dataclasses.replace(run_config, seed=seed),
                     task,
                     programs,

@@ -13,7 +13,8 @@ from occ import tasks
 from occ.models.config import ModelConfig, MTPConfig
 from occ.tasks.mathematics import CHARACTERS
 from occ.training import loop
-from occ.training.config import EvaluationConfig, RolloutConfig, TrainConfig, regime
+from occ.training.config import EvaluationConfig, RolloutConfig, TrainConfig
+from occ.training.regimes import regime
 
 REGIMES = ("detach", "occ_paper")
 

@@ -22,16 +22,15 @@ from occ.tasks.prompts import encode_prompts
 from occ.training import programs as training_programs
 from occ.training.batch import segments_of
 from occ.training.config import (
-    REGIMES,
     LayoutConfig,
     PretrainedConfig,
     TrainConfig,
     WarmStartConfig,
-    regime,
 )
 from occ.training.durable.checkpoints import Checkpoints
 from occ.training.durable.run_folder import read_config
 from occ.training.processes import to_host
+from occ.training.regimes import REGIMES, regime
 from occ.training.rollout import Scores, build_programs
 from occ.training.rollout import sampler as rollout_sampler
 from occ.training.sharding import make_mesh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -13,17 +14,9 @@ import numpy as np
 
 from occ.evaluation.intervals import Estimate, mean_interval, paired_difference
 from occ.training.durable.run_folder import read_rows
+from occ.training.regimes import REGIMES
 
-LABELS = {
-    "rl_only": "RL alone",
-    "detach": "Detach",
-    "ce": "CE, 0.2",
-    "policy": "Policy, 0.2",
-    "occ": "OCC, exact",
-    "occ_paper": "OCC, paper's proxy",
-    "occ_released": "OCC, released code",
-}
-COLOURS = dict(zip(LABELS, matplotlib.color_sequences["tab10"], strict=False))
+COLOURS = dict(zip(REGIMES, itertools.cycle(matplotlib.color_sequences["tab10"]), strict=False))
 
 Runs = dict[str, list[dict[str, Any]]]  # results of each regime, a seed each, in order of seeds
 QUANTITIES = {
@@ -65,7 +58,7 @@ def table(results: Runs, baseline: str = "detach") -> str:
                 cells.append(f"**{text}**" if difference.excludes(0.0) else text)
         else:
             cells += ["", ""]
-        lines.append(f"| {LABELS[regime]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {REGIMES[regime].label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -125,7 +118,9 @@ def _band(axis: Any, series: np.ndarray, regime: str, smooth: int) -> None:
     smoothed = np.stack([np.convolve(run, kernel, mode="valid") for run in series])
     x = np.arange(smoothed.shape[1]) + smooth / 2
     estimates = [mean_interval(column) for column in smoothed.T]
-    (line,) = axis.plot(x, [e.mean for e in estimates], label=LABELS[regime], color=COLOURS[regime])
+    (line,) = axis.plot(
+        x, [e.mean for e in estimates], label=REGIMES[regime].label, color=COLOURS[regime]
+    )
     if len(series) > 1:
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axis.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)

@@ -20,7 +20,6 @@ import dataclasses
 import gc
 import pathlib
 import sys
-from typing import Literal
 
 import tyro
 
@@ -29,11 +28,10 @@ from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.progress import interrupt
 from occ.training import loop
-from occ.training.config import TrainConfig, regime
+from occ.training.config import TrainConfig
 from occ.training.durable.disk import DiskFullError
 from occ.training.processes import is_first, join
-
-RegimeName = Literal["rl_only", "detach", "ce", "policy", "occ", "occ_paper", "occ_released"]
+from occ.training.regimes import RegimeName, regime
 
 
 @dataclasses.dataclass(frozen=True)

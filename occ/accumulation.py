@@ -150,7 +150,7 @@ def _divide(total: Any, count: jax.Array, like: Any) -> Any:
 
 def _take_evidence(extra: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Moves the named evidence out of the keyword arguments."""
-    unknown = sorted((measures_lib.KNOWN_EVIDENCE - set(names)) & set(extra))
+    unknown = sorted((set(measures_lib.EVIDENCE) - {"gradients", *names}) & set(extra))
     if unknown:
         raise ValueError(
             f"accumulate: got the evidence {unknown}, but no measure that could sum it. Pass the "

@@ -290,7 +290,8 @@ class Calibration:
     @property
     def _tree_evidence(self) -> set[str]:
         """Names of evidence that consists of gradients or of trees like them."""
-        return set(self.measure.evidence) & (measures_lib.TREE_EVIDENCE | {"gradients"})
+        known = measures_lib.EVIDENCE
+        return {name for name in self.measure.evidence if name in known and known[name].trees}
 
     def _evidence_finite(self, evidence: dict[str, Any]) -> jax.Array:
         """Whether it is known of all evidence that it is finite: bool []."""

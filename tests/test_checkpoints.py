@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from occ.training.config import regime
 from occ.training.durable import checkpoints as checkpoints_module
 from occ.training.durable import disk
 from occ.training.durable.checkpoints import Checkpoints, DamagedError
 from occ.training.durable.fingerprint import fingerprint
 from occ.training.durable.history import History
 from occ.training.durable.run_folder import RunFolder, read_rows
+from occ.training.regimes import regime
 from tests import tiny
 
 # Orbax gives up at the first array that it cannot read; its reads of others then end unheard.

@@ -169,8 +169,24 @@ every_size = pytest.mark.parametrize(
 def test_every_exported_measure_has_a_row():
     """Lower-case names are factories, or functions that a measure is given."""
     helpers = {"accumulation_dtype", "gram_matrix", "inner_product", "layer", "named"}
+    helpers |= {"by_name", "declare_evidence", "register"}
     factories = {name for name in measures.__all__ if name.islower()} - helpers
     assert factories == {name.split("(")[0] for name in MEASURES}
+    registered = {name for name in measures.REGISTRY if name in measures.__all__}
+    assert registered == factories - {"smoothed"}
+
+
+def test_a_measure_is_known_by_name_where_it_is_defined():
+    @measures.register("of_a_user")
+    def of_a_user(scale: float = 1.0):
+        return measures.gradients()._replace(name=f"of_a_user({scale})")
+
+    try:
+        assert measures.by_name("of_a_user", scale=2.0).name == "of_a_user(2.0)"
+        with pytest.raises(ValueError, match="'of_a_user' is there already"):
+            measures.register("of_a_user")(of_a_user)
+    finally:
+        del measures.REGISTRY["of_a_user"]
 
 
 @every_case

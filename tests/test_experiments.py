@@ -22,9 +22,10 @@ from experiments.progress import interrupt
 from occ.models.policy import create_policy
 from occ.training import loop
 from occ.training.batch import Minibatch
-from occ.training.config import EvaluationConfig, RolloutConfig, WarmStartConfig, regime
+from occ.training.config import EvaluationConfig, RolloutConfig, WarmStartConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
+from occ.training.regimes import regime
 from occ.training.state import init_state
 from occ.training.step import make_train_step
 from tests import tiny

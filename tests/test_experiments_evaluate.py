@@ -17,10 +17,10 @@ from occ.evaluation.benchmarks import result
 from occ.evaluation.completions import Settings
 from occ.tasks import VerifierError
 from occ.training import loop
-from occ.training.config import regime
 from occ.training.durable.checkpoints import Checkpoints
 from occ.training.durable.history import History
 from occ.training.durable.run_folder import RunFolder, read_config
+from occ.training.regimes import regime
 from occ.training.rollout import Scores
 from tests import fixtures_math, published, test_tokenizers, tiny
 

@@ -12,8 +12,9 @@ import occ
 from occ import measures, rules
 from occ.grouped import GroupedCalibration
 from occ.models.parameters import is_stacked, partition
-from occ.training.config import MTPTrainingConfig, regime
+from occ.training.config import MTPTrainingConfig
 from occ.training.gradient.calibration import build_calibration, by_layer
+from occ.training.regimes import regime
 from tests import tiny
 
 

@@ -9,15 +9,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from occ.objectives.policy import PolicyConfig, gspo
-from occ.training.config import (
-    LayoutConfig,
-    MTPTrainingConfig,
-    ObjectiveConfig,
-    regime,
-)
+from occ.training.config import LayoutConfig, MTPTrainingConfig, ObjectiveConfig
 from occ.training.gradient.cotangents import rl_gradient
 from occ.training.gradient.inputs import step_inputs
 from occ.training.gradient.micro_batches import interleave, micro_batches
+from occ.training.regimes import regime
 from tests import tiny
 
 
@@ -49,7 +45,9 @@ MTP = {
     "fixed_fused": regime("policy"),
     "proxy_fused": regime("occ_paper"),
     "readout": MTPTrainingConfig(measure="readout", placement="fused"),
-    "row_subset": MTPTrainingConfig(measure="row_subset", placement="fused", row_fraction=0.5),
+    "row_subset": MTPTrainingConfig(
+        measure="row_subset", placement="fused", measure_options={"fraction": 0.5}
+    ),
     "exact": regime("occ"),
     "cross_fitted": MTPTrainingConfig(measure="cross_fitted"),
     "every": MTPTrainingConfig(smoothing=0.9, every=5),

@@ -22,8 +22,8 @@ from occ.training.config import (
     ObjectiveConfig,
     OptimizerConfig,
     RolloutConfig,
-    regime,
 )
+from occ.training.regimes import regime
 from occ.training.step import make_train_step
 from tests import reference_losses, reference_models, reference_step, tiny
 

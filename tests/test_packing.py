@@ -18,7 +18,6 @@ from occ.training.config import (
     ObjectiveConfig,
     RolloutConfig,
     TrainConfig,
-    regime,
 )
 from occ.training.durable.run_folder import read_rows
 from occ.training.packing import (
@@ -30,6 +29,7 @@ from occ.training.packing import (
     row_ladder,
     rows_needed,
 )
+from occ.training.regimes import regime
 from tests import tiny
 
 PACKED = LayoutConfig(pack=True, sequences_per_row=3)
@@ -91,7 +91,9 @@ MTP = {
     "proxy": regime("occ_paper"),
     "exact": regime("occ"),
     "cross_fitted": MTPTrainingConfig(measure="cross_fitted"),
-    "row_subset": MTPTrainingConfig(measure="row_subset", placement="fused", row_fraction=0.3),
+    "row_subset": MTPTrainingConfig(
+        measure="row_subset", placement="fused", measure_options={"fraction": 0.3}
+    ),
 }
 SLOW = ("cross_fitted", "row_subset")
 

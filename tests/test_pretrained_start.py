@@ -21,8 +21,8 @@ from occ.training.config import (
     RolloutConfig,
     TrainConfig,
     WarmStartConfig,
-    regime,
 )
+from occ.training.regimes import regime
 from occ.training.sharding import make_mesh, tree_shardings
 from occ.training.start import own_samples, starting_point
 from occ.training.start.pretrained import load_policy

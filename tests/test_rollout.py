@@ -11,8 +11,14 @@ from occ import tasks
 from occ.objectives.advantages import group_advantages
 from occ.tasks import VerifierError
 from occ.training import loop
-from occ.training.config import EvaluationConfig, LayoutConfig, RolloutConfig, TrainConfig, regime
+from occ.training.config import (
+    EvaluationConfig,
+    LayoutConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from occ.training.evaluate import evaluate
+from occ.training.regimes import regime
 from occ.training.rollout import build_programs, collect
 from tests import tiny
 

@@ -13,7 +13,8 @@ from occ.generation.sampling import SamplingConfig, generate
 from occ.models.config import MoEConfig
 from occ.models.policy import Policy, abstract_policy
 from occ.training import programs, sharding
-from occ.training.config import LayoutConfig, regime
+from occ.training.config import LayoutConfig
+from occ.training.regimes import regime
 from tests import tiny
 
 pytestmark = pytest.mark.standard_promotion

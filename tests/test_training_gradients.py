@@ -12,10 +12,11 @@ from occ.models.config import MoEConfig
 from occ.models.parameters import is_shared, partition
 from occ.objectives import mtp as mtp_alignment
 from occ.objectives.policy import PolicyConfig, gspo
-from occ.training.config import LayoutConfig, MTPTrainingConfig, ObjectiveConfig, regime
+from occ.training.config import LayoutConfig, MTPTrainingConfig, ObjectiveConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.gradient.losses import mtp_loss, rl_loss
 from occ.training.gradient.stages import Stages
+from occ.training.regimes import regime
 from tests import tiny
 
 SEQUENTIAL = {"kind": "sequential"}

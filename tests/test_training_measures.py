@@ -11,9 +11,14 @@ import pytest
 from occ import measures
 from occ.models.parameters import is_shared
 from occ.training.batch import take_rows
-from occ.training.config import MTPTrainingConfig, ObjectiveConfig, OptimizerConfig, regime
+from occ.training.config import (
+    MTPTrainingConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
 from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer, second_moment
+from occ.training.regimes import regime
 from tests import tiny
 
 
@@ -57,7 +62,9 @@ def test_halves_make_up_the_whole(x64, aggregation):
 
 
 def test_a_subset_of_rows_is_measured_before_the_backward_pass(x64):
-    mtp = MTPTrainingConfig(measure="row_subset", row_fraction=0.5, placement="fused")
+    mtp = MTPTrainingConfig(
+        measure="row_subset", measure_options={"fraction": 0.5}, placement="fused"
+    )
     config, model, batch = setup(mtp)
     got = tiny.gradient(config, model, batch)
     exact = dataclasses.replace(config, mtp=regime("occ"))

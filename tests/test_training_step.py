@@ -14,15 +14,14 @@ from occ.models.parameters import is_shared
 from occ.models.policy import abstract_policy
 from occ.training.batch import split
 from occ.training.config import (
-    REGIMES,
     LayoutConfig,
     MTPTrainingConfig,
     ObjectiveConfig,
     OptimizerConfig,
     RolloutConfig,
-    regime,
 )
 from occ.training.optimizer import build_optimizer, is_matrix, learning_rate_schedule
+from occ.training.regimes import REGIMES, regime
 from occ.training.step import make_train_step
 from tests import tiny
 

@@ -13,12 +13,13 @@ from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
 from occ.models.policy import Policy
 from occ.training.batch import Minibatch, Sequences, positions_from_segments
-from occ.training.config import OptimizerConfig, RolloutConfig, TrainConfig, regime
+from occ.training.config import OptimizerConfig, RolloutConfig, TrainConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.gradient.inputs import step_inputs
 from occ.training.gradient.placement import step_gradient
 from occ.training.gradient.stages import Stages
 from occ.training.optimizer import build_optimizer
+from occ.training.regimes import regime
 from occ.training.state import init_state
 
 

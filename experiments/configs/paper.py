@@ -20,8 +20,8 @@ from occ.training.config import (
     OptimizerConfig,
     RolloutConfig,
     TrainConfig,
-    regime,
 )
+from occ.training.regimes import regime
 
 PROMPT_TOKENS = 2048
 RESPONSE_TOKENS = 8192

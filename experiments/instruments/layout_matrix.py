@@ -28,7 +28,7 @@ from experiments import runs
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.policy import abstract_policy
 from occ.training.batch import Minibatch, positions_from_segments
-from occ.training.config import LayoutConfig, RolloutConfig, TrainConfig, regime
+from occ.training.config import LayoutConfig, RolloutConfig, TrainConfig
 from occ.training.durable.run_folder import environment
 from occ.training.packing import pack
 from occ.training.processes import to_mesh
@@ -38,6 +38,7 @@ from occ.training.programs import (
     init_policy,
     jit_train_step,
 )
+from occ.training.regimes import regime
 from occ.training.sharding import batch_shardings, make_mesh
 
 MESHES = {

@@ -29,9 +29,10 @@ from experiments.instruments.costs import Cost, compiled_cost, estimated_cost
 from occ.generation.sampling import SamplingConfig
 from occ.models.policy import abstract_policy
 from occ.training.batch import Minibatch
-from occ.training.config import TrainConfig, regime
+from occ.training.config import TrainConfig
 from occ.training.durable.run_folder import environment
 from occ.training.programs import abstract_state, jit_train_step
+from occ.training.regimes import regime
 from occ.training.rollout import sampler
 from occ.training.sharding import (
     abstract_mesh,

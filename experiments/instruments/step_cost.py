@@ -33,12 +33,13 @@ from occ.evaluation.intervals import ratio_interval
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.policy import new_policy
 from occ.training.batch import Minibatch, positions_from_segments
-from occ.training.config import LayoutConfig, MTPTrainingConfig, TrainConfig, regime
+from occ.training.config import LayoutConfig, MTPTrainingConfig, TrainConfig
 from occ.training.durable.run_folder import environment
 from occ.training.gradient.calibration import build_calibration
 from occ.training.gradient.cotangents import rl_gradient
 from occ.training.gradient.inputs import step_inputs
 from occ.training.optimizer import build_optimizer
+from occ.training.regimes import regime
 from occ.training.state import init_state
 from occ.training.step import make_train_step
 

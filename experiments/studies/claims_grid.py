@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from occ.objectives.policy import gspo
-from occ.training.config import MTPTrainingConfig, TrainConfig, regime
+from occ.training.config import MTPTrainingConfig, TrainConfig
+from occ.training.regimes import regime
 
 SETTINGS = (
     "arithmetic_easy",

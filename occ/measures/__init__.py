@@ -10,14 +10,22 @@ A main gradient g and K auxiliary gradients m_1..m_K have one Gram matrix of sha
     exact.py       from gradients: all, some leaves, some rows, halves, preconditioned, sketched
     log_ratios.py  the paper's proxy, and the forms of its released code
     smoothing.py   moving averages of another measure
+
+A new measure is one file: a factory under `@register("name")`. Configurations and command
+lines know it by that name; what it reads and when that exists follows from its evidence.
 """
 
 from occ.measures.base import (
+    EVIDENCE,
+    REGISTRY,
+    Evidence,
     Measure,
     Measurement,
     accumulation_dtype,
+    declare_evidence,
     gram_matrix,
     inner_product,
+    register,
 )
 from occ.measures.exact import (
     cross_fitted,
@@ -32,22 +40,21 @@ from occ.measures.exact import (
 from occ.measures.log_ratios import LOG_RATIO_EVIDENCE, LOG_RATIO_FORMS, log_ratios
 from occ.measures.smoothing import SmoothedState, smoothed
 
-TREE_EVIDENCE = frozenset(["gradient_halves", "second_moment", "row_subset", "readout"])
-"""Evidence that consists of pytrees like the parameters, or of tuples of them."""
-
-KNOWN_EVIDENCE = TREE_EVIDENCE | frozenset(LOG_RATIO_EVIDENCE)
-"""Every evidence name that a measure here reads, besides the gradients."""
+by_name = REGISTRY.build
 
 __all__ = [
-    "KNOWN_EVIDENCE",
+    "EVIDENCE",
     "LOG_RATIO_EVIDENCE",
     "LOG_RATIO_FORMS",
-    "TREE_EVIDENCE",
+    "REGISTRY",
+    "Evidence",
     "Measure",
     "Measurement",
     "SmoothedState",
     "accumulation_dtype",
+    "by_name",
     "cross_fitted",
+    "declare_evidence",
     "gradients",
     "gram_matrix",
     "inner_product",
@@ -56,6 +63,7 @@ __all__ = [
     "named",
     "preconditioned",
     "readout",
+    "register",
     "row_subset",
     "sketched",
     "smoothed",

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from occ.registry import Registry
+
 Statistics = Any
 MeasureState = Any
 
@@ -50,6 +52,8 @@ class Measure(NamedTuple):
       reduce: `(evidence, num_auxiliary) -> statistics`, additive over micro-batches.
       update: `(statistics, state, axis_name) -> (Measurement, state)`.
       yields_ratio: the measurement holds a ratio and no Gram matrix.
+      leading_rows: from the rows of a minibatch to how many at its top are looked at apart from
+        the others; None for measures that do not cut a minibatch.
     """
 
     name: str
@@ -59,6 +63,38 @@ class Measure(NamedTuple):
     reduce: Callable[[Mapping[str, Any], int], Statistics]
     update: Callable[[Statistics, MeasureState, Any], tuple[Measurement, MeasureState]]
     yields_ratio: bool = False
+    leading_rows: Callable[[int], int] | None = None
+
+    @property
+    def early(self) -> bool:
+        """Whether all that it reads exists before the backward pass through the trunk."""
+        return all(EVIDENCE[name].early for name in self.evidence if name in EVIDENCE)
+
+
+class Evidence(NamedTuple):
+    """What a training step can hand to a measure, by keyword.
+
+    Attributes:
+      trees: pytrees like the parameters, or tuples of them; a measure sees their shared leaves.
+      early: it exists before the backward pass through the trunk.
+    """
+
+    trees: bool
+    early: bool
+
+
+EVIDENCE: dict[str, Evidence] = {"gradients": Evidence(trees=True, early=False)}
+"""Every evidence name that a measure reads, entered by `declare_evidence` beside that measure."""
+
+REGISTRY = Registry("measure")
+"""Every measure's factory by its name; `@register("name")` enters one where it is defined."""
+
+register = REGISTRY.register
+
+
+def declare_evidence(*names: str, trees: bool, early: bool) -> None:
+    """Enters names of evidence. See `Evidence`."""
+    EVIDENCE.update(dict.fromkeys(names, Evidence(trees, early)))
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:

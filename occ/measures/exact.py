@@ -15,16 +15,18 @@ from occ.measures.base import (
     Measure,
     Measurement,
     accumulation_dtype,
+    declare_evidence,
     gram_matrix,
     inner_product,
     psum,
+    register,
     stateless,
 )
 
 Select = Callable[[str], bool | int]
-LAYERS = ("dense_layers", "layers")
 
 
+@register("gradients")
 def gradients(select: Select | None = None, *, name: str | None = None) -> Measure:
     """The exact Gram matrix of the gradients that `tx.update` is given.
 
@@ -93,6 +95,12 @@ def _selected(gradient: dict[str, Any], select: Select | None, label: str) -> di
     return chosen
 
 
+declare_evidence("second_moment", trees=True, early=False)
+declare_evidence("gradient_halves", trees=True, early=False)
+declare_evidence("row_subset", "readout", trees=True, early=True)
+
+
+@register("preconditioned")
 def preconditioned(eps: float = 1e-8, *, norm: str = "preconditioned") -> Measure:
     """Inner products of the directions that Adam makes of the gradients.
 
@@ -148,10 +156,17 @@ def preconditioned(eps: float = 1e-8, *, norm: str = "preconditioned") -> Measur
     return Measure(label, ("gradients", "second_moment"), stateless, None, reduce, update)
 
 
+@register("preconditioned_euclidean")
+def preconditioned_euclidean(eps: float = 1e-8) -> Measure:
+    """`preconditioned` with norm="euclidean"."""
+    return preconditioned(eps, norm="euclidean")
+
+
 def _widen(leaf: jax.Array) -> jax.Array:
     return leaf.astype(accumulation_dtype(leaf.dtype))
 
 
+@register("cross_fitted")
 def cross_fitted() -> Measure:
     """The correlation between disjoint halves of the minibatch; the perturbation of the whole.
 
@@ -188,7 +203,13 @@ def cross_fitted() -> Measure:
         return Measurement(expected, None, same), state
 
     return Measure(
-        "cross_fitted", ("gradients", "gradient_halves"), stateless, None, reduce, update
+        "cross_fitted",
+        ("gradients", "gradient_halves"),
+        stateless,
+        None,
+        reduce,
+        update,
+        leading_rows=lambda rows: rows // 2,
     )
 
 
@@ -210,17 +231,28 @@ def _gram_of(evidence_name: str) -> Measure:
     return Measure(evidence_name, (evidence_name,), stateless, None, reduce, update)
 
 
-def row_subset() -> Measure:
+@register("row_subset")
+def row_subset(fraction: float = 0.125) -> Measure:
     """The Gram matrix of gradients on some of the minibatch's rows.
 
     A second backward pass over a fraction of the rows costs that fraction, and the coefficient is
     known before the trunk's backward pass over all of them.
 
     Evidence: `row_subset`, a tuple (g, m_1, .., m_K) of gradients on those rows alone.
+
+    Args:
+      fraction: share of the rows, in (0, 1]; for whoever makes the evidence.
+
+    Raises:
+      ValueError: a fraction outside (0, 1].
     """
-    return _gram_of("row_subset")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"row_subset: fraction must be in (0, 1], got {fraction}.")
+    measure = _gram_of("row_subset")
+    return measure._replace(leading_rows=lambda rows: max(round(rows * fraction), 1))
 
 
+@register("readout")
 def readout() -> Measure:
     """The Gram matrix over what the losses reach directly: output head and final norm.
 
@@ -233,6 +265,7 @@ def readout() -> Measure:
     return _gram_of("readout")
 
 
+@register("sketched")
 def sketched(rank: int = 8, *, seed: int = 0) -> Measure:
     """Inner products of random sketches of the gradients, unbiased.
 

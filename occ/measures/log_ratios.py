@@ -8,12 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from occ.measures.base import Measure, Measurement, accumulation_dtype, psum, stateless
+from occ.measures.base import (
+    Measure,
+    Measurement,
+    accumulation_dtype,
+    declare_evidence,
+    psum,
+    register,
+    stateless,
+)
 
 LOG_RATIO_FORMS = ("paper", "released_masked", "released_unmasked")
 LOG_RATIO_EVIDENCE = ("main_log_ratio", "auxiliary_log_ratios", "response_mask")
 
 
+declare_evidence(*LOG_RATIO_EVIDENCE, trees=False, early=True)
+
+
+@register("log_ratios")
 def log_ratios(form: str = "paper", *, eps: float = 1e-8) -> Measure:
     r"""The log-ratio proxy: how far both policies have moved from the old one, token by token.
 
@@ -72,6 +84,18 @@ def log_ratios(form: str = "paper", *, eps: float = 1e-8) -> Measure:
         _mean_of_ratios,
         yields_ratio=True,
     )
+
+
+@register("released_masked")
+def released_masked(eps: float = 1e-8) -> Measure:
+    """`log_ratios("released_masked")`."""
+    return log_ratios("released_masked", eps=eps)
+
+
+@register("released_unmasked")
+def released_unmasked(eps: float = 1e-8) -> Measure:
+    """`log_ratios("released_unmasked")`."""
+    return log_ratios("released_unmasked", eps=eps)
 
 
 def _log_ratio_arrays(evidence: Mapping[str, Any], num_auxiliary: int) -> tuple[jax.Array, ...]:

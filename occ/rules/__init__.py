@@ -9,7 +9,8 @@ that yield it directly, the ratio c_k / v_k^2).
     projection.py    angles: cosine_gating, pcgrad, gradvac
     minimum_norm.py  the convex hull of the gradients: mgda, cagrad
     balancing.py     equal shares: imtl_g, nash_mtl, aligned_mtl, metabalance
-    registry.py      rules by their names
+
+A new rule is one function under `@register("name")`; configurations and command lines know it then.
 
 Methods from the literature differ in what they do to the scale: some sum the K+1 gradients, some
 average them, and Nash-MTL sets the norm itself. Here each keeps its published scale, which its
@@ -25,12 +26,13 @@ power set to 0 do the losses drop out, and then all norms are to be equal: `meta
 """
 
 from occ.rules.balancing import MetaBalanceState, aligned_mtl, imtl_g, metabalance, nash_mtl
-from occ.rules.base import Rule, RuleState
+from occ.rules.base import REGISTRY, Rule, RuleState, register
 from occ.rules.fixed import detach, fixed, replay
 from occ.rules.minimum_norm import cagrad, mgda
 from occ.rules.optimal import NONNEGATIVE, PAPER_EPS, noisy_optimal, optimal
 from occ.rules.projection import GradVacState, cosine_gating, gradvac, pcgrad
-from occ.rules.registry import REGISTRY, by_name
+
+by_name = REGISTRY.build
 
 __all__ = [
     "NONNEGATIVE",
@@ -54,5 +56,6 @@ __all__ = [
     "noisy_optimal",
     "optimal",
     "pcgrad",
+    "register",
     "replay",
 ]

@@ -15,11 +15,13 @@ from occ.rules.base import (
     nonzero,
     norms,
     present,
+    register,
     rounding,
     times,
 )
 
 
+@register("imtl_g")
 def imtl_g() -> Rule:
     """Impartial gradients: the combined gradient has equal projections on all K+1 of them.
 
@@ -55,6 +57,7 @@ def imtl_g() -> Rule:
     return balancing_rule("imtl_g", weights)
 
 
+@register("nash_mtl")
 def nash_mtl(*, relative_ridge: float = 1e-6, max_iterations: int = 100) -> Rule:
     """The Nash bargaining solution: the direction in which no relative gain can be traded.
 
@@ -128,6 +131,7 @@ def _bargain(matrix: jax.Array, max_iterations: int) -> jax.Array:
     return jax.lax.while_loop(unfinished, newton, first)[0]
 
 
+@register("aligned_mtl")
 def aligned_mtl() -> Rule:
     """Independent component alignment: the principal components of the gradients, made equal.
 
@@ -173,6 +177,7 @@ class MetaBalanceState(NamedTuple):
     mass: jax.Array
 
 
+@register("metabalance")
 def metabalance(relax: float = 0.7, *, decay: float = 0.9) -> Rule:
     """Auxiliary gradients of the main gradient's magnitude.
 

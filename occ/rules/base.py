@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from occ.measures import Measurement
+from occ.registry import Registry
 
 RuleState = Any
 
@@ -27,12 +28,21 @@ class Rule(NamedTuple):
       update: `(measurement, state, key) -> (weights [K+1], state)`; `key` is a PRNG key that is
         new at every step, for rules that draw.
       takes_ratio: it can also work from `measurement.ratio`, without a Gram matrix.
+      data_dependent: False where the weights are the same whatever is measured, so that they are
+        known before anything is.
     """
 
     name: str
     init: Callable[[int], RuleState]
     update: Callable[[Measurement, RuleState, jax.Array], tuple[jax.Array, RuleState]]
     takes_ratio: bool = False
+    data_dependent: bool = True
+
+
+REGISTRY = Registry("rule")
+"""Every rule's factory by its name; `@register("name")` enters one where it is defined."""
+
+register = REGISTRY.register
 
 
 def stateless(num_auxiliary: int) -> RuleState:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from occ.measures import Measurement
-from occ.rules.base import Rule, auxiliary_rule
+from occ.rules.base import Rule, auxiliary_rule, register
 
 
+@register("fixed")
 def fixed(coefficients: float | Sequence[float] | jax.Array) -> Rule:
     """A fixed coefficient for each auxiliary gradient, whatever is measured.
 
@@ -27,7 +29,8 @@ def fixed(coefficients: float | Sequence[float] | jax.Array) -> Rule:
     def auxiliary_weights(measurement):
         return _broadcast(coefficients, measurement)
 
-    return auxiliary_rule("fixed", auxiliary_weights, takes_ratio=True)
+    rule = auxiliary_rule("fixed", auxiliary_weights, takes_ratio=True)
+    return rule._replace(data_dependent=False)
 
 
 def _broadcast(coefficients, measurement: Measurement) -> jax.Array:
@@ -41,6 +44,7 @@ def _broadcast(coefficients, measurement: Measurement) -> jax.Array:
     return jnp.broadcast_to(values, (num_auxiliary,))
 
 
+@register("replay")
 def replay(series: Sequence[float] | jax.Array) -> Rule:
     """A given coefficient for every update, in order; the last one from then on.
 
@@ -60,7 +64,7 @@ def replay(series: Sequence[float] | jax.Array) -> Rule:
     >>> first.tolist(), second.tolist()
     ([1.0, 0.5], [1.0, -0.25])
     """
-    values = jnp.asarray(series)
+    values = series if isinstance(series, jax.Array) else np.asarray(series, np.float64)
     if values.ndim != 1 or not values.shape[0]:
         raise ValueError(f"replay: expected a series [N >= 1], got shape {values.shape}.")
 
@@ -71,13 +75,14 @@ def replay(series: Sequence[float] | jax.Array) -> Rule:
     def update(measurement, step, key):
         del key
         dtype = measurement.gram.dtype
-        value = values[jnp.minimum(step, values.shape[0] - 1)].astype(dtype)
+        value = jnp.asarray(values, dtype)[jnp.minimum(step, values.shape[0] - 1)]
         weights = jnp.full(measurement.gram.shape[-1], value, dtype).at[0].set(1)
         return weights, step + 1
 
-    return Rule("replay", init, update, takes_ratio=True)
+    return Rule("replay", init, update, takes_ratio=True, data_dependent=False)
 
 
+@register("detach")
 def detach() -> Rule:
     """No auxiliary gradient on the shared parameters: all w_k = 0.
 

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occ.rules.base import Rule, balancing_rule, nonzero, present, rounding, times
+from occ.rules.base import Rule, balancing_rule, nonzero, present, register, rounding, times
 
 MAX_AUXILIARY = 9
 
 
+@register("mgda")
 def mgda() -> Rule:
     """The shortest vector in the convex hull of the K+1 gradients.
 
@@ -46,6 +47,7 @@ def mgda() -> Rule:
     return balancing_rule("mgda", weights)
 
 
+@register("cagrad")
 def cagrad(radius: float = 0.5) -> Rule:
     """Conflict-averse gradient: near the mean, with the largest gain for the worst-off objective.
 

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from occ.rules.base import Rule, auxiliary_rule, nonzero
+from occ.rules.base import Rule, auxiliary_rule, nonzero, register
 
 NONNEGATIVE = (0.0, math.inf)
 """Bounds for `optimal` that forbid steps against an auxiliary gradient."""
@@ -18,6 +18,7 @@ PAPER_EPS = 1e-8
 Bounds = tuple[float, float] | None
 
 
+@register("optimal")
 def optimal(
     scale: float | jax.Array = 1.0,
     *,
@@ -86,6 +87,7 @@ def optimal(
     return auxiliary_rule("optimal", auxiliary_weights, takes_ratio=True)
 
 
+@register("noisy_optimal")
 def noisy_optimal(
     step_smoothness: float | jax.Array,
     *,

@@ -15,11 +15,13 @@ from occ.rules.base import (
     nonzero,
     norms,
     present,
+    register,
     stateless,
     times,
 )
 
 
+@register("cosine_gating")
 def cosine_gating(*, weighted: bool = True) -> Rule:
     """Auxiliary gradients as far as their angle to the main one is acute.
 
@@ -52,6 +54,7 @@ def cosine_gating(*, weighted: bool = True) -> Rule:
     return auxiliary_rule("cosine_gating", auxiliary_weights)
 
 
+@register("pcgrad")
 def pcgrad(*, symmetric: bool = True) -> Rule:
     """Gradient surgery: each gradient loses its component against every one that it opposes.
 
@@ -137,6 +140,7 @@ class GradVacState(NamedTuple):
     targets: jax.Array
 
 
+@register("gradvac")
 def gradvac(*, decay: float = 0.99) -> Rule:
     """Gradient vaccine: turns each gradient until its cosines reach their moving averages.
 

@@ -3,50 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from occ import rules
+from occ import measures, rules
 from occ.models.config import ModelConfig
 from occ.objectives.policy import PolicyConfig
+from occ.training import named_measures as named_measures  # enters them
 from occ.training.checks import one_of, positive
 from occ.training.layout import LayoutConfig as LayoutConfig
 from occ.training.start_config import PretrainedConfig as PretrainedConfig
 from occ.training.start_config import WarmStartConfig as WarmStartConfig
 
-REGIMES = (
-    "rl_only",
-    "detach",
-    "ce",
-    "policy",
-    "occ",
-    "occ_smoothed",
-    "occ_paper",
-    "occ_released",
-)
-
-MeasureName = Literal[
-    "gradients",
-    "first_layer",
-    "last_layer",
-    "embedding",
-    "cross_fitted",
-    "preconditioned",
-    "preconditioned_euclidean",
-    "sketched",
-    "row_subset",
-    "readout",
-    "log_ratios",
-    "released_masked",
-    "released_unmasked",
-]
-EARLY: tuple[str, ...] = (
-    "row_subset",
-    "readout",
-    "log_ratios",
-    "released_masked",
-    "released_unmasked",
-)
-"""Measures whose evidence exists before the backward pass through the trunk."""
+if TYPE_CHECKING:
+    MeasureName = str
+    RuleName = str
+else:
+    MeasureName = Literal[tuple(measures.REGISTRY)]
+    RuleName = Literal[tuple(rules.REGISTRY)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +83,12 @@ class MTPTrainingConfig:
         measures, the log-ratios, and 0 with the others, whose v^2 may be as small in a layer.
       relative_ridge: for several modules, by rule "optimal".
       bounds: clip range of the coefficients of rule "optimal"; None is none.
-      rule_options: keyword options of any other rule.
-      measure: where rules other than "detach" and "fixed" have c and v^2 from: the exact
-        "gradients"; those of the "first_layer", "last_layer" or "embedding" alone; "cross_fitted"
-        between halves of the minibatch; in Adam's norm ("preconditioned", or
-        "preconditioned_euclidean"); "sketched"; of a "row_subset" of the minibatch; of the
-        "readout" (output head and final norm); or the paper's "log_ratios" and its release's forms.
-      sketch_rank: of measure "sketched".
-      row_fraction: share of the rows that "row_subset" looks at.
+      rule_options: further keyword options of the rule.
+      measure: a name in `occ.measures.REGISTRY`, where rules that depend on data have c and v^2
+        from: the exact "gradients"; those of some leaves; "cross_fitted" between halves of the
+        minibatch; in Adam's norm ("preconditioned"); of a "row_subset"; of the "readout" (output
+        head and final norm); the paper's "log_ratios" and its release's forms.
+      measure_options: keyword options of the measure.
       smoothing: decay of moving averages of c and v^2; 0 is none.
       every: measure at every n-th step, and keep the weights in between. Choose an n that shares no
         factor with the minibatches a rollout: otherwise the same ones are always measured, and the
@@ -133,7 +104,7 @@ class MTPTrainingConfig:
     loss: Literal["none", "ce", "policy", "distill"] = "policy"
     own_loss: Literal["same", "ce", "distill"] = "same"
     reference: Literal["main", "own"] = "main"
-    rule: str = "optimal"
+    rule: RuleName = "optimal"
     coefficient: float = 0.2
     scale: float = 1.0
     eps: float | None = None
@@ -141,8 +112,7 @@ class MTPTrainingConfig:
     bounds: tuple[float, float] | None = None
     rule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     measure: MeasureName = "gradients"
-    sketch_rank: int = 8
-    row_fraction: float = 0.125
+    measure_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     smoothing: float = 0.0
     every: int = 1
     groups: Literal["none", "layer"] = "none"
@@ -155,34 +125,53 @@ class MTPTrainingConfig:
         one_of("MTPTrainingConfig", "reference", self.reference, ("main", "own"))
         one_of("MTPTrainingConfig", "rule", self.rule, tuple(rules.REGISTRY))
         one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
-        one_of("MTPTrainingConfig", "measure", self.measure, get_args(MeasureName))
-        positive("MTPTrainingConfig", row_fraction=self.row_fraction, every=self.every)
+        one_of("MTPTrainingConfig", "measure", self.measure, tuple(measures.REGISTRY))
         one_of("MTPTrainingConfig", "groups", self.groups, ("none", "layer"))
+        positive("MTPTrainingConfig", every=self.every)
+        measure = self.make_measure()
+        early = [name for name in measures.REGISTRY if measures.by_name(name).early]
         if self.groups != "none" and (
-            self.placement == "fused"
-            or self.every != 1
-            or not self.data_dependent
-            or self.measure in EARLY
+            self.placement == "fused" or self.every != 1 or not self.data_dependent or measure.early
         ):
             raise ValueError(
                 "MTPTrainingConfig: groups='layer' measures the gradients of every layer at every "
                 "step. Use placement='exact', every=1, a rule that depends on what is measured, "
-                f"and a measure that is not in {EARLY}; got {self.placement!r}, {self.every}, "
+                f"and a measure that is not in {early}; got {self.placement!r}, {self.every}, "
                 f"{self.rule!r} and {self.measure!r}."
             )
-        early = self.measure in EARLY
-        if self.placement == "fused" and self.data_dependent and not early:
+        if self.placement == "fused" and self.data_dependent and not measure.early:
             raise ValueError(
                 "MTPTrainingConfig: placement='fused' must know the coefficient before the "
                 "backward pass through the trunk, when the gradients that "
                 f"measure={self.measure!r} needs do not exist yet. Use placement='exact', or a "
-                f"measure in {EARLY}."
+                f"measure in {early}."
             )
+
+    def make_measure(self) -> measures.Measure:
+        """The measure that gives the rule its c and v^2."""
+        options = dict(self.measure_options)
+        if self.measure.startswith("released"):
+            options.setdefault("eps", self.added_eps)
+        return measures.by_name(self.measure, **options)
+
+    def make_rule(self) -> rules.Rule:
+        """The rule that turns them into weights."""
+        options = self.rule_options
+        if self.rule == "fixed":
+            options = {"coefficients": self.coefficient} | options
+        elif self.rule == "optimal":
+            options = {
+                "scale": self.scale,
+                "eps": self.added_eps,
+                "relative_ridge": self.relative_ridge,
+                "bounds": self.bounds,
+            } | options
+        return rules.by_name(self.rule, **options)
 
     @property
     def data_dependent(self) -> bool:
         """Whether the rule depends on what is measured."""
-        return self.rule not in ("detach", "fixed", "replay")
+        return self.make_rule().data_dependent
 
     @property
     def added_eps(self) -> float:
@@ -193,49 +182,8 @@ class MTPTrainingConfig:
 
     def leading_rows(self, rows: int) -> int:
         """Rows at the top of a minibatch that the measure takes apart from the others; else all."""
-        if self.measure == "cross_fitted":
-            return rows // 2
-        if self.measure == "row_subset":
-            return max(round(rows * self.row_fraction), 1)
-        return rows
-
-
-def regime(name: str, *, exact: bool = False) -> MTPTrainingConfig:
-    """The named training regimes.
-
-        rl_only       the MTP modules are not trained
-        detach        cross-entropy on the modules alone (the industry's default)
-        ce            cross-entropy, fixed coefficient 0.2 on shared parameters
-        policy        policy loss, fixed coefficient 0.2
-        occ           policy loss, OCC with the exact c and v^2
-        occ_smoothed  the same, measured at every fifth step and averaged over about ten such
-        occ_paper     policy loss, OCC with the paper's log-ratio proxy
-        occ_released  the paper's released code: unmasked mean of ratios, times 0.1 / K (scale is
-                      set for K = 1), modules' own gradient scaled too
-
-    Args:
-      name: one of `REGIMES`.
-      exact: measure the true c and v^2 in every regime, at the price of the second backward pass.
-
-    Raises:
-      ValueError: unknown name.
-    """
-    placement: Literal["fused", "exact"] = "exact" if exact else "fused"
-    configs = {
-        "rl_only": MTPTrainingConfig(loss="none", rule="detach", placement="fused"),
-        "detach": MTPTrainingConfig(loss="ce", rule="detach", placement=placement),
-        "ce": MTPTrainingConfig(loss="ce", rule="fixed", placement=placement),
-        "policy": MTPTrainingConfig(loss="policy", rule="fixed", placement=placement),
-        "occ": MTPTrainingConfig(),
-        "occ_smoothed": MTPTrainingConfig(smoothing=0.9, every=5),
-        "occ_paper": MTPTrainingConfig(measure="log_ratios", placement=placement),
-        "occ_released": MTPTrainingConfig(
-            measure="released_unmasked", placement=placement, scale=0.1, scale_own=True
-        ),
-    }
-    if name not in configs:
-        raise ValueError(f"regime: expected one of {REGIMES}, got {name!r}.")
-    return configs[name]
+        leading = self.make_measure().leading_rows
+        return rows if leading is None else leading(rows)
 
 
 @dataclasses.dataclass(frozen=True)

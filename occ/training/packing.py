@@ -206,7 +206,7 @@ def padding_waste(batches: Sequence[Minibatch]) -> float:
 
 def _divisor(config: TrainConfig) -> int:
     """What rows are cut into: devices and micro-batches, of each half where there are halves."""
-    halves = 2 if config.mtp.measure == "cross_fitted" else 1
+    halves = 2 if "gradient_halves" in config.mtp.make_measure().evidence else 1
     return halves * config.layout.micro_batches * config.layout.row_parts
 
 

@@ -21,9 +21,10 @@ from occ.models.config import ModelConfig, MTPConfig
 from occ.models.policy import Policy, new_policy
 from occ.objectives.policy import PolicyConfig
 from occ.training.batch import Minibatch, positions_from_segments
-from occ.training.config import ObjectiveConfig, OptimizerConfig, TrainConfig, regime
+from occ.training.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
+from occ.training.regimes import regime
 from occ.training.rollout import score_sequences
 from occ.training.state import init_state
 from occ.training.step import make_train_step

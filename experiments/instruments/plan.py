@@ -32,7 +32,7 @@ from occ.training.batch import Minibatch
 from occ.training.config import TrainConfig
 from occ.training.durable.run_folder import environment
 from occ.training.programs import abstract_state, jit_train_step
-from occ.training.regimes import regime
+from occ.training.regimes import RegimeName, regime
 from occ.training.rollout import sampler
 from occ.training.sharding import (
     abstract_mesh,
@@ -42,7 +42,6 @@ from occ.training.sharding import (
     rows_sharding,
 )
 
-REGIMES = {"Detach": "detach", "OCC fused": "occ_paper", "OCC exact": "occ"}
 GIB = 2**30
 
 
@@ -53,14 +52,14 @@ class Arguments:
     Attributes:
       config: the configuration; every field can be given.
       topology: v5e:4x4, v5p:4x4x8, v6e:16x16, or h100:N.
-      regimes: which of "Detach", "OCC fused", "OCC exact" to plan.
+      regimes: which to plan.
       rollouts: plan generation too.
       folder: for result.json and plan.md; default runs/plan/CONFIG-TOPOLOGY.
     """
 
     config: TrainConfig
     topology: str = "v5p:4x4x8"
-    regimes: tuple[str, ...] = tuple(REGIMES)
+    regimes: tuple[RegimeName, ...] = ("detach", "occ_paper", "occ")
     rollouts: bool = True
     folder: pathlib.Path | None = None
 
@@ -146,7 +145,7 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
     context: Any = jax.set_mesh(mesh) if devices else jax.sharding.use_abstract_mesh(mesh)
     with context:
         for name in arguments.regimes:
-            one = dataclasses.replace(config, mtp=regime(REGIMES[name]))
+            one = dataclasses.replace(config, mtp=regime(name))
             traced, state = trace_train_step(one, mesh)
             title = f"{name}, train step"
             if not devices:

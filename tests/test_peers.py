@@ -1,4 +1,4 @@
-"""The comparison with peers: the problem, whose turn it is, and what is said of the times.
+"""The comparison with peers: the workload, whose turn it is, and what is said of the times.
 
 That TRL and Tunix compute the same is checked by the comparison itself, in their environments.
 """
@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.instruments.peers import compare, occ_step, problem
+from experiments.instruments.peers import compare, occ_step, workload
 from experiments.instruments.peers.turns import Worker
 
-SIZES = problem.Sizes(vocab=29, layers=2, width=16, head_dim=8, mlp_width=20, rows=4, length=12)
+SIZES = workload.Sizes(vocab=29, layers=2, width=16, head_dim=8, mlp_width=20, rows=4, length=12)
 
 NOISY_PROGRAM = """
 from experiments.instruments.peers.turns import Program, serve
@@ -28,8 +28,8 @@ serve(build)
 
 @pytest.fixture(scope="module")
 def near_policy():
-    drawn = problem.draw(SIZES)
-    return problem.off_policy(drawn, occ_step.on_policy_log_prob(drawn))
+    drawn = workload.draw(SIZES)
+    return workload.off_policy(drawn, occ_step.on_policy_log_prob(drawn))
 
 
 def clipped_loss(log_prob, old, advantages):
@@ -37,7 +37,7 @@ def clipped_loss(log_prob, old, advantages):
     for row, advantage in enumerate(advantages):
         for now, before in zip(log_prob[row], old[row], strict=True):
             ratio = np.exp(float(now) - float(before))
-            clipped = min(max(ratio, 1 - problem.CLIP_LOW), 1 + problem.CLIP_HIGH)
+            clipped = min(max(ratio, 1 - workload.CLIP_LOW), 1 + workload.CLIP_HIGH)
             total -= min(ratio * advantage, clipped * advantage)
     return total / old.size
 
@@ -46,7 +46,7 @@ def clipped_loss(log_prob, old, advantages):
 def test_regimes_share_the_loss_and_the_rl_gradient(near_policy):
     log_prob = occ_step.on_policy_log_prob(near_policy)
     ratio = np.exp(log_prob - near_policy.old_log_prob)
-    assert (ratio < 1 - problem.CLIP_LOW).any() and (ratio > 1 + problem.CLIP_HIGH).any()
+    assert (ratio < 1 - workload.CLIP_LOW).any() and (ratio > 1 + workload.CLIP_HIGH).any()
     expected = clipped_loss(log_prob, near_policy.old_log_prob, near_policy.advantages)
     loss, norm = occ_step.build(near_policy, "rl_only").step()
     detached_loss, detached_norm = occ_step.build(near_policy, "detach").step()
@@ -56,8 +56,8 @@ def test_regimes_share_the_loss_and_the_rl_gradient(near_policy):
 
 
 def test_a_problem_is_read_as_it_was_written(near_policy, tmp_path):
-    near_policy.save(tmp_path / "problem.npz")
-    read = problem.load(tmp_path / "problem.npz")
+    near_policy.save(tmp_path / "workload.npz")
+    read = workload.load(tmp_path / "workload.npz")
     assert read.sizes == SIZES
     assert read.weights.keys() == near_policy.weights.keys()
     for name, value in near_policy.weights.items():
@@ -68,7 +68,7 @@ def test_a_problem_is_read_as_it_was_written(near_policy, tmp_path):
 
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="expected a width that is a multiple of head_dim"):
-        problem.Sizes(width=100)
+        workload.Sizes(width=100)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")

@@ -68,7 +68,6 @@ class PolicyTerms(NamedTuple):
 
     Attributes:
       loss: per token, 0 outside the mask.
-      ratio: pi / pi_old that the loss used, 1 outside the mask.
       clipped_high: tokens whose ratio passed the upper bound, so that they have no gradient (in
         CISPO: a bounded weight).
       clipped_low: the same at the lower bound.
@@ -76,7 +75,6 @@ class PolicyTerms(NamedTuple):
     """
 
     loss: jax.Array
-    ratio: jax.Array
     clipped_high: jax.Array
     clipped_low: jax.Array
     clipped_dual: jax.Array
@@ -132,18 +130,18 @@ def policy_loss(
     above, below = mask & (ratio > high), mask & (ratio < low)
     never = jnp.zeros_like(mask)
     if config.kind == "reinforce":
-        return PolicyTerms(-advantages * log_prob, ratio, never, never, never)
+        return PolicyTerms(-advantages * log_prob, never, never, never)
     clipped = jnp.clip(ratio, low, high)
     if config.kind == "cispo":
         loss = -jax.lax.stop_gradient(clipped) * advantages * log_prob
-        return PolicyTerms(loss, ratio, above, below, never)
+        return PolicyTerms(loss, above, below, never)
     loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
     dual = never
     if config.dual_clip is not None:
         bound = -config.dual_clip * advantages
         dual = mask & (advantages < 0) & (loss > bound)
         loss = jnp.where(advantages < 0, jnp.minimum(loss, bound), loss)
-    return PolicyTerms(loss, ratio, above & (advantages > 0), below & (advantages < 0), dual)
+    return PolicyTerms(loss, above & (advantages > 0), below & (advantages < 0), dual)
 
 
 def _sequence_log_ratio(log_ratio, log_prob, mask, segment_ids, sequences_per_row):

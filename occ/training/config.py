@@ -34,6 +34,8 @@ class ObjectiveConfig:
       constant_length: tokens, the divisor of aggregation "constant-length" (Dr.GRPO).
       kl_coefficient: weight of the KL term to the reference policy; 0 is off.
       kl_estimator: per-token estimator of it.
+      kl_clamp: nats, bound on |log pi - log reference| of a token before use, without which k3
+        overflows (verl: 20); None is none (TRL).
       entropy_coefficient: weight of the entropy bonus; 0 is off.
       importance_cap: truncation of the importance weight old / rollout policy; None is off.
     """
@@ -46,6 +48,7 @@ class ObjectiveConfig:
     constant_length: int | None = None
     kl_coefficient: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
+    kl_clamp: float | None = 20.0
     entropy_coefficient: float = 0.0
     importance_cap: float | None = None
 

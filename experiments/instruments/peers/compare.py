@@ -33,8 +33,8 @@ import tyro
 
 from experiments import runs
 from experiments.instruments.peers import occ_step
-from experiments.instruments.peers.problem import Problem, Sizes, draw, off_policy
 from experiments.instruments.peers.turns import Worker
+from experiments.instruments.peers.workload import Sizes, Workload, draw, off_policy
 from occ.evaluation.intervals import ratio_interval
 from occ.training.durable.run_folder import environment
 
@@ -185,13 +185,13 @@ def measure(arguments: Arguments, vocab: int) -> tuple[dict[str, Any], dict[str,
     """All programs at one vocabulary: a summary each, and their details."""
     folder = arguments.folder / str(vocab)
     folder.mkdir(parents=True, exist_ok=True)
-    problem: Problem = draw(dataclasses.replace(arguments.sizes, vocab=vocab))
-    problem = off_policy(problem, occ_step.on_policy_log_prob(problem))
-    file = folder / "problem.npz"
-    problem.save(file)
+    workload: Workload = draw(dataclasses.replace(arguments.sizes, vocab=vocab))
+    workload = off_policy(workload, occ_step.on_policy_log_prob(workload))
+    file = folder / "workload.npz"
+    workload.save(file)
     results = take_turns(commands(arguments, file), arguments, folder)
     rows = {
-        name: summary(result, results[BASE], problem.sizes.tokens)
+        name: summary(result, results[BASE], workload.sizes.tokens)
         for name, result in results.items()
     }
     return rows, {name: result["details"] for name, result in results.items()}

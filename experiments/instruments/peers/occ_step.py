@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.instruments.peers import problem as problems
-from experiments.instruments.peers.problem import Problem, Sizes
+from experiments.instruments.peers import workload as workloads
 from experiments.instruments.peers.turns import Program, serve
+from experiments.instruments.peers.workload import Sizes, Workload
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.policy import Policy, new_policy
 from occ.objectives.policy import PolicyConfig
@@ -44,12 +44,14 @@ def train_config(sizes: Sizes, name: str, scan: bool = False) -> TrainConfig:
         head_dim=sizes.head_dim,
         mlp_width=sizes.mlp_width,
         max_length=sizes.length,
-        rope_base=float(problems.ROPE_BASE),
-        norm_epsilon=problems.NORM_EPSILON,
+        rope_base=float(workloads.ROPE_BASE),
+        norm_epsilon=workloads.NORM_EPSILON,
         scan_layers=scan,
         mtp=MTPConfig(num_modules=0 if name == "rl_only" else 1),
     )
-    policy = PolicyConfig(clip_low=problems.CLIP_LOW, clip_high=problems.CLIP_HIGH, dual_clip=None)
+    policy = PolicyConfig(
+        clip_low=workloads.CLIP_LOW, clip_high=workloads.CLIP_HIGH, dual_clip=None
+    )
     return TrainConfig(
         name="peers",
         model=model,
@@ -57,14 +59,14 @@ def train_config(sizes: Sizes, name: str, scan: bool = False) -> TrainConfig:
         objective=ObjectiveConfig(policy=policy, aggregation="token-mean"),
         mtp=regime(name),
         optimizer=OptimizerConfig(
-            learning_rate=problems.LEARNING_RATE, clip_norm=problems.CLIP_NORM
+            learning_rate=workloads.LEARNING_RATE, clip_norm=workloads.CLIP_NORM
         ),
     )
 
 
-def parameters(problem: Problem, config: ModelConfig) -> Policy:
-    """The model with the problem's weights; MTP modules are fresh."""
-    weights = jax.tree.map(jnp.asarray, problem.weights)
+def parameters(workload: Workload, config: ModelConfig) -> Policy:
+    """The model with the workload's weights; MTP modules are fresh."""
+    weights = jax.tree.map(jnp.asarray, workload.weights)
     policy = new_policy(config)
 
     def kernels(*names):
@@ -84,12 +86,12 @@ def parameters(problem: Problem, config: ModelConfig) -> Policy:
     return policy.replace(params=params)
 
 
-def minibatch(problem: Problem, modules: int) -> Minibatch:
-    """The problem's batch in token alignment."""
-    tokens = jnp.asarray(problem.tokens)
-    prompt = problem.sizes.length - problem.sizes.response
-    old = jnp.pad(jnp.asarray(problem.old_log_prob), [(0, 0), (prompt, 0)])
-    advantages = jnp.broadcast_to(jnp.asarray(problem.advantages)[:, None], tokens.shape)
+def minibatch(workload: Workload, modules: int) -> Minibatch:
+    """The workload's batch in token alignment."""
+    tokens = jnp.asarray(workload.tokens)
+    prompt = workload.sizes.length - workload.sizes.response
+    old = jnp.pad(jnp.asarray(workload.old_log_prob), [(0, 0), (prompt, 0)])
+    advantages = jnp.broadcast_to(jnp.asarray(workload.advantages)[:, None], tokens.shape)
     segment_ids = jnp.ones_like(tokens)
     return Minibatch(
         tokens=tokens,
@@ -104,32 +106,32 @@ def minibatch(problem: Problem, modules: int) -> Minibatch:
     )
 
 
-def on_policy_log_prob(problem: Problem) -> np.ndarray:
-    """Log-probs [B, T / 2] of the responses under the problem's own weights."""
-    config = train_config(problem.sizes, "rl_only")
-    policy = parameters(problem, config.model)
-    batch = minibatch(problem, 0)
+def on_policy_log_prob(workload: Workload) -> np.ndarray:
+    """Log-probs [B, T / 2] of the responses under the workload's own weights."""
+    config = train_config(workload.sizes, "rl_only")
+    policy = parameters(workload, config.model)
+    batch = minibatch(workload, 0)
     scores = jax.jit(score_sequences)(policy, batch.tokens, batch.segment_ids)
-    return np.asarray(scores.log_prob)[:, -problem.sizes.response :]
+    return np.asarray(scores.log_prob)[:, -workload.sizes.response :]
 
 
-def build(problem: Problem, key: str) -> Program:
+def build(workload: Workload, key: str) -> Program:
     """The jitted step of a regime.
 
     Args:
-      problem: what it computes.
+      workload: what it computes.
       key: "REGIME", which "+prompts" makes run the output head on prompts as well, and "+scan" the
         layers in a loop.
     """
     name, *options = key.split("+")
-    config = train_config(problem.sizes, name, scan="scan" in options)
-    policy = parameters(problem, config.model)
+    config = train_config(workload.sizes, name, scan="scan" in options)
+    policy = parameters(workload, config.model)
     modules = config.model.mtp.num_modules
-    batch = minibatch(problem, modules)
+    batch = minibatch(workload, modules)
     calibration = build_calibration(config.mtp, modules)
     state = init_state(policy, build_optimizer(config.optimizer), calibration)
     state = jax.tree.map(jnp.array, state)  # donated: the weights may not be shared
-    columns = 0 if "prompts" in options else problem.sizes.length - problem.sizes.response
+    columns = 0 if "prompts" in options else workload.sizes.length - workload.sizes.response
     train_step = jax.jit(make_train_step(config, prompt_columns=columns), donate_argnums=0)
 
     def step() -> tuple[float, float]:
@@ -142,4 +144,4 @@ def build(problem: Problem, key: str) -> Program:
 
 
 if __name__ == "__main__":
-    serve(functools.partial(build, problems.load(pathlib.Path(sys.argv[1])), sys.argv[2]))
+    serve(functools.partial(build, workloads.load(pathlib.Path(sys.argv[1])), sys.argv[2]))

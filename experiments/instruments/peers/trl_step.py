@@ -3,7 +3,7 @@
     python -m experiments.instruments.peers.trl_step FILE MODE
 
 The loss is `GRPOTrainer.compute_loss` of a trainer that TRL itself has built, on a Llama of
-transformers at the problem's sizes; rollout and rewards are left out. MODE is "eager" or
+transformers at the workload's sizes; rollout and rewards are left out. MODE is "eager" or
 "compile", which puts the model (TRL's output head included) through torch.compile.
 """
 
@@ -20,14 +20,14 @@ import torch
 import transformers
 import trl
 
-from experiments.instruments.peers import problem as problems
-from experiments.instruments.peers.problem import Problem
+from experiments.instruments.peers import workload as workloads
 from experiments.instruments.peers.turns import Program, serve
+from experiments.instruments.peers.workload import Workload
 
 
-def model(problem: Problem) -> transformers.LlamaForCausalLM:
-    """transformers' model with the problem's weights; its matrices multiply from the left."""
-    sizes, weights = problem.sizes, problem.weights
+def model(workload: Workload) -> transformers.LlamaForCausalLM:
+    """transformers' model with the workload's weights; its matrices multiply from the left."""
+    sizes, weights = workload.sizes, workload.weights
     config = transformers.LlamaConfig(
         vocab_size=sizes.vocab,
         hidden_size=sizes.width,
@@ -37,11 +37,11 @@ def model(problem: Problem) -> transformers.LlamaForCausalLM:
         num_key_value_heads=sizes.heads,
         head_dim=sizes.head_dim,
         max_position_embeddings=sizes.length,
-        rms_norm_eps=problems.NORM_EPSILON,
-        rope_parameters={"rope_type": "default", "rope_theta": float(problems.ROPE_BASE)},
+        rms_norm_eps=workloads.NORM_EPSILON,
+        rope_parameters={"rope_type": "default", "rope_theta": float(workloads.ROPE_BASE)},
         tie_word_embeddings=True,
         use_cache=False,
-        pad_token_id=problems.PAD,
+        pad_token_id=workloads.PAD,
         bos_token_id=None,
         eos_token_id=None,
         dtype="float32",
@@ -64,14 +64,14 @@ def model(problem: Problem) -> transformers.LlamaForCausalLM:
     return decoder
 
 
-def trainer(problem: Problem, folder: str) -> trl.GRPOTrainer:
+def trainer(workload: Workload, folder: str) -> trl.GRPOTrainer:
     """A trainer whose tokenizer, prompt and reward are never used, but have to be there."""
-    vocabulary = {"[PAD]": problems.PAD, "[EOS]": 1}
+    vocabulary = {"[PAD]": workloads.PAD, "[EOS]": 1}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[EOS]"))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="[PAD]", eos_token="[EOS]"
     )
-    sizes = problem.sizes
+    sizes = workload.sizes
     arguments = trl.GRPOConfig(
         output_dir=folder,
         use_cpu=True,
@@ -84,18 +84,18 @@ def trainer(problem: Problem, folder: str) -> trl.GRPOTrainer:
         loss_type="dapo",
         mask_truncated_completions=False,
         beta=0.0,
-        epsilon=problems.CLIP_LOW,
-        epsilon_high=problems.CLIP_HIGH,
+        epsilon=workloads.CLIP_LOW,
+        epsilon_high=workloads.CLIP_HIGH,
         temperature=1.0,
-        learning_rate=problems.LEARNING_RATE,
+        learning_rate=workloads.LEARNING_RATE,
         lr_scheduler_type="constant",
         weight_decay=0.0,
-        max_grad_norm=problems.CLIP_NORM,
+        max_grad_norm=workloads.CLIP_NORM,
         max_steps=1,
         report_to="none",
     )
     return trl.GRPOTrainer(
-        model=model(problem),
+        model=model(workload),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=arguments,
         train_dataset=datasets.Dataset.from_list([{"prompt": "[EOS]"}]),
@@ -103,23 +103,23 @@ def trainer(problem: Problem, folder: str) -> trl.GRPOTrainer:
     )
 
 
-def build(problem: Problem, mode: str, folder: str) -> Program:
+def build(workload: Workload, mode: str, folder: str) -> Program:
     """TRL's loss, then what transformers' training loop does with it."""
     if mode not in ("eager", "compile"):
         raise ValueError(f"trl_step: expected the mode 'eager' or 'compile', got {mode!r}.")
-    grpo = trainer(problem, folder)
+    grpo = trainer(workload, folder)
     grpo.current_gradient_accumulation_steps = 1  # set by the training loop
     grpo.create_optimizer()
     policy = grpo.model.train()
     called = torch.compile(policy) if mode == "compile" else policy
-    prompt, completion = torch.tensor(problem.tokens, dtype=torch.long).chunk(2, dim=1)
+    prompt, completion = torch.tensor(workload.tokens, dtype=torch.long).chunk(2, dim=1)
     inputs = {
         "prompt_ids": prompt,
         "prompt_mask": torch.ones_like(prompt),
         "completion_ids": completion,
         "completion_mask": torch.ones_like(completion),
-        "advantages": torch.tensor(problem.advantages),
-        "old_per_token_logps": torch.tensor(problem.old_log_prob),
+        "advantages": torch.tensor(workload.advantages),
+        "old_per_token_logps": torch.tensor(workload.old_log_prob),
         "num_items_in_batch": torch.tensor(completion.numel()),
     }
 
@@ -139,5 +139,5 @@ def build(problem: Problem, mode: str, folder: str) -> Program:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = problems.load(pathlib.Path(sys.argv[1]))
+        loaded = workloads.load(pathlib.Path(sys.argv[1]))
         serve(functools.partial(build, loaded, sys.argv[2], scratch))

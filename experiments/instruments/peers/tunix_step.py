@@ -3,7 +3,7 @@
     python -m experiments.instruments.peers.tunix_step FILE
 
 The step is that of Tunix's own trainer, jitted by it, with the loss that its GRPO learner
-registers; rollout and rewards are left out. The model is Tunix's Llama 3 at the problem's sizes.
+registers; rollout and rewards are left out. The model is Tunix's Llama 3 at the workload's sizes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tunix.rl import algo_core, common, trainer
 from tunix.rl.grpo.dapo_learner import DAPOConfig
 from tunix.sft import peft_trainer
 
-from experiments.instruments.peers import problem as problems
-from experiments.instruments.peers.problem import Problem
+from experiments.instruments.peers import workload as workloads
 from experiments.instruments.peers.turns import Program, serve
+from experiments.instruments.peers.workload import Workload
 
 
-def model(problem: Problem) -> llama.Llama3:
-    """Tunix's model with the problem's weights."""
-    sizes, weights = problem.sizes, problem.weights
+def model(workload: Workload) -> llama.Llama3:
+    """Tunix's model with the workload's weights."""
+    sizes, weights = workload.sizes, workload.weights
     config = llama.ModelConfig(
         num_layers=sizes.layers,
         vocab_size=sizes.vocab,
@@ -39,8 +39,8 @@ def model(problem: Problem) -> llama.Llama3:
         num_heads=sizes.heads,
         head_dim=sizes.head_dim,
         num_kv_heads=sizes.heads,
-        rope_theta=problems.ROPE_BASE,
-        norm_eps=problems.NORM_EPSILON,
+        rope_theta=workloads.ROPE_BASE,
+        norm_eps=workloads.NORM_EPSILON,
         weight_tying=True,
     )
     decoder = llama.Llama3(config, rngs=nnx.Rngs(0))
@@ -66,35 +66,35 @@ def model(problem: Problem) -> llama.Llama3:
     return decoder
 
 
-def example(problem: Problem) -> common.TrainExample:
-    """The problem's batch as prompts and completions."""
-    prompt, completion = jnp.split(jnp.asarray(problem.tokens), 2, axis=1)
+def example(workload: Workload) -> common.TrainExample:
+    """The workload's batch as prompts and completions."""
+    prompt, completion = jnp.split(jnp.asarray(workload.tokens), 2, axis=1)
     return common.TrainExample(
         prompt_ids=prompt,
         prompt_mask=jnp.ones_like(prompt),
         completion_ids=completion,
         completion_mask=jnp.ones_like(completion),
-        advantages=jnp.asarray(problem.advantages),
+        advantages=jnp.asarray(workload.advantages),
         ref_per_token_logps=None,
-        old_per_token_logps=jnp.asarray(problem.old_log_prob),
+        old_per_token_logps=jnp.asarray(workload.old_log_prob),
     )
 
 
-def build(problem: Problem) -> Program:
+def build(workload: Workload) -> Program:
     """The step of Tunix's trainer."""
     algorithm = DAPOConfig(
         loss_agg_mode="token-mean",
         beta=None,
-        epsilon=problems.CLIP_LOW,
-        epsilon_high=problems.CLIP_HIGH,
+        epsilon=workloads.CLIP_LOW,
+        epsilon_high=workloads.CLIP_HIGH,
     )
     algorithm.temperature = 1.0  # copied from the rollout's configuration by the learner
     optimizer = optax.chain(
-        optax.clip_by_global_norm(problems.CLIP_NORM),
-        optax.adamw(problems.LEARNING_RATE, weight_decay=0.0),
+        optax.clip_by_global_norm(workloads.CLIP_NORM),
+        optax.adamw(workloads.LEARNING_RATE, weight_decay=0.0),
     )
     tunix_trainer = trainer.Trainer(
-        model(problem),
+        model(workload),
         optimizer,
         peft_trainer.TrainingConfig(eval_every_n_steps=1, max_steps=1),
         custom_checkpoint_metadata_fn=dict,
@@ -102,13 +102,13 @@ def build(problem: Problem) -> Program:
 
     def loss(policy, train_example):
         return algo_core.grpo_loss_fn(
-            policy, train_example, algorithm, pad_id=problems.PAD, eos_id=-1
+            policy, train_example, algorithm, pad_id=workloads.PAD, eos_id=-1
         )
 
     tunix_trainer.with_loss_fn(loss, has_aux=True)
     tunix_trainer.with_gen_model_input_fn(lambda batch: {"train_example": batch})
     train_step, _ = tunix_trainer.jit_train_and_eval_step(cache_nnx_graph=True)
-    batch = example(problem)
+    batch = example(workload)
 
     def step() -> tuple[float, float]:
         value, _, norm = train_step(batch)
@@ -120,4 +120,4 @@ def build(problem: Problem) -> Program:
 
 
 if __name__ == "__main__":
-    serve(functools.partial(build, problems.load(pathlib.Path(sys.argv[1]))))
+    serve(functools.partial(build, workloads.load(pathlib.Path(sys.argv[1]))))

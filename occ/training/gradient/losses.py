@@ -67,6 +67,7 @@ def rl_loss(
             jnp.where(mask, scores.log_prob, 0),
             jnp.where(mask, batch.reference_log_prob, 0),
             estimator=objective.kl_estimator,
+            clamp=objective.kl_clamp,
         )
         loss = loss + objective.kl_coefficient * reduce(kl)
     if objective.entropy_coefficient:

@@ -6,7 +6,7 @@
 
 `blocks` are the trunk's layers, `modules` the MTP modules' own parameters, and `readout` what
 every loss reaches directly: embedding, final norm and output head. Gradients flow back through
-each stage linearly, so cotangents can be added, or weighted, at every seam.
+each stage linearly, so cotangents can be added, or weighted, where stages meet.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Workload:
     """One step's inputs.
 
     Attributes:
@@ -90,8 +90,8 @@ class Problem:
         np.savez(file, **arrays)
 
 
-def load(file: pathlib.Path) -> Problem:
-    """The inverse of `Problem.save`."""
+def load(file: pathlib.Path) -> Workload:
+    """The inverse of `Workload.save`."""
     with np.load(file) as arrays:
 
         def group(name):
@@ -99,10 +99,10 @@ def load(file: pathlib.Path) -> Problem:
 
         sizes = Sizes(**{name: int(value) for name, value in group("sizes").items()})
         batch = {name: arrays[name] for name in ("tokens", "advantages", "old_log_prob")}
-        return Problem(sizes, group("weights"), **batch)
+        return Workload(sizes, group("weights"), **batch)
 
 
-def draw(sizes: Sizes, seed: int = 0) -> Problem:
+def draw(sizes: Sizes, seed: int = 0) -> Workload:
     """Random weights and tokens; the old log-probs are those of a uniform policy for now."""
     rng = np.random.default_rng(seed)
     layers, width, mlp = sizes.layers, sizes.width, sizes.mlp_width
@@ -123,7 +123,7 @@ def draw(sizes: Sizes, seed: int = 0) -> Problem:
         "down": matrix(layers, mlp, width),
     }
     shape = (sizes.rows, sizes.response)
-    return Problem(
+    return Workload(
         sizes,
         weights,
         tokens=rng.integers(PAD + 1, sizes.vocab, (sizes.rows, sizes.length), dtype=np.int32),
@@ -132,10 +132,10 @@ def draw(sizes: Sizes, seed: int = 0) -> Problem:
     )
 
 
-def off_policy(problem: Problem, log_prob: np.ndarray, seed: int = 1) -> Problem:
+def off_policy(workload: Workload, log_prob: np.ndarray, seed: int = 1) -> Workload:
     """The same minibatch, sampled from a policy near the one with these log-probs [B, T / 2].
 
     Ratios spread around 1 by a fifth, so that both sides of the clip are reached.
     """
     noise = np.random.default_rng(seed).normal(0, 0.2, log_prob.shape)
-    return dataclasses.replace(problem, old_log_prob=(log_prob + noise).astype(np.float32))
+    return dataclasses.replace(workload, old_log_prob=(log_prob + noise).astype(np.float32))

@@ -71,7 +71,8 @@ def load(
     Raises:
       ValueError: tensors are missing, left over or of another shape; all are listed.
     """
-    source = resolve(str(path))
+    packaged = str(path).startswith("package:")
+    source = resolve(str(path)) if packaged else pathlib.Path(path)
     if source.suffix == ".gguf":
         from occ.models import gguf  # here, since folders are read without that package
 

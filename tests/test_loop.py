@@ -252,7 +252,7 @@ def test_a_kl_term_pulls_towards_the_starting_point(start, tmp_path):
         folder = tmp_path / str(coefficient)
         loop.run(config, TASK, loop.build(config, TASK), start, folder)
         params = final_state(folder)[1].params
-        change = jax.tree.map(lambda a, b: np.sum(np.square(a - b)), params, start[0])
+        change = jax.tree.map(lambda a, b: np.sum(np.square(a - b)), params, start.params)
         distance[coefficient] = sum(jax.tree.leaves(change["layers"]))
     assert distance[5.0] < distance[0.0]
 
@@ -287,7 +287,8 @@ def test_demonstrations_hold_prompt_answer_and_end():
 
 
 def test_a_saved_start_is_found_by_what_decided_it(start, tmp_path):
-    save_start(tmp_path, {"seed": 0}, start)
+    saved = start.params, start.rest
+    save_start(tmp_path, {"seed": 0}, saved)
     with warnings.catch_warnings():
-        chex.assert_trees_all_equal(load_start(tmp_path, {"seed": 0}, start), start)
-    assert load_start(tmp_path, {"seed": 1}, start) is None
+        chex.assert_trees_all_equal(load_start(tmp_path, {"seed": 0}, saved), saved)
+    assert load_start(tmp_path, {"seed": 1}, saved) is None

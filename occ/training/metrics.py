@@ -220,7 +220,7 @@ def _with_heads(read: Callable[[Any], Any]) -> Callable[[StepSeen], Any]:
     """Of the calibration's state, where there is one."""
 
     def compute(seen: StepSeen) -> Any:
-        if len(seen.gradient.outputs) == 1:
+        if not seen.gradient.heads:
             return None
         return read(diagnostics.calibration_state(seen.gradient.calibration))
 
@@ -353,14 +353,14 @@ def _alarm(name: str) -> Callable:
 
 @_alarm("alarm/no_module_gradient")
 def _no_gradient(seen: StepSeen) -> Any:
-    if len(seen.gradient.outputs) == 1:
+    if not seen.gradient.heads:
         return None
     return _active(seen) & ~_any_nonzero(module_leaves(seen.gradient.gradient))
 
 
 @_alarm("alarm/module_unchanged")
 def _unchanged(seen: StepSeen) -> Any:
-    if len(seen.gradient.outputs) == 1:
+    if not seen.gradient.heads:
         return None
     pairs = zip(module_leaves(seen.after.params), module_leaves(seen.before.params), strict=True)
     changes = [[new - old for new, old in zip(a, b, strict=True)] for a, b in pairs]
@@ -369,11 +369,11 @@ def _unchanged(seen: StepSeen) -> Any:
 
 @_alarm("alarm/all_targets_masked")
 def _all_masked(seen: StepSeen) -> Any:
-    return None if len(seen.gradient.outputs) == 1 else ~_has_target(seen)
+    return None if not seen.gradient.heads else ~_has_target(seen)
 
 
 def _has_target(seen: StepSeen) -> jax.Array:
-    return jnp.stack([jnp.any(output.mask) for output in seen.gradient.outputs[1:]])
+    return jnp.stack([jnp.any(output.mask) for output in seen.gradient.heads])
 
 
 def _active(seen: StepSeen) -> jax.Array:

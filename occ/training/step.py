@@ -72,7 +72,7 @@ def make_train_step(config: TrainConfig, *, prompt_columns: int = 0) -> TrainSte
             second_moment=second_moment(state.opt_state, config.optimizer),
         )
         gradient = step_gradient(inputs, calibration, state.calibration)  # lines 1 to 6
-        bad_leaf = first_nonfinite((gradient.gradient, gradient.outputs[0].metrics["loss/rl"]))
+        bad_leaf = first_nonfinite((gradient.gradient, gradient.main.metrics["loss/rl"]))
         finite = bad_leaf < 0
         params, opt_state = _apply(state, gradient.gradient, optimizer, config, finite)
         after = state.replace(

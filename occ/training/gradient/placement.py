@@ -59,6 +59,16 @@ class StepGradient(NamedTuple):
     outputs: list[LossOutput]
     router_load: Any
 
+    @property
+    def main(self) -> LossOutput:
+        """What the RL loss reported."""
+        return self.outputs[0]
+
+    @property
+    def heads(self) -> list[LossOutput]:
+        """What each MTP loss reported."""
+        return self.outputs[1:]
+
 
 def step_gradient(
     inputs: StepInputs,

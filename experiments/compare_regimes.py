@@ -1,19 +1,21 @@
-"""The main job: Detach, CE, Policy and OCC side by side on a task with checkable answers.
+"""The main job: the price of too large a coefficient, what OCC saves, what joint training gains.
 
-Claim: which regimes differ, in accuracy and in how fast they get there, when everything else is
-equal: the same warm start (shared by all seeds), the same prompts in the same order, the same keys.
+Claim: with a coefficient of 3 on the shared parameters, cross-entropy and the policy loss of the
+MTP modules harm RL; OCC on the same losses does not; and one joint regime gains a little. Each
+replicate has a warm start, an order of prompts and sampling keys of its own, which all regimes
+share.
 Command: python -m experiments.compare_regimes
-Cost: about six minutes on two CPU cores. Ctrl-C ends after the rollout in hand; the same command
-goes on from there, and repeats nothing that is finished.
+Cost: COST. Ctrl-C ends after the rollout in hand; the same command goes on from there, and repeats
+nothing that is finished.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
 import time
-from typing import Any
 
 import tyro
 
@@ -21,6 +23,8 @@ from experiments import report, runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.progress import interrupt
+from experiments.report_figure import figure
+from occ.tasks import Task
 from occ.training import loop
 from occ.training.config import TrainConfig
 from occ.training.regimes import REGIMES, RegimeName, regime
@@ -32,21 +36,25 @@ class Arguments:
 
     Attributes:
       config: name of the configuration that all regimes share.
-      regimes: which to compare.
-      seeds: repeats; seed 0, 1, .. n - 1.
+      regimes: which to compare; differences are to "detach".
+      starts: repeats: seed 0, 1, .. n - 1 of the warm start, the order of prompts and sampling.
       rollouts: a run; None takes the configuration's.
       exact: measure the true c and v^2 in every regime, at the price of a second backward pass.
       folder: for all files.
-      smoke: the shortest form: two rollouts, one seed, a warm start of twenty steps.
+      smoke: the shortest form: two rollouts from one warm start of twenty steps.
     """
 
-    config: str = "laptop"
-    regimes: tuple[RegimeName, ...] = ("detach", "ce", "policy", "occ")
-    seeds: int = 3
+    config: str = "filtering_easy"
+    regimes: tuple[RegimeName, ...] = ("detach", "ce_3", "policy_3", "occ_ce", "occ", "drafter")
+    starts: int = 3
     rollouts: int | None = None
-    exact: bool = True
+    exact: bool = False
     folder: pathlib.Path = pathlib.Path("runs/compare_regimes")
     smoke: bool = False
+
+    def __post_init__(self):
+        if self.starts < 1:
+            raise ValueError(f"compare_regimes: expected starts >= 1, got {self.starts}.")
 
 
 def base_config(arguments: Arguments) -> TrainConfig:
@@ -68,64 +76,83 @@ def base_config(arguments: Arguments) -> TrainConfig:
 
 
 def compare(arguments: Arguments) -> int:
-    """Runs every regime with every seed; returns the exit status, 130 after Ctrl-C."""
-    started = time.perf_counter()
-    config = base_config(arguments)
-    seeds = range(1 if arguments.smoke else arguments.seeds)
+    """Runs every regime from every warm start; returns the exit status, 130 after Ctrl-C."""
+    began = time.perf_counter()
     folder = arguments.folder / "smoke" if arguments.smoke else arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     keep_compiled(folder / "compiled")
-    task = runs.load_task(config)
-    first = loop.build(dataclasses.replace(config, mtp=_regime(arguments, 0)), task)
-    start = runs.starting_point(config, task, first, folder / "starts")
-    paths: dict[str, list[pathlib.Path]] = {name: [] for name in arguments.regimes}
-    results: report.Runs = {name: [] for name in arguments.regimes}
-    total = len(seeds) * len(arguments.regimes)
-    with interrupt() as should_stop:
-        for index, name in enumerate(arguments.regimes):
-            run_config = dataclasses.replace(config, mtp=_regime(arguments, index))
-            programs = first if index == 0 else loop.build(run_config, task, first.rollout)
-            for seed in seeds:
-                number = index * len(seeds) + seed + 1
-                path = folder / f"{name}-seed{seed}"
-                result = runs.run(
-                    f"[{number}/{total}] {REGIMES[name].label}, seed {seed}",
-                    dataclasses.replace(run_config, seed=seed),
-                    task,
-                    programs,
-                    start,
-                    path,
-                    should_stop,
-                )
-                if result is None:
-                    print(f"stopped; the same command goes on from {path}")
-                    return should_stop.status
-                paths[name].append(path)
-                results[name].append(result)
-    _write(folder, results, paths)
-    print(f"\n{folder}: table.md, results.json, rewards.png, coefficients.png")
-    print(f"{time.perf_counter() - started:.0f} s in all")
+    try:
+        status = _run_all(arguments, folder)
+    except KeyboardInterrupt:  # in a warm start, or a second one
+        status = 130
+    if status is not None:
+        print(f"stopped; the same command goes on in {folder}")
+        return status
+    _write(arguments, folder)
+    print(f"{time.perf_counter() - began:.0f} s in all")
     return 0
 
 
-def _regime(arguments: Arguments, index: int) -> Any:
-    return regime(arguments.regimes[index], exact=arguments.exact)
+def _starts(arguments: Arguments) -> int:
+    return 1 if arguments.smoke else arguments.starts
 
 
-def _write(
-    folder: pathlib.Path, results: report.Runs, paths: dict[str, list[pathlib.Path]]
-) -> None:
-    seeds = len(next(iter(results.values())))
-    text = (
-        report.table(results)
-        + f"\n\nPer cent; mean and 95 % Student-t interval over n = {seeds} seeds; differences are "
-        "paired by seed, bold where the interval excludes 0.\n"
-    )
-    (folder / "table.md").write_text(text)
+def _run_all(arguments: Arguments, folder: pathlib.Path) -> int | None:
+    """Runs what is missing; None where all is there, else the exit status."""
+    config, starts = base_config(arguments), _starts(arguments)
+    task = runs.load_task(config)
+    programs = _programs(arguments, config, task)
+    job = runs.job(config, starts, starts * len(programs))
+    with contextlib.closing(job) as progress:
+        for seed in range(starts):
+            number = f"start {seed + 1} of {starts}"
+            seeded = dataclasses.replace(config, seed=seed)
+            first = next(iter(programs.values()))
+            where = folder / "starts"
+            start = runs.starting_point(seeded, task, first, where, progress, f"warm {number}")
+            for name in arguments.regimes:
+                with interrupt() as should_stop:
+                    result = runs.run(
+                        f"{REGIMES[name].label}, {number}",
+                        dataclasses.replace(seeded, mtp=regime(name, exact=arguments.exact)),
+                        task,
+                        programs[name],
+                        start,
+                        _run_folder(folder, name, seed),
+                        progress,
+                        should_stop,
+                    )
+                if result is None:
+                    return should_stop.status
+        progress.begin("done", 0)
+    return None
+
+
+def _programs(arguments: Arguments, config: TrainConfig, task: Task) -> dict[str, loop.Programs]:
+    """What each regime compiles; all sample with the same programs."""
+    programs: dict[str, loop.Programs] = {}
+    for name in arguments.regimes:
+        sampler = next(iter(programs.values())).rollout if programs else None
+        mtp = regime(name, exact=arguments.exact)
+        programs[name] = loop.build(dataclasses.replace(config, mtp=mtp), task, sampler)
+    return programs
+
+
+def _run_folder(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    return folder / f"{name}-start{seed}"
+
+
+def _write(arguments: Arguments, folder: pathlib.Path) -> None:
+    """Table, figure and results, from the files of the runs."""
+    results = {
+        name: [report.read(_run_folder(folder, name, s)) for s in range(_starts(arguments))]
+        for name in arguments.regimes
+    }
+    text = f"{report.table(results)}\n\n{report.NOTE}\n\n{report.words(results)}\n"
+    runs.replace_text(folder / "table.md", text)
     runs.write_json(folder / "results.json", results)
-    report.reward_figure(paths, folder / "rewards.png")
-    report.coefficient_figure(paths, folder / "coefficients.png")
-    print("\n" + text)
+    figure(results).savefig(folder / "regimes.png", dpi=150)
+    print(f"\n{text}\n{folder}: regimes.png, table.md, results.json")
 
 
 def main() -> int:

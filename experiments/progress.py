@@ -1,19 +1,17 @@
-"""What a person sees while a run goes on: a progress bar, TensorBoard events, a clean Ctrl-C."""
+"""What a person sees while a job goes on: one line with the time left, and a clean Ctrl-C."""
 
 from __future__ import annotations
 
-import pathlib
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
-from tensorboardX import SummaryWriter
 
-from occ.training.durable.disk import is_full
+SECONDS_BETWEEN_LINES = 30.0  # where no cursor goes back, as in a log
 
 
 class Interrupt:
@@ -59,52 +57,79 @@ def interrupt() -> Iterator[Interrupt]:
             signal.signal(number, handler)
 
 
-class RunReporter:
-    """Progress bar and TensorBoard events of one run.
+class Progress:
+    """One line for a whole job: the share that is done, the time left, and what is going on.
+
+    A job is made of parts; their sizes are in whatever takes about the same time everywhere, say
+    rollouts. What an earlier call has done moves the line on without making the job look fast.
+    Where standard error is no terminal the line is printed anew now and then.
 
     Args:
-      title: before the bar.
-      folder: of the run; events go to its `tensorboard/`.
-      total: rollouts.
+      total: the sum of the parts' sizes.
+      quiet: show nothing (processes other than the first).
     """
 
-    def __init__(self, title: str, folder: pathlib.Path, total: int):
-        self._bar = tqdm.tqdm(total=total, desc=title, unit="rollout", mininterval=1.0)
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, total: float, quiet: bool = False):
+        terminal = sys.stderr.isatty()
+        self._bar: Any = tqdm.tqdm(
+            total=total,
+            disable=quiet,
+            file=sys.stderr if terminal else _Lines(),
+            mininterval=0.5 if terminal else SECONDS_BETWEEN_LINES,
+            miniters=0,
+            smoothing=0.0,  # the average: compilation and kinds of part are mixed all through
+            bar_format="{percentage:3.0f} %|{bar:20}| {remaining} left  {desc}",
+            dynamic_ncols=terminal,
+            ncols=None if terminal else 100,
+        )
+        self._base, self._size, self._title = 0.0, 0.0, ""
+        self._fresh = True
 
-    def __call__(self, row: dict[str, Any]) -> None:
-        """Shows a row of metrics."""
-        number = row["rollout"]
-        self._bar.update(number + 1 - self._bar.n)
-        self._bar.set_postfix_str(summary(row))
-        for name, value in row.items():
-            for suffix, scalar in _scalars(value):
-                self._writer.add_scalar(name + suffix, scalar, number)
+    def begin(self, title: str, size: float) -> None:
+        """Begins a part; the one before is done."""
+        self._base += self._size
+        self._to(self._base, known=self._fresh)
+        self._title, self._size, self._fresh = title, size, True
+        self._bar.set_description_str(title, refresh=False)
+
+    def show(self, share: float, step: float, text: str) -> None:
+        """Within a part: what share of it is done, how much of that in this step, and its state."""
+        if self._fresh:  # what was there before this step was done by an earlier call
+            self._to(self._base + self._size * (share - step), known=True)
+            self._fresh = False
+        self._bar.set_description_str(f"{self._title}: {text}", refresh=False)
+        self._to(self._base + self._size * share)
 
     def close(self) -> None:
-        """Ends the bar and flushes the events; those that find the disk full are lost."""
+        """Ends the line."""
         self._bar.close()
-        try:
-            self._writer.close()
-        except OSError as error:
-            if not is_full(error):
-                raise
-            tqdm.tqdm.write("the last TensorBoard events are lost: the disk is full")
+
+    def _to(self, position: float, known: bool = False) -> None:
+        if self._bar.disable:
+            return
+        moved = position - self._bar.n
+        if known:
+            self._bar.initial += moved
+            self._bar.n += moved
+        else:
+            self._bar.update(moved)
+
+
+class _Lines:
+    """Standard error as lines, where no cursor goes back."""
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def summary(row: dict[str, Any]) -> str:
-    """Reward, coefficient and cosine of a row, in a few characters."""
-    cosine = row.get("true/cosine", row.get("occ/cosine"))
-    parts = [f"reward {row['reward']:.3f}"]
+    """Reward and coefficient of a row, in a few characters."""
+    text = f"reward {row['reward']:.3f}"
     if "occ/coefficient" in row:
-        parts.append("coefficient " + ",".join(f"{x:+.3f}" for x in row["occ/coefficient"]))
-    if cosine is not None:
-        parts.append("cosine " + ",".join(f"{x:+.2f}" for x in cosine))
-    return "  ".join(parts)
-
-
-def _scalars(value: Any) -> list[tuple[str, float]]:
-    array = np.asarray(value, np.float64)
-    if array.ndim == 0:
-        return [("", float(array))]
-    return [(f"/{i + 1}", float(x)) for i, x in enumerate(array.ravel())]
+        text += ", coefficient " + ", ".join(f"{x:+.2f}" for x in row["occ/coefficient"])
+    return text

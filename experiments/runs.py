@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
 import tqdm
 
-from experiments.progress import RunReporter
+from experiments.events import EventFile, Guarded
+from experiments.progress import Progress, summary
 from occ import tasks
 from occ.models.policy import Policy
 from occ.training import loop
@@ -18,33 +20,45 @@ from occ.training.config import TrainConfig
 from occ.training.processes import is_first
 from occ.training.start import starting_point as start_points
 
+WARM_STEPS_A_ROLLOUT = 20  # that take about as long as a rollout and its updates
+
 
 def load_task(config: TrainConfig) -> tasks.Task:
     """The task of a configuration."""
     return tasks.load(config.task, **config.task_options)
 
 
+def job(config: TrainConfig, starts: int, runs: int) -> Progress:
+    """The line of a job of so many warm starts and runs, which counts in rollouts."""
+    total = starts * _start_size(config) + runs * config.rollouts
+    return Progress(total, quiet=not is_first())
+
+
+def _start_size(config: TrainConfig) -> float:
+    return config.warm_start.steps / WARM_STEPS_A_ROLLOUT
+
+
 def starting_point(
-    config: TrainConfig, task: tasks.Task, programs: loop.Programs, folder: pathlib.Path
+    config: TrainConfig,
+    task: tasks.Task,
+    programs: loop.Programs,
+    folder: pathlib.Path,
+    progress: Progress | None = None,
+    title: str = "warm start",
 ) -> Policy:
-    """The policy after the warm start, with a bar while one is made."""
-    started, quiet = time.perf_counter(), not is_first()
-    bar: Any = None
+    """The policy after the warm start, which is a part of the job's progress, or all of it."""
+    if progress is None:
+        with contextlib.closing(job(config, starts=1, runs=0)) as alone:
+            return starting_point(config, task, programs, folder, alone)
+    progress.begin(title, _start_size(config))
 
     def show(step: int, losses: list[float]) -> None:
-        nonlocal bar
-        if bar is None:
-            total = config.warm_start.steps
-            bar = tqdm.tqdm(total=total, desc="warm start", unit="step", disable=quiet)
-        bar.update(step + 1 - bar.n)
-        bar.set_postfix_str("cross-entropy " + ", ".join(f"{loss:.3f}" for loss in losses))
+        share = (step + 1) / config.warm_start.steps
+        progress.show(share, share, "cross-entropy " + ", ".join(f"{x:.2f}" for x in losses))
 
     start = start_points.starting_point(config, task, programs, folder, show)
-    if bar is not None:
-        bar.close()
-        report = f"; {start.report}" if start.report else ""
-        if not quiet:
-            tqdm.tqdm.write(f"warm start: {time.perf_counter() - started:.0f} s{report}")
+    if start.report and is_first():
+        tqdm.tqdm.write(f"{title}: {start.report}")
     return start.policy
 
 
@@ -55,17 +69,23 @@ def run(
     programs: loop.Programs,
     start: Policy,
     folder: pathlib.Path,
+    progress: Progress,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    """One training run with a progress bar; a finished one is not repeated."""
-    result_file = folder / "result.json"
-    if result_file.exists() or not is_first():
+    """One training run, a part of the job's progress; a finished one is not repeated."""
+    progress.begin(title, config.rollouts)
+    if (folder / "result.json").exists() or not is_first():
         return loop.run(config, task, programs, start, folder, should_stop=should_stop)
-    reporter = RunReporter(title, folder, config.rollouts)
+    events = Guarded(functools.partial(EventFile, folder / "tensorboard"))
+
+    def on_row(row: dict[str, Any]) -> None:
+        progress.show((row["rollout"] + 1) / config.rollouts, 1 / config.rollouts, summary(row))
+        events(row)
+
     try:
-        return loop.run(config, task, programs, start, folder, reporter, should_stop)
+        return loop.run(config, task, programs, start, folder, on_row, should_stop)
     finally:
-        reporter.close()
+        events.close()
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

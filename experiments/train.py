@@ -16,6 +16,7 @@ after a crash.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import pathlib
@@ -77,11 +78,14 @@ def train(arguments: Arguments) -> int:
     keep_compiled(root / "compiled")
     task = runs.load_task(config)
     programs = loop.build(config, task)
-    start = runs.starting_point(config, task, programs, root / "starts")
     full_disk = None
     try:
-        with interrupt() as should_stop:
-            result = runs.run(label, config, task, programs, start, folder, should_stop)
+        with contextlib.closing(runs.job(config, starts=1, runs=1)) as progress:
+            start = runs.starting_point(config, task, programs, root / "starts", progress)
+            with interrupt() as should_stop:
+                result = runs.run(
+                    label, config, task, programs, start, folder, progress, should_stop
+                )
     except DiskFullError as error:
         full_disk = str(error)
     if full_disk is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import compare_regimes, report, train
+from experiments import compare_regimes, train
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
 from experiments.instruments import sampling_speed, step_cost
@@ -23,6 +23,7 @@ from occ.models.policy import create_policy
 from occ.training import loop
 from occ.training.batch import Minibatch
 from occ.training.config import EvaluationConfig, RolloutConfig, WarmStartConfig
+from occ.training.durable.run_folder import read_rows
 from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.regimes import regime
@@ -99,43 +100,72 @@ def at(monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
-def test_a_comparison_leaves_table_figures_and_results(at, capsys):
-    arguments = compare_regimes.Arguments(regimes=("detach", "occ_paper"), seeds=2, exact=False)
+def test_a_comparison_leaves_table_figure_and_results(at, capsys):
+    arguments = compare_regimes.Arguments(
+        config="laptop", regimes=("detach", "occ_paper"), starts=2, rollouts=2
+    )
     assert compare_regimes.compare(arguments) == 0
     folder = at / "runs" / "compare_regimes"
     table = (folder / "table.md").read_text()
     assert table in capsys.readouterr().out
+    assert table.splitlines()[-1].startswith(
+        "What was seen (mean reward over training, 2 warm starts): OCC, paper's proxy is "
+    )
+    assert (folder / "regimes.png").exists()
     results = json.loads((folder / "results.json").read_text())
     assert {name: len(runs) for name, runs in results.items()} == {"detach": 2, "occ_paper": 2}
-    for name in ("detach-seed0", "occ_paper-seed1"):
-        assert (folder / name / "metrics.jsonl").exists()
-        assert list((folder / name).glob("**/events.out.tfevents*"))
-    for figure in ("rewards.png", "coefficients.png"):
-        assert (folder / figure).stat().st_size > 10_000
+    assert all(len(run["rewards"]) == 2 for runs in results.values() for run in runs)
+    names = ("detach-start0", "detach-start1", "occ_paper-start0", "occ_paper-start1")
+    seeds = [json.loads((folder / name / "config.json").read_text())["seed"] for name in names]
+    assert seeds == [0, 1, 0, 1]
+    first = {name: read_rows(folder / name / "metrics.jsonl")[0]["reward"] for name in names}
+    assert first["detach-start0"] == first["occ_paper-start0"]  # the same start, prompts and keys
+    assert len(list((folder / "starts").glob("*/decides.json"))) == 2
+    assert all(list((folder / name).glob("**/events.out.tfevents*")) for name in names)
     # Again: everything is there, and nothing runs.
-    stamp = (folder / "detach-seed0" / "metrics.jsonl").stat().st_mtime_ns
+    stamp = (folder / "detach-start0" / "metrics.jsonl").stat().st_mtime_ns
     assert compare_regimes.compare(arguments) == 0
-    assert (folder / "detach-seed0" / "metrics.jsonl").stat().st_mtime_ns == stamp
+    assert (folder / "detach-start0" / "metrics.jsonl").stat().st_mtime_ns == stamp
+    assert "100 %" in capsys.readouterr().err
 
 
-def test_the_table_names_what_differs():
-    def result(sampled, area):
-        return {
-            "final": {"sampled": sampled, "greedy": 1.0, "mtp_acceptance": [0.5]},
-            "reward_area": area,
-            "skipped": 0,
-            "seconds": 1.0,
-        }
-
-    table = report.table(
-        {
-            "detach": [result(0.9, 0.80), result(0.8, 0.70)],
-            "occ": [result(0.9, 0.70), result(0.8, 0.60)],
-        }
+def test_the_comparison_goes_on_after_ctrl_c(at, capsys, monkeypatch):
+    arguments = compare_regimes.Arguments(
+        config="laptop", regimes=("detach",), starts=1, rollouts=3
     )
-    detach, occ = table.splitlines()[2:]
-    assert "85.0" in detach and "75.0" in detach
-    assert "+0.0" in occ and "**-10.0" in occ and "**+0.0" not in occ
+
+    def press(row):
+        signal.raise_signal(signal.SIGINT)
+        return ""
+
+    with monkeypatch.context() as pressed:
+        pressed.setattr(compare_regimes.runs, "summary", press)
+        assert compare_regimes.compare(arguments) == 130
+    run = at / "runs" / "compare_regimes" / "detach-start0"
+    assert "goes on" in capsys.readouterr().out and len(read_rows(run / "metrics.jsonl")) == 1
+    assert compare_regimes.compare(arguments) == 0
+    assert [row["rollout"] for row in read_rows(run / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_ctrl_c_in_a_warm_start_ends_in_words(at, capsys, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_regimes.runs, "starting_point", press)
+    arguments = compare_regimes.Arguments(config="laptop", regimes=("detach",))
+    assert compare_regimes.compare(arguments) == 130
+    assert "goes on" in capsys.readouterr().out
+
+
+def test_the_story_is_told_by_default():
+    arguments = compare_regimes.Arguments()
+    wanted = {"detach", "ce_3", "policy_3", "occ", "occ_ce", "drafter"}
+    assert set(arguments.regimes) == wanted and arguments.starts >= 3
+    compare_regimes.base_config(arguments)
+    short = compare_regimes.base_config(compare_regimes.Arguments(smoke=True))
+    assert (short.rollouts, short.warm_start.steps) == (2, 20)
+    with pytest.raises(ValueError, match="starts >= 1, got 0"):
+        compare_regimes.Arguments(starts=0)
 
 
 def test_one_run_by_its_command_line(at, monkeypatch, capsys):
@@ -164,9 +194,9 @@ def test_a_wrong_option_ends_with_a_message(at, monkeypatch, capsys):
 
 def test_every_argument_of_the_comparison_is_read():
     read = functools.partial(tyro.cli, compare_regimes.Arguments)
-    got = read(args=["--regimes", "occ", "detach", "--seeds", "5", "--no-exact", "--smoke"])
-    assert got.regimes == ("occ", "detach") and got.seeds == 5
-    assert not got.exact and got.smoke and got.folder == pathlib.Path("runs/compare_regimes")
+    got = read(args=["--regimes", "occ", "detach", "--starts", "5", "--exact", "--smoke"])
+    assert got.regimes == ("occ", "detach") and got.starts == 5
+    assert got.exact and got.smoke and got.folder == pathlib.Path("runs/compare_regimes")
 
 
 def test_ctrl_c_stops_after_the_rollout_in_hand(at):

@@ -1,0 +1,121 @@
+"""TensorBoard events of a run, behind a guard: what is logged never blocks or ends training."""
+
+from __future__ import annotations
+
+import pathlib
+import queue
+import sys
+import threading
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import tqdm
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+
+
+class Logger(Protocol):
+    """What takes rows of metrics: a file, or a service elsewhere."""
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Takes a row, which has its "rollout"."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class EventFile:
+    """A file of TensorBoard events, on disk after each row.
+
+    tensorboardX's own SummaryWriter writes in a thread of its own, which dies on a full disk, and
+    then waits for it for ever; this one has neither thread nor queue, and raises.
+
+    Args:
+      folder: for the file.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Writes every number of a row, and every entry of its lists."""
+        for name, value in row.items():
+            for suffix, scalar in _scalars(value):
+                event = Event(summary=summary.scalar(name + suffix, scalar))
+                event.wall_time, event.step = time.time(), row["rollout"]
+                self._file.write_event(event)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Guarded:
+    """A logger that can neither block nor end what is logged.
+
+    It is called in a thread of its own. After its first error, or where it does not keep up, it is
+    given up with one warning, and later rows are dropped.
+
+    Args:
+      logger: makes the logger; called in that thread too.
+      waiting: rows that may wait for it.
+      patience: seconds that `close` waits for it.
+    """
+
+    def __init__(self, logger: Any, waiting: int = 256, patience: float = 10.0):
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(waiting)
+        self._patience = patience
+        self._error: Exception | None = None
+        self._given_up = False
+        self._thread = threading.Thread(target=self._log, args=(logger,), daemon=True)
+        self._thread.start()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Hands a row on, and returns at once."""
+        self._put(row)
+
+    def close(self) -> None:
+        """Waits for what was handed on, but no longer than its patience."""
+        self._put(None)
+        if not self._given_up:
+            self._thread.join(self._patience)
+            if self._thread.is_alive():
+                self._give_up(f"it did not end within {self._patience:g} s")
+            elif self._error is not None:
+                self._give_up(repr(self._error))
+
+    def _put(self, row: dict[str, Any] | None) -> None:
+        if self._given_up:
+            return
+        if self._error is not None:
+            self._give_up(repr(self._error))
+            return
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self._give_up(f"{self._rows.maxsize} rows wait for it")
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up = True
+        text = f"logging was given up ({reason}); training goes on, and metrics.jsonl has all"
+        tqdm.tqdm.write(text, file=sys.stderr)
+
+    def _log(self, make: Any) -> None:
+        try:
+            logger: Logger = make()
+            while (row := self._rows.get()) is not None:
+                logger(row)
+            logger.close()
+        except Exception as error:  # whatever a logger raises, training must not end for it
+            self._error = error
+
+
+def _scalars(value: Any) -> list[tuple[str, float]]:
+    array = np.asarray(value, np.float64)
+    if array.ndim == 0:
+        return [("", float(array))]
+    return [(f"/{i + 1}", float(x)) for i, x in enumerate(array.ravel())]

@@ -47,7 +47,9 @@ def figure(results: Runs) -> Figure:
 
 def _draw_rewards(axis: Any, results: Runs) -> None:
     smoothed = {regime: 100 * _smooth(found) for regime, found in results.items()}
-    x = np.arange(next(iter(smoothed.values())).shape[1]) + (SMOOTHING + 1) / 2
+    rollouts = len(next(iter(results.values()))[0]["rewards"])
+    points = next(iter(smoothed.values())).shape[1]
+    x = np.arange(points) + (rollouts - points) / 2 + 1  # the middle of what was averaged
     for regime, series in smoothed.items():
         mean, colour = series.mean(0), COLOURS.get(regime, OTHER_COLOUR)
         dashed = "--" if regime == BASELINE else "-"

@@ -8,7 +8,7 @@ Hardware: one CPU core. Cost: half a minute to a minute and a half for the warm 
 of a configuration share, a quarter of a minute to compile a regime, and 7 to 23 seconds a run.
 Each docstring has accuracies of Detach on held-out prompts before (512) and after (256), greedy /
 sampled at temperature 1: means, and the range of three seeds that share the warm start.
-Command: python -m experiments.compare_regimes --config filtering_easy --seeds 8
+Command: python -m experiments.compare_regimes --config filtering_easy --starts 8
 """
 
 from __future__ import annotations

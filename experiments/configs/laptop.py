@@ -2,7 +2,7 @@
 
 Claim: RL lifts sampled accuracy from about 45 % to above 90 %, from a model that knows the answers
 (greedy accuracy near 100 %) and was taught by noisy demonstrations not to say them.
-Command: python -m experiments.compare_regimes
+Command: python -m experiments.compare_regimes --config laptop
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from occ.training.config import TrainConfig
 from occ.training.processes import is_first
 from occ.training.start import starting_point as start_points
 
-WARM_STEPS_A_ROLLOUT = 20  # that take about as long as a rollout and its updates
+WARM_STEPS_A_ROLLOUT = 8  # take as long as a rollout, its updates and its share of compilation
 
 
 def load_task(config: TrainConfig) -> tasks.Task:

@@ -18,7 +18,7 @@ from occ.training.config import (
 
 
 def laptop() -> TrainConfig:
-    """The main job's configuration."""
+    """Two-digit sums that RL solves."""
     return TrainConfig(
         name="laptop",
         model=ModelConfig(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
 import queue
+import socket
 import sys
 import threading
 import time
@@ -12,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import tqdm
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 
 
 class Logger(Protocol):
@@ -29,8 +32,8 @@ class Logger(Protocol):
 class EventFile:
     """A file of TensorBoard events, on disk after each row.
 
-    tensorboardX's own SummaryWriter writes in a thread of its own, which dies on a full disk, and
-    then waits for it for ever; this one has neither thread nor queue, and raises.
+    tensorboardX's SummaryWriter writes in a thread of its own, which dies on a full disk; then it
+    waits for it for ever. This one has neither thread nor queue, and raises.
 
     Args:
       folder: for the file.
@@ -38,20 +41,26 @@ class EventFile:
 
     def __init__(self, folder: pathlib.Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = RecordWriter(str(folder / name))
+        self._write(Event(file_version="brain.Event:2"))
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Writes every number of a row, and every entry of its lists."""
         for name, value in row.items():
             for suffix, scalar in _scalars(value):
-                event = Event(summary=summary.scalar(name + suffix, scalar))
-                event.wall_time, event.step = time.time(), row["rollout"]
-                self._file.write_event(event)
+                self._write(
+                    Event(summary=summary.scalar(name + suffix, scalar), step=row["rollout"])
+                )
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, even where what it still holds cannot be written."""
         self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._file.write(event.SerializeToString())
 
 
 class Guarded:
@@ -105,13 +114,20 @@ class Guarded:
         tqdm.tqdm.write(text, file=sys.stderr)
 
     def _log(self, make: Any) -> None:
+        with contextlib.ExitStack() as closing:
+            try:
+                logger: Logger = make()
+                closing.callback(self._close, logger)
+                while (row := self._rows.get()) is not None:
+                    logger(row)
+            except Exception as error:  # whatever a logger raises, training must not end for it
+                self._error = error
+
+    def _close(self, logger: Logger) -> None:
         try:
-            logger: Logger = make()
-            while (row := self._rows.get()) is not None:
-                logger(row)
             logger.close()
-        except Exception as error:  # whatever a logger raises, training must not end for it
-            self._error = error
+        except Exception as error:  # as above
+            self._error = self._error if self._error is not None else error
 
 
 def _scalars(value: Any) -> list[tuple[str, float]]:

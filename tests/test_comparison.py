@@ -1,6 +1,7 @@
 """What the main job shows: words, table and figure; one line for all; events behind a guard."""
 
 import functools
+import gc
 import re
 import struct
 import threading
@@ -192,7 +193,8 @@ class Broken:
         self.rows.append(row)
 
     def close(self):
-        raise AssertionError("a logger that failed is left alone")
+        self.closed = True
+        raise OSError(28, "No space left on device")
 
 
 def test_a_logger_that_raises_is_given_up_with_one_warning(capsys):
@@ -204,8 +206,20 @@ def test_a_logger_that_raises_is_given_up_with_one_warning(capsys):
     for number in range(2, 1000):
         events({"rollout": number})
     events.close()
-    assert logger.rows == [{"rollout": 0}]
+    assert logger.rows == [{"rollout": 0}] and logger.closed
     assert capsys.readouterr().err.count("logging was given up") == 1
+
+
+def test_events_on_a_full_disk_are_given_up_and_say_nothing_later(tmp_path, monkeypatch, capsys):
+    """What a file still holds when it is dropped would raise at some later moment."""
+    opened = functools.partial(open, "/dev/full", "wb")
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: opened())
+    events = Guarded(functools.partial(EventFile, tmp_path))
+    events({"rollout": 0, "reward": 0.5})
+    events.close()
+    del events
+    gc.collect()
+    assert capsys.readouterr().err.count("No space left") == 1
 
 
 def test_a_logger_that_cannot_be_made_is_given_up(tmp_path, capsys):

@@ -4,6 +4,8 @@ For example
 
     python -m experiments.train laptop --regime occ_paper --config.seed 1 --config.rollouts 40
 
+What a regime or a metric is: `python -m experiments.train regimes`, `... metrics`.
+
 On several hosts, with the same command on each (experiments/launch has both for clusters):
 
     python -m experiments.train mimo_7b_dapo --distributed
@@ -28,7 +30,7 @@ from experiments import runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.progress import interrupt
-from occ.training import loop
+from occ.training import loop, metrics, regimes
 from occ.training.config import TrainConfig
 from occ.training.durable.disk import DiskFullError
 from occ.training.processes import is_first, join
@@ -41,7 +43,8 @@ class Arguments:
 
     Attributes:
       config: the configuration; every field can be given.
-      regime: a named training regime in place of `config.mtp`.
+      regime: a named training regime in place of all of `config.mtp`; for changes to one, give
+        the fields of `config.mtp` themselves.
       folder: for the run; default runs/CONFIG/REGIME-seedN.
       distributed: one of several processes, on a file system that all of them share.
       coordinator: host:port of process 0; on TPU pods and under SLURM the cluster knows.
@@ -107,6 +110,10 @@ def train(arguments: Arguments) -> int:
 
 def main() -> int:
     """Reads the command line."""
+    tables = {"regimes": regimes.describe, "metrics": metrics.describe}
+    if len(sys.argv) == 2 and sys.argv[1] in tables:
+        print(tables[sys.argv[1]]())
+        return 0
     commands = {name: (build.__doc__ or "", Arguments(build())) for name, build in CONFIGS.items()}
     return train(tyro.extras.overridable_config_cli(commands))
 

@@ -157,7 +157,7 @@ def test_acceptance_does_not_depend_on_the_rows_at_one_time(trained):
     """A portion is filled up with its last prompt, which then must not count twice."""
     model = evaluated.from_run(trained, "newest", None, {})
 
-    def thirds(params, rest, tokens, segment_ids):
+    def thirds(policy, tokens, segment_ids):
         return Scores(None, None, np.asarray(tokens)[None] % 3 == 0)
 
     model = dataclasses.replace(model, score=thirds)
@@ -181,8 +181,8 @@ def test_the_best_checkpoint_can_be_asked_for(run_folder):
     best = evaluated.from_run(run_folder, "best", None, {})
     newest = evaluated.from_run(run_folder, "newest", None, {})
     assert (best.name, newest.name) == ("checkpoint 1 of tiny", "checkpoint 2 of tiny")
-    doubled = jax.tree.map(lambda x: 2 * x, best.params)
-    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), doubled, newest.params))
+    doubled = jax.tree.map(lambda x: 2 * x, best.policy.params)
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), doubled, newest.policy.params))
     assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == before
     with pytest.raises(ValueError, match="holds no run"):
         evaluated.from_run(run_folder / "nothing", "newest", None, {})

@@ -14,11 +14,14 @@ from occ.models.parameters import is_shared
 from occ.models.policy import abstract_policy
 from occ.training.batch import split
 from occ.training.config import (
+    EvaluationConfig,
     LayoutConfig,
     MTPTrainingConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    PretrainedConfig,
     RolloutConfig,
+    WarmStartConfig,
 )
 from occ.training.optimizer import build_optimizer, is_matrix, learning_rate_schedule
 from occ.training.regimes import REGIMES, regime
@@ -281,6 +284,25 @@ def test_a_rollout_is_cut_evenly_or_not_at_all():
         (lambda: RolloutConfig(prompts=6, minibatches=4), "must be a multiple of minibatches"),
         (lambda: OptimizerConfig(clip_groups="one"), "clip_groups must be one of"),
         (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be > 0"),
+        (lambda: OptimizerConfig(b2=2.0), r"OptimizerConfig.b2 must be in \[0, 1\), got 2.0"),
+        (lambda: OptimizerConfig(learning_rate=-1e-3), "learning_rate must be >= 0, got -0.001"),
+        (lambda: OptimizerConfig(learning_rate=float("nan")), "learning_rate must be float, got n"),
+        (lambda: OptimizerConfig(warmup_steps=1.5), "warmup_steps must be int, got 1.5"),
+        (lambda: OptimizerConfig(learning_rate=True), "learning_rate must be float, got True"),
+        (lambda: EvaluationConfig(every=0), "EvaluationConfig.every must be > 0, got 0"),
+        (lambda: EvaluationConfig(samples="4"), "EvaluationConfig.samples must be int, got '4'"),
+        (lambda: ObjectiveConfig(advantage="foo"), "advantage must be one of .*got 'foo'"),
+        (lambda: ObjectiveConfig(kl_clamp=0.0), "kl_clamp must be > 0, got 0.0"),
+        (lambda: LayoutConfig(pack=1), "LayoutConfig.pack must be bool, got 1"),
+        (lambda: MTPTrainingConfig(smoothing=1.0), r"smoothing must be in \[0, 1\), got 1.0"),
+        (lambda: MTPTrainingConfig(measure="best"), "measure must be one of .*'best'"),
+        (lambda: MTPTrainingConfig(measure_options={"rank": 2}), "no option .'rank'"),
+        (lambda: MTPTrainingConfig(rule="pcgrad", rule_options={"x": 1}), "no option .'x'"),
+        (lambda: WarmStartConfig(wrong_fraction=1.5), r"wrong_fraction must be in \[0, 1\]"),
+        (lambda: PretrainedConfig("folder", attach="none"), "attach must be one of"),
+        (lambda: tiny.run_config("x", rollouts=0), "TrainConfig.rollouts must be > 0, got 0"),
+        (lambda: tiny.run_config("x", task=3), "TrainConfig.task must be str, got 3"),
+        (lambda: tiny.run_config("x", mtp="occ"), "mtp must be MTPTrainingConfig, got 'occ'"),
         (lambda: ObjectiveConfig(constant_length=4), "goes with aggregation='constant-length'"),
         (
             lambda: tiny.train_config(regime("occ"), tiny.model_config(0)),

@@ -11,8 +11,9 @@ A main gradient g and K auxiliary gradients m_1..m_K have one Gram matrix of sha
     log_ratios.py  the paper's proxy, and the forms of its released code
     smoothing.py   moving averages of another measure
 
-A new measure is one file: a factory under `@register("name")`. Configurations and command
-lines know it by that name; what it reads and when that exists follows from its evidence.
+A new measure is one file: a factory under `@register("name")`, every argument with a
+default. Configurations and command lines know it by that name; what it reads and when that exists
+follows from its evidence.
 """
 
 from occ.measures.base import (

@@ -66,7 +66,7 @@ def split(batch: Minibatch, parts: int) -> list[Minibatch]:
     if parts < 1 or rows % parts:
         raise ValueError(
             f"split: {rows} sequences cannot be cut into {parts} equal minibatches. Choose "
-            "prompts_per_rollout as a multiple of minibatches_per_rollout."
+            "RolloutConfig.prompts as a multiple of RolloutConfig.minibatches."
         )
     size = rows // parts
     return [take_rows(batch, slice(i * size, (i + 1) * size)) for i in range(parts)]

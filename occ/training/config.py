@@ -9,7 +9,7 @@ from occ import measures, rules
 from occ.models.config import ModelConfig
 from occ.objectives.policy import PolicyConfig
 from occ.training import named_measures as named_measures  # enters them
-from occ.training.checks import one_of, positive
+from occ.training.checks import validate
 from occ.training.layout import LayoutConfig as LayoutConfig
 from occ.training.start_config import PretrainedConfig as PretrainedConfig
 from occ.training.start_config import WarmStartConfig as WarmStartConfig
@@ -53,6 +53,7 @@ class ObjectiveConfig:
     importance_cap: float | None = None
 
     def __post_init__(self):
+        validate(self)
         if (self.aggregation == "constant-length") != (self.constant_length is not None):
             raise ValueError(
                 "ObjectiveConfig: constant_length goes with aggregation='constant-length' and with "
@@ -107,14 +108,16 @@ class MTPTrainingConfig:
     loss: Literal["none", "ce", "policy", "distill"] = "policy"
     own_loss: Literal["same", "ce", "distill"] = "same"
     reference: Literal["main", "own"] = "main"
-    rule: RuleName = "optimal"
+    rule: RuleName = dataclasses.field(default="optimal", metadata={"one_of": rules.REGISTRY})
     coefficient: float = 0.2
     scale: float = 1.0
     eps: float | None = None
     relative_ridge: float = 1e-4
     bounds: tuple[float, float] | None = None
     rule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    measure: MeasureName = "gradients"
+    measure: MeasureName = dataclasses.field(
+        default="gradients", metadata={"one_of": measures.REGISTRY}
+    )
     measure_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     smoothing: float = 0.0
     every: int = 1
@@ -123,15 +126,9 @@ class MTPTrainingConfig:
     scale_own: bool = False
 
     def __post_init__(self):
-        one_of("MTPTrainingConfig", "loss", self.loss, ("none", "ce", "policy", "distill"))
-        one_of("MTPTrainingConfig", "own_loss", self.own_loss, ("same", "ce", "distill"))
-        one_of("MTPTrainingConfig", "reference", self.reference, ("main", "own"))
-        one_of("MTPTrainingConfig", "rule", self.rule, tuple(rules.REGISTRY))
-        one_of("MTPTrainingConfig", "placement", self.placement, ("fused", "exact"))
-        one_of("MTPTrainingConfig", "measure", self.measure, tuple(measures.REGISTRY))
-        one_of("MTPTrainingConfig", "groups", self.groups, ("none", "layer"))
-        positive("MTPTrainingConfig", every=self.every)
+        validate(self)
         measure = self.make_measure()
+        self.make_rule()  # options that it does not have are named now
         early = [name for name in measures.REGISTRY if measures.by_name(name).early]
         if self.groups != "none" and (
             self.placement == "fused" or self.every != 1 or not self.data_dependent or measure.early
@@ -219,9 +216,7 @@ class OptimizerConfig:
     router_bias_rate: float = 0.0
 
     def __post_init__(self):
-        positive("OptimizerConfig", clip_norm=self.clip_norm, adam_epsilon=self.adam_epsilon)
-        one_of("OptimizerConfig", "decay", self.decay, ("matrices", "all"))
-        one_of("OptimizerConfig", "clip_groups", self.clip_groups, ("separate", "together"))
+        validate(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,13 +247,7 @@ class RolloutConfig:
     overlong_filter: bool = False
 
     def __post_init__(self):
-        positive(
-            "RolloutConfig",
-            prompts=self.prompts,
-            samples=self.samples,
-            minibatches=self.minibatches,
-            temperature=self.temperature,
-        )
+        validate(self)
         if self.samples < 2:
             raise ValueError(
                 "RolloutConfig.samples must be at least 2, got 1: advantages compare the samples "
@@ -286,6 +275,9 @@ class EvaluationConfig:
     prompts: int = 256
     samples: int = 4
     top_p: float = 1.0
+
+    def __post_init__(self):
+        validate(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,12 +322,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        positive(
-            "TrainConfig",
-            checkpoint_every=self.checkpoint_every,
-            keep_checkpoints=self.keep_checkpoints,
-            max_bad_updates=self.max_bad_updates,
-        )
+        validate(self)
         if self.mtp.loss != "none" and self.model.mtp.num_modules < 1:
             raise ValueError(
                 f"TrainConfig: MTP loss {self.mtp.loss!r} with K = 0 modules. Give the model "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from occ.training.checks import positive
+from occ.training.checks import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +35,7 @@ class LayoutConfig:
     generation_rows: int = 0
 
     def __post_init__(self):
-        positive(
-            "LayoutConfig",
-            data=self.data,
-            fsdp=self.fsdp,
-            tensor=self.tensor,
-            expert=self.expert,
-            micro_batches=self.micro_batches,
-            sequences_per_row=self.sequences_per_row,
-        )
+        validate(self)
 
     @property
     def most_in_a_row(self) -> int:

@@ -7,7 +7,7 @@ from occ import measures
 
 @measures.register("first_layer")
 def first_layer() -> measures.Measure:
-    """Gradients of the trunk's first layer alone."""
+    """Gradients of the first of the trunk's `layers`; `dense_layers` before it are left out."""
     return measures.gradients(measures.layer(0), name="first_layer")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from occ.training.checks import one_of, positive
+from occ.training.checks import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PretrainedConfig:
     attach: Literal["last_block", "random"] = "last_block"
 
     def __post_init__(self):
-        one_of("PretrainedConfig", "attach", self.attach, ("last_block", "random"))
+        validate(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,7 @@ class WarmStartConfig:
     pool: int = 2048
 
     def __post_init__(self):
-        one_of("WarmStartConfig", "kind", self.kind, ("demonstrations", "own_samples"))
-        positive("WarmStartConfig", batch_size=self.batch_size, pool=self.pool)
+        validate(self)
 
     @property
     def learns_modules(self) -> bool:

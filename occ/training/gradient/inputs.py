@@ -1,4 +1,4 @@
-"""What one train step reads, and the sum over its micro-batches."""
+"""What one train step reads."""
 
 from __future__ import annotations
 

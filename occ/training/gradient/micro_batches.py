@@ -98,7 +98,7 @@ def interleave(parts: Sequence[jax.Array]) -> jax.Array:
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
-def weighed(tree: Any, shares: Any, loss: int) -> Any:
+def times_share(tree: Any, shares: Any, loss: int) -> Any:
     """A gradient times a micro-batch's share in its loss, in at least float32, to be added up."""
     if shares is None:
         return tree

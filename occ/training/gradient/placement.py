@@ -7,8 +7,8 @@
                    sum at the parameters
 
 For equal weights the last two give the same gradient. The coefficient itself is computed by
-`calibration.weigh` and applied by `calibration.apply_weights`, in either placement and nowhere
-else; whether a step measures at all is decided by `calibration.if_due`.
+`Calibration.weigh` and applied by `Calibration.apply_weights` (occ/calibration.py; by group in
+occ/grouped.py) in either placement; whether a step measures is decided by `Calibration.if_due`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from occ.training.gradient.cotangents import (
 )
 from occ.training.gradient.inputs import StepInputs
 from occ.training.gradient.losses import LossOutput, merge_outputs
-from occ.training.gradient.micro_batches import Pass, over_micro_batches, weighed
+from occ.training.gradient.micro_batches import Pass, over_micro_batches, times_share
 from occ.trees import zero_unless
 
 
@@ -101,7 +101,7 @@ def rl_alone(inputs: StepInputs) -> StepGradient:
         passed = trunk(part)
         main = rl_gradient(part, passed.hidden)
         gradient = through_trunk(passed.pull, main.gradient, part.parts)
-        return Pass(weighed(gradient, shares, 0), [main.output], passed.router_load)
+        return Pass(times_share(gradient, shares, 0), [main.output], passed.router_load)
 
     total = over_micro_batches(inputs, step, join(inputs.parts))
     return StepGradient(total.gradient, (), None, total.outputs, total.router_load)
@@ -143,7 +143,7 @@ def weights_first(
 
     def step(part: StepInputs, shares: Any) -> Pass:
         at = _to_cotangents(part) if here is None else here
-        main, *heads = (weighed_head(head, shares, k) for k, head in enumerate(at.heads))
+        main, *heads = (head_times_share(head, shares, k) for k, head in enumerate(at.heads))
         auxiliary = tuple(head.gradient for head in heads)
         if here is None:
             auxiliary = tuple(zero_unless(finite[k], m) for k, m in enumerate(auxiliary))
@@ -211,7 +211,8 @@ def _forward_pass(inputs: StepInputs, calibration: Calibration) -> Pass:
         def step(part: StepInputs, shares: Any) -> Pass:
             at = _to_cotangents(part)
             readouts = tuple(
-                weighed(readout, shares, k) for k, readout in enumerate(_readouts(part, at.heads))
+                times_share(readout, shares, k)
+                for k, readout in enumerate(_readouts(part, at.heads))
             )
             return Pass(readouts, at.outputs, finite=at.finite)
 
@@ -302,7 +303,9 @@ def loss_gradients(inputs: StepInputs) -> Pass:
         vectorized = part.config.model.moe is None
         pulled = _pull_each(passed.pull, [head.gradient[HIDDEN] for head in heads], vectorized)
         gradients = tuple(
-            weighed(through_trunk(lambda _, back=back: back, head.gradient, part.parts), shares, k)
+            times_share(
+                through_trunk(lambda _, back=back: back, head.gradient, part.parts), shares, k
+            )
             for k, (head, back) in enumerate(zip(heads, pulled, strict=True))
         )
         return Pass(gradients, [head.output for head in heads], passed.router_load)
@@ -362,7 +365,7 @@ def _merge_halves(first: Pass, second: Pass) -> Pass:
 # ---------------------------------------------------------------------------------------------
 
 
-def weighed_head(head: HeadGradient, shares: Any, loss: int) -> HeadGradient:
+def head_times_share(head: HeadGradient, shares: Any, loss: int) -> HeadGradient:
     """The gradient of a head whose loss is multiplied by a micro-batch's share in it."""
     if shares is None:
         return head

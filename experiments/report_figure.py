@@ -24,7 +24,7 @@ COLOURS = {
     "drafter": "#009E73",
 }
 OTHER_COLOUR = "#7F7F7F"
-SMOOTHING = 5  # rollouts of the moving average
+SMOOTHING = 9  # rollouts of the moving average
 
 
 def figure(results: Runs) -> Figure:
@@ -58,7 +58,9 @@ def _draw_rewards(axis: Any, results: Runs) -> None:
             pairs = zip(series.T, smoothed[BASELINE].T, strict=True)
             half = np.array([paired_difference(*pair).half_width for pair in pairs])
             axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
-    low, high = axis.get_ylim()
+    means = np.stack([series.mean(0) for series in smoothed.values()])
+    margin = 0.12 * np.ptp(means) + 1.0  # of the curves: a wide band must not squeeze them
+    low, high = means.min() - margin, means.max() + margin
     ends = [series.mean(0)[-1] for series in smoothed.values()]
     places = _spread(ends, gap=(high - low) / 16)
     for regime, end, place in zip(smoothed, ends, places, strict=True):

@@ -80,13 +80,13 @@ def test_the_figure_shows_every_regime_with_its_label_and_its_band():
     names = ["Detach", "cross-entropy, coefficient 3", "OCC on cross-entropy"]
     assert list(lines) == [*names, "drafter (own ratio, 0.2)"]
     assert [text.get_text() for text in left.texts] == list(lines)
-    assert lines["Detach"].get_xdata()[[0, -1]].tolist() == [3, 18]  # a mean of five rollouts
+    assert lines["Detach"].get_xdata()[[0, -1]].tolist() == [5, 16]  # a mean of nine rollouts
     np.testing.assert_allclose(lines[names[1]].get_ydata() - lines["Detach"].get_ydata(), -8)
     assert {line.get_color() for line in left.lines} <= set(COLOURS.values())
     heights = []
     for band in left.collections:
         y = band.get_paths()[0].vertices[:, 1]
-        at_end = y[band.get_paths()[0].vertices[:, 0] == 18]
+        at_end = y[band.get_paths()[0].vertices[:, 0] == 16]
         heights.append((at_end.max() - at_end.min()) / 2)
     np.testing.assert_allclose(heights, [2.484, 2.484, 0.2484], rtol=1e-3)
     assert [float(box.lines[0].get_xdata()[0]) for box in right.containers] == pytest.approx(

@@ -49,8 +49,8 @@ def name_of(regime: str) -> str:
 
 
 def percent(estimate: Estimate, signed: bool = False) -> str:
-    """`94.1 ± 0.8`, in per cent; with two decimals where the interval is narrower than 0.1."""
-    narrow = 100 * estimate.half_width < 0.095
+    """`94.1 ± 0.8`, in per cent; with a second decimal where half the interval is below 0.5."""
+    narrow = 100 * estimate.half_width < 0.5
     form = ("+" if signed else "") + (".2f" if narrow else ".1f")
     mean = format(100 * estimate.mean, form)
     if np.isnan(estimate.half_width):

@@ -53,7 +53,8 @@ def _draw_rewards(axis: Any, results: Runs) -> None:
     for regime, series in smoothed.items():
         mean, colour = series.mean(0), COLOURS.get(regime, OTHER_COLOUR)
         dashed = "--" if regime == BASELINE else "-"
-        axis.plot(x, mean, dashed, color=colour, linewidth=2.2, label=name_of(regime))
+        above = 3 if regime == BASELINE else 2
+        axis.plot(x, mean, dashed, color=colour, linewidth=2.2, label=name_of(regime), zorder=above)
         if regime != BASELINE and BASELINE in smoothed and len(series) > 1:
             pairs = zip(series.T, smoothed[BASELINE].T, strict=True)
             half = np.array([paired_difference(*pair).half_width for pair in pairs])

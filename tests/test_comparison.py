@@ -69,7 +69,7 @@ def test_the_table_names_what_differs():
     lines = report.table(made(occ=(-10, -10.1, -9.9), drafter=(-1, 0, 1))).splitlines()
     detach, occ, drafter = lines[2:]
     assert "| 50.0 ± 49.7 |" in detach and detach.count("|") == lines[0].count("|")
-    assert occ.count("**-10.0 ± 0.2**") == 2
+    assert occ.count("**-10.00 ± 0.25**") == 2
     assert drafter.endswith("| +0.0 ± 2.5 | +0.0 ± 2.5 |")
 
 
@@ -92,7 +92,7 @@ def test_the_figure_shows_every_regime_with_its_label_and_its_band():
     assert [float(box.lines[0].get_xdata()[0]) for box in right.containers] == pytest.approx(
         [-8, 0, 0.5]
     )
-    assert right.texts[2].get_text() == "drafter (own ratio, 0.2)\n+0.5 ± 0.2"
+    assert right.texts[2].get_text() == "drafter (own ratio, 0.2)\n+0.50 ± 0.25"
     low, high = right.get_xlim()
     assert low < -10.4 and high > 2.4  # no interval is cut off
     assert "3 warm starts" in right.get_xlabel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,7 +84,7 @@ class Progress:
             ncols=None if terminal else 100,
         )
         self._base, self._size, self._title = 0.0, 0.0, ""
-        self._fresh = True
+        self._fresh, self._shown = True, False
 
     def begin(self, title: str, size: float) -> None:
         """Begins a part; the one before is done."""
@@ -94,8 +95,11 @@ class Progress:
 
     def show(self, share: float, step: float, text: str) -> None:
         """Within a part: what share of it is done, how much of that in this step, and its state."""
+        if not self._shown:  # no rate follows from what was compiled before anything ran
+            self._shown, self._bar.start_t = True, time.time()
+            self._to(self._base + self._size * share, known=True)
         if self._fresh:  # what was there before this step was done by an earlier call
-            self._to(self._base + self._size * (share - step), known=True)
+            self._to(max(self._bar.n, self._base + self._size * (share - step)), known=True)
             self._fresh = False
         self._bar.set_description_str(f"{self._title}: {text}", refresh=False)
         self._to(self._base + self._size * share)

@@ -140,14 +140,21 @@ def test_what_was_done_before_does_not_make_the_job_look_fast(printed, monkeypat
     now = [0.0]
     job = Progress(total=100)
     monkeypatch.setattr(job._bar, "_time", lambda: now[0])
-    job._bar.start_t = job._bar.last_print_t = 0.0
-    job.begin("finished long ago", 50)
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    job.begin("finished long ago", 40)
     job.begin("half done", 40)
-    now[0] = 1.0
-    job.show(0.525, 0.025, "its first rollout")  # one of forty, after twenty of an earlier call
-    assert job._bar.n == pytest.approx(71)
-    assert job._bar.format_dict["rate"] is None and job._bar.initial == pytest.approx(70)
-    assert "00:29 left" in str(job._bar)
+    now[0] = 1000.0  # compiled, and one of forty rollouts run, after twenty of an earlier call
+    job.show(0.525, 0.025, "its first rollout")
+    assert job._bar.n == job._bar.initial == pytest.approx(61)
+    now[0] = 1001.0
+    job.show(0.55, 0.025, "its second")
+    assert job._bar.n == pytest.approx(62) and "00:38 left" in str(job._bar)
+    now[0] = 1019.0
+    job.show(1.0, 0.025, "its last")
+    job.begin("half done too", 20)
+    now[0] = 1020.0
+    job.show(0.55, 0.05, "its eleventh rollout of twenty")
+    assert job._bar.n == pytest.approx(91) and "00:09 left" in str(job._bar)
     job.close()
 
 

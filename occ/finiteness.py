@@ -86,6 +86,8 @@ def condition_number(gram: jax.Array) -> jax.Array:
     perturbations = gram[1:, 1:]
     if perturbations.shape[0] == 1:
         return jnp.where(jnp.isnan(perturbations[0, 0]), jnp.nan, jnp.ones((), gram.dtype))
-    values = jnp.linalg.eigvalsh(perturbations)
+    unknown = jnp.any(jnp.isnan(perturbations))
+    values = jnp.linalg.eigvalsh(jnp.where(unknown, 0, perturbations))
     smallest = jnp.maximum(values[0], 0)
-    return jnp.where(smallest > 0, values[-1] / jnp.where(smallest > 0, smallest, 1), jnp.inf)
+    found = jnp.where(smallest > 0, values[-1] / jnp.where(smallest > 0, smallest, 1), jnp.inf)
+    return jnp.where(unknown, jnp.nan, found)

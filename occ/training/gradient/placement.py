@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from occ import measures
 from occ.calibration import Calibration, CalibrationState
+from occ.finiteness import all_finite
 from occ.grouped import GroupedCalibration, GroupedState
 from occ.models.parameters import is_shared, join
 from occ.training.gradient.cotangents import (
@@ -196,7 +197,7 @@ def _to_cotangents(inputs: StepInputs) -> _AtCotangents:
     passed = trunk(inputs)
     attached = inputs.config.mtp.rule != "detach"
     main, *heads = head_gradients(inputs, passed.hidden, attached=attached)
-    finite = jnp.stack([_all_finite(head.gradient) for head in heads])
+    finite = jnp.stack([all_finite(head.gradient) for head in heads])
     heads = [
         head._replace(gradient=zero_unless(finite[k], head.gradient))
         for k, head in enumerate(heads)
@@ -384,7 +385,3 @@ def _log_ratios(inputs: StepInputs, outputs: list[LossOutput]) -> dict[str, Any]
 
 def _all_true(calibration: Calibration) -> jax.Array:
     return jnp.ones((calibration.num_auxiliary,), bool)
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

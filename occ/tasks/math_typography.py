@@ -122,7 +122,7 @@ def bare(text: str) -> str:
     r"""The answer without Markdown, quotes, a final dot, or "the answer is" around it.
 
     >>> bare("**29**."), bare("`29`"), bare("The answer is $29$.")
-    ('29', '29', '$29$')
+    ('29', '29', '29')
     """
     text = _TAG.sub("", text)
     before = None

@@ -27,7 +27,7 @@ def test_every_cell_of_the_grid_builds():
     """Configuration and calibration; the controls' are built from rows."""
     grid = claims_grid.cells() + claims_grid.apart()
     assert len(grid) == len(set(grid))
-    for cell in grid:
+    for cell in {*grid, *claims_grid.over_starts()}:
         assert cell.setting in CONFIGS
         if cell.variant in claims_grid.CONTROLS:
             continue
@@ -53,10 +53,12 @@ def test_a_cell_leaves_a_row_a_seed_and_repeats_none(at):
     arguments = claims.Run(seeds=(0, 1), folder=at / "rows")
     cell = Cell(claims_grid.MAIN, "occ_paper")
     claims.run_cell(cell, dataclasses.replace(arguments, seeds=(1,)))
-    assert claims.missing(arguments, cell) == [0]
+    assert claims.missing(arguments, cell) == [(0, 0)]
     claims.run_cell(cell, arguments)
     rows = claims.read_cell(arguments.folder, cell)
     assert [row["seed"] for row in rows] == [0, 1] and claims.missing(arguments, cell) == []
+    others = dataclasses.replace(arguments, starts=(0, 3))
+    assert claims.missing(others, cell) == [(3, 300), (3, 301)]
     assert len(rows[0]["reward_series"]) == 2 and len(rows[0]["ratio_series"]) == 2
     assert 0 <= rows[0]["sampled"] <= 1 and "commit" in rows[0]
 

@@ -2,6 +2,7 @@
 
     python -m experiments.studies.claims run           all of claims_grid.py, resumable
     python -m experiments.studies.claims run --quick   two variants, two seeds, five rollouts
+    python -m experiments.studies.claims run --over-starts    from five warm starts a setting
     python -m experiments.studies.claims report        tables and figures from the committed rows
 
 Cost of the whole grid: about ninety minutes on two cores. A row a run is appended to
@@ -37,11 +38,13 @@ from experiments.studies.claims_grid import (
     CONTROLS,
     SEEDS,
     SHUFFLED,
+    STARTS,
     VARIANTS,
     Cell,
     apart,
     baseline,
     cells,
+    over_starts,
 )
 from experiments.studies.following import one_core_processes
 from occ.training import loop
@@ -66,18 +69,27 @@ class Run:
     Attributes:
       settings: only these; empty for all.
       variants: only these; empty for all.
-      seeds: of the runs.
+      seeds: of the runs; start s adds 100 s to them.
+      starts: seeds of the warm starts.
       workers: processes, each on one core.
       quick: a laptop-sized version in a folder of its own: two variants, two seeds, five rollouts.
+      over_starts: the settings and variants of OVER_STARTS from every one of STARTS, into
+        results/claims_over_starts; with `--seeds 0` a run each.
       folder: of the rows; starting points and scratch files are in runs/claims.
     """
 
     settings: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
+    starts: tuple[int, ...] = (0,)
     workers: int = 2
     quick: bool = False
+    over_starts: bool = False
     folder: pathlib.Path = RESULTS
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(start, seed of the run), every start once before any again."""
+        return [(start, 100 * start + seed) for seed in self.seeds for start in self.starts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +120,15 @@ def run(arguments: Run) -> int:
             seeds=arguments.seeds[:2],
             folder=pathlib.Path("runs/claims/quick"),
         )
+    grid = cells() + (apart() if arguments.variants else [])
+    if arguments.over_starts:
+        folder = arguments.folder
+        folder = folder.with_name("claims_over_starts") if folder == RESULTS else folder
+        arguments = dataclasses.replace(arguments, starts=STARTS, folder=folder)
+        grid = over_starts()
     wanted = [
         cell
-        for cell in cells() + (apart() if arguments.variants else [])
+        for cell in grid
         if (not arguments.settings or cell.setting in arguments.settings)
         and (not arguments.variants or cell.variant in arguments.variants)
         and cell.setting in CONFIGS
@@ -139,10 +157,10 @@ def _run_cells(now: list[Cell], arguments: Run) -> None:
             bar.set_postfix_str(f"{'/'.join(jobs[job])} {seconds:.0f} s")
 
 
-def missing(arguments: Run, cell: Cell) -> list[int]:
-    """Seeds of a cell without a row."""
+def missing(arguments: Run, cell: Cell) -> list[tuple[int, int]]:
+    """Starts and seeds of a cell without a row."""
     done = {row["seed"] for row in read_cell(arguments.folder, cell)}
-    return [seed for seed in arguments.seeds if seed not in done]
+    return [(start, seed) for start, seed in arguments.pairs() if seed not in done]
 
 
 @functools.cache
@@ -166,8 +184,8 @@ def run_cell(cell: Cell, arguments: Run) -> float:
     keep_compiled(scratch / "compiled")
     config, task = _setting(cell.setting, arguments.quick)
     change = VARIANTS.get(cell.variant)
-    programs, start = None, None
-    for seed in missing(arguments, cell):
+    programs = None
+    for start_seed, seed in missing(arguments, cell):
         if change is None:
             varied = _control(cell, seed, config, arguments.folder)
         else:
@@ -176,16 +194,16 @@ def run_cell(cell: Cell, arguments: Run) -> float:
             sampler = f"{cell.setting} {varied.model} {varied.rollout}"
             programs = loop.build(varied, task, _SAMPLERS.get(sampler))
             _SAMPLERS[sampler] = programs.rollout
-        if start is None:
-            # Whoever comes first makes it; a second worker waits rather than make it again.
-            with _lock(scratch / f"start-{cell.setting}.lock"):
-                start = runs.starting_point(varied, task, programs, scratch / "starts")
+        begins = dataclasses.replace(varied, seed=start_seed)
+        # Whoever comes first makes it; a second worker waits rather than make it again.
+        with _lock(scratch / f"start-{cell.setting}.lock"):
+            start = runs.starting_point(begins, task, programs, scratch / "starts")
         varied = dataclasses.replace(varied, seed=seed, checkpoint_every=10**9)
         with tempfile.TemporaryDirectory() as folder:
             result = loop.run(varied, task, programs, start, pathlib.Path(folder))
             rows = read_rows(pathlib.Path(folder) / "metrics.jsonl")
         assert result is not None
-        row = _row(cell, seed, result, rows)
+        row = _row(cell, start_seed, seed, result, rows)
         reference = Cell(cell.setting, baseline(cell.variant))
         finished = {reference.variant: read_cell(arguments.folder, reference), cell.variant: [row]}
         claims_report.check_start(finished, cell.variant)
@@ -216,10 +234,13 @@ def _control(cell: Cell, seed: int, config: Any, folder: pathlib.Path) -> Any:
     return dataclasses.replace(config, mtp=mtp)
 
 
-def _row(cell: Cell, seed: int, result: dict[str, Any], rows: list[dict[str, Any]]) -> dict:
+def _row(
+    cell: Cell, start: int, seed: int, result: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     row = {
         "setting": cell.setting,
         "variant": cell.variant,
+        "start": start,
         "seed": seed,
         "sampled": result["final"]["sampled"],
         "greedy": result["final"]["greedy"],

@@ -2,8 +2,8 @@
 
 Settings are configurations (experiments/configs); variants change a configuration in one respect.
 The core grid crosses all settings with the core variants; everything else is varied one at a time
-around one setting. Seeds 0 to 4 throughout; they decide prompts and samples, and share the warm
-start of their setting.
+around one setting. Seeds 0 to 4 there; they decide prompts and samples, and share the warm start of
+their setting, so that they are no replicates of it. OVER_STARTS is: warm starts of their own.
 
 What was left out for want of time on two cores: fixed coefficients 0.1 and 0.5, rival rules,
 learning rates, K = 2, GSPO and minibatches a rollout in settings other than MAIN; more seeds.
@@ -179,7 +179,24 @@ APART: dict[str, Change] = {
 coefficient a layer, and averaged correlations between halves against the noise that a step carries.
 Named by `--variants`, with a `--folder` of their own; a plain `run` leaves them out."""
 
-VARIANTS = {**CORE, **AROUND, **BEYOND, **APART}
+OVER_STARTS: dict[str, Change] = {
+    **{name: CORE[name] for name in ("detach", "ce_0.2", "policy_1.0", "occ", "occ_paper")},
+    **{name: _mtp(regime(name)) for name in ("ce_3", "policy_3", "drafter")},
+}
+"""Run from several warm starts: `run --over-starts`, in a folder of its own."""
+
+OVER_STARTS_SETTINGS = (
+    "filtering_easy",
+    "arithmetic_easy",
+    "star_easy",
+    "filtering_hard",
+    "arithmetic_hard",
+)
+STARTS = (11, 12, 13, 14, 15)
+"""Seeds of warm starts that no run had before; the runs from start s have seeds 100 s + 0, 1, ..,
+which decide prompts and samples. First a run each from every start, then a second one."""
+
+VARIANTS = {**CORE, **AROUND, **BEYOND, **APART, **OVER_STARTS}
 """All but the controls, whose configurations come from other runs' rows."""
 
 BASELINES = {"two_modules": "two_modules_detach", "gspo": "gspo_detach"}
@@ -207,6 +224,11 @@ def cells() -> list[Cell]:
 def apart() -> list[Cell]:
     """Cells that are run when they are named."""
     return [Cell(setting, variant) for setting in BEYOND_SETTINGS for variant in APART]
+
+
+def over_starts() -> list[Cell]:
+    """The cells of OVER_STARTS."""
+    return [Cell(setting, name) for setting in OVER_STARTS_SETTINGS for name in OVER_STARTS]
 
 
 def baseline(variant: str) -> str:

@@ -100,6 +100,12 @@ def replace_text(file: pathlib.Path, text: str) -> None:
     beside.replace(file)
 
 
+def write_rows(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows of JSON, all or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def plain_numbers(row: dict[str, Any]) -> dict[str, float]:
     """Numbers of five significant digits, for rows that are committed."""
     return {name: float(f"{float(value):.5g}") for name, value in row.items()}

@@ -17,6 +17,7 @@ from experiments.studies import (
     one_step,
 )
 from experiments.studies.claims_grid import Cell
+from experiments.studies.fidelity_estimators import PARTS
 from occ.training.gradient.calibration import build_calibration
 from tests.test_experiments import small
 
@@ -129,7 +130,7 @@ def test_rows_of_another_warm_start_are_refused(tmp_path):
 def test_the_truth_is_that_of_the_other_minibatches():
     """c and v^2 of the mean over all but one, from explicit vectors."""
     rng = np.random.default_rng(0)
-    n, parts = 5, (*estimator_fidelity.PARTS, "rest")
+    n, parts = 5, (*PARTS, "rest")
     g, m = (rng.normal(size=(n, len(parts), 3)) + 0.3 for _ in range(2))
     further = [
         {

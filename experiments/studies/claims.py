@@ -23,11 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import tqdm
-import tyro
 
 from experiments import runs
 from experiments.compiled import keep_compiled
@@ -46,6 +45,7 @@ from experiments.studies.claims_grid import (
     cells,
     over_starts,
 )
+from experiments.studies.command_line import command_line
 from experiments.studies.following import one_core_processes
 from occ.training import loop
 from occ.training.config import MTPTrainingConfig
@@ -285,11 +285,7 @@ def _lock(file: pathlib.Path) -> Iterator[None]:
 
 def main() -> int:
     """Reads the command line."""
-    Command = (
-        Annotated[Run, tyro.conf.subcommand("run")]
-        | Annotated[Report, tyro.conf.subcommand("report")]
-    )
-    arguments = tyro.cli(Command, description=__doc__)  # type: ignore[call-overload]
+    arguments = command_line(__doc__, Run, Report)
     if isinstance(arguments, Run):
         return run(arguments)
 

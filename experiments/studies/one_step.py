@@ -20,11 +20,10 @@ A slope of realised on predicted of 1 is a calibrated prediction.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +33,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-import tyro
 
 from experiments import runs
 from experiments.configs import CONFIGS
+from experiments.studies.command_line import command_line
 from experiments.studies.following import Followed, begin, further, inputs_of
 from occ import theory
 from occ.measures import inner_product
@@ -113,9 +112,7 @@ def follow(arguments: Run) -> pathlib.Path:
                 length = jnp.sqrt(inner_product(_shared(moved), _shared(moved)))
                 row = jax.device_get(measure(given, minibatch, fresh, length))
                 lines.append({"rollout": number, "minibatch": index} | runs.plain_numbers(row))
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    runs.replace_text(file, text)
+    runs.write_rows(file, lines)
     return file
 
 
@@ -226,11 +223,7 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
 
 def main() -> int:
     """Reads the command line."""
-    Command = (
-        Annotated[Run, tyro.conf.subcommand("run")]
-        | Annotated[Report, tyro.conf.subcommand("report")]
-    )
-    arguments = tyro.cli(Command, description=__doc__)  # type: ignore[call-overload]
+    arguments = command_line(__doc__, Run, Report)
     if isinstance(arguments, Report):
         return report(arguments.folder, arguments.output)
     if arguments.quick:

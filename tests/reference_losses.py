@@ -5,7 +5,8 @@ then sequences, then tokens, and no array of a row in which a shift or a mask co
 derivative stands beside its value, so that central differences can judge it.
 
 In three places a value enters a loss as a constant: the weight of CISPO, the sequence ratio of
-GSPO and the target of distillation. They are taken from `held`, logits that are not varied.
+GSPO and GMPO, and the target of distillation. They are taken from `held`, logits that are not
+varied.
 """
 
 import math
@@ -139,12 +140,11 @@ def rl(sequences, objective, shape, config):
             probability = np.exp(token.log_probs)
             entropy = -sum(p * lp for p, lp in zip(probability, token.log_probs, strict=True))
             distance, distance_slope = kl(token.log_prob - token.reference, objective.kl_estimator)
+            beta = 0 if objective.kl_in_reward else objective.kl_coefficient
             value += weight * (
-                token.importance * loss
-                + objective.kl_coefficient * distance
-                - objective.entropy_coefficient * entropy
+                token.importance * loss + beta * distance - objective.entropy_coefficient * entropy
             )
-            on_log_prob = token.importance * slope + objective.kl_coefficient * distance_slope
+            on_log_prob = token.importance * slope + beta * distance_slope
             # d log p(chosen) / d logits = e - p;  d entropy / d logits = -p (log p + entropy)
             on_logits = on_log_prob * (token.chosen - probability)
             on_logits += objective.entropy_coefficient * probability * (token.log_probs + entropy)
@@ -209,6 +209,8 @@ def policy(token, sequence, config):
     if config.kind == "gspo":
         # sg(mean log-ratio of the sequence) + log pi - sg(log pi), GSPO-token of the paper.
         log_ratio = mean([t.held - t.old for t in sequence]) + token.log_prob - token.held
+    if config.kind == "gmpo":
+        return geometric_mean(token, sequence, config)
     if config.log_ratio_clamp is not None and abs(log_ratio) > config.log_ratio_clamp:
         log_ratio, slope = math.copysign(config.log_ratio_clamp, log_ratio), 0.0
     ratio = math.exp(log_ratio)
@@ -222,6 +224,10 @@ def policy(token, sequence, config):
             change = min(max(change, -config.log_ratio_clamp), config.log_ratio_clamp)
         constant = min(max(math.exp(change), low), high)
         return -constant * a * token.log_prob, -constant * a, clip
+    if config.kind == "sapo":
+        tau = config.positive_temperature if a > 0 else config.negative_temperature
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        return -4 / tau * gate * a, -4 * gate * (1 - gate) * ratio * a * slope, None
     if a > 0:  # nothing is gained by raising a good token further
         return (-high * a, 0.0, "high") if ratio > high else (-ratio * a, -ratio * a * slope, None)
     if ratio < low:  # nor by lowering a bad one
@@ -229,6 +235,23 @@ def policy(token, sequence, config):
     if config.dual_clip is not None and a < 0 and ratio > config.dual_clip:
         return -config.dual_clip * a, 0.0, "dual"
     return -ratio * a, -ratio * a * slope, None
+
+
+def geometric_mean(token, sequence, config):
+    """As `policy`: the exponential of the sequence's mean of clipped log-ratios."""
+
+    def clipped(log_ratio, a):
+        if a > 0 and log_ratio > config.clip_high:
+            return config.clip_high, "high"
+        if a < 0 and log_ratio < -config.clip_low:
+            return -config.clip_low, "low"
+        return log_ratio, None
+
+    held = mean([clipped(t.held - t.old, t.advantage)[0] for t in sequence])
+    now, clip = clipped(token.log_prob - token.old, token.advantage)
+    ratio = math.exp(held + now - clipped(token.held - token.old, token.advantage)[0])
+    value = -ratio * token.advantage
+    return value, 0.0 if clip else value, clip
 
 
 def kl(difference, estimator):

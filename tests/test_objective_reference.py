@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from occ.calibration import condition_number
-from occ.objectives.policy import PolicyConfig, gspo
+from occ.objectives.policy import PolicyConfig, gmpo, gspo
 from occ.training.batch import Minibatch, positions_from_segments
 from occ.training.config import (
     LayoutConfig,
@@ -91,6 +91,18 @@ OBJECTIVES = {
         aggregation="seq-mean-token-mean",
         entropy_coefficient=0.4,
         importance_cap=1.1,
+    ),
+    "gmpo": ObjectiveConfig(
+        gmpo(0.3),
+        aggregation="seq-mean-token-mean",
+        kl_coefficient=0.2,
+        kl_in_reward=True,
+        importance_cap=1.4,
+    ),
+    "sapo": ObjectiveConfig(
+        PolicyConfig(kind="sapo", positive_temperature=0.9, negative_temperature=1.3),
+        aggregation="seq-mean-token-mean",
+        entropy_coefficient=0.1,
     ),
     "unweighted": ObjectiveConfig(dataclasses.replace(CLIPS, dual_clip=None)),
 }
@@ -231,6 +243,8 @@ SLOW = {
     "policy gspo": config_of(regime("policy"), "gspo", **cut(2, 5)),
     "policy exact": config_of(regime("policy", exact=True), "cispo", **cut(2)),
     "occ in portions": config_of(regime("occ"), "clamped", **cut(4, 5)),
+    "occ of gmpo": config_of(regime("occ"), "gmpo", **cut(2, 5)),
+    "policy sapo": config_of(regime("policy"), "sapo", ONE, **cut(2, 5)),
     "occ for one": config_of(regime("occ"), "unweighted", ONE),
     "occ in bounds": config_of(dataclasses.replace(regime("occ"), bounds=(-0.01, 0.02))),
     "occ_paper exact": config_of(regime("occ_paper", exact=True), "reinforce"),
@@ -311,8 +325,8 @@ def test_the_minibatch_has_tokens_in_every_branch(x64):
                 key.split("_")[-1]: value for key, value in loss.metrics.items() if "clip" in key
             }
             wanted = {
-                "high": name != "reinforce",
-                "low": name != "reinforce",
+                "high": name not in ("reinforce", "sapo"),
+                "low": name not in ("reinforce", "sapo"),
                 "dual": name == "ppo",
             }
             assert {side: value > 0 for side, value in met.items()} == wanted, (name, k)

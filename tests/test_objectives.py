@@ -1,5 +1,7 @@
 """Losses and advantages against token-by-token references, hand cases and finite differences."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occ.objectives import advantages, divergences, masked, mtp
-from occ.objectives.policy import PolicyConfig, gspo, policy_loss
+from occ.objectives.policy import PolicyConfig, gmpo, gspo, policy_loss
+from occ.training.config import ADVANTAGES, ObjectiveConfig
+from occ.training.credit import token_advantages
 from tests import reference_objectives as reference
 
 SEGMENTS = np.array([[0, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 2, 2, 2, 3, 3, 0]])
@@ -27,6 +31,8 @@ POLICIES = {
     "no lower bound": PolicyConfig(clip_low=1.0, clip_high=0.0),
     "clamped": PolicyConfig(log_ratio_clamp=0.4, dual_clip=None),
     "gspo": gspo(0.1, 0.15),
+    "gmpo": gmpo(0.3),
+    "sapo": PolicyConfig(kind="sapo", positive_temperature=0.8, negative_temperature=1.5),
     "cispo": PolicyConfig(kind="cispo"),
     "reinforce": PolicyConfig(kind="reinforce"),
 }
@@ -76,9 +82,9 @@ def test_policy_loss_is_the_loop(x64, config, mode):
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "tight dual clip"])
+@pytest.mark.parametrize("kind", ["ppo", "tight dual clip", "sapo"])
 def test_gradient_is_the_finite_difference(x64, kind):
-    """PPO's loss is what it differentiates; the others stop gradients by design (next test)."""
+    """PPO's loss, and SAPO's, are what they differentiate; others stop gradients (next test)."""
     log_prob, old, advantage = case(3)
     config = POLICIES[kind]
     gradient = jax.grad(lambda x: loss_of(x, old, advantage, config)[0])(jnp.asarray(log_prob))
@@ -128,11 +134,12 @@ def test_gradient_of_the_losses_that_stop_gradients(x64, kind):
     np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-14)
 
 
-def test_gspo_gradient_is_the_finite_difference_along_a_sequence(x64):
-    """Moving all log-probs of a sequence together moves its ratio by as much."""
+@pytest.mark.parametrize("config", [gspo(0.2, 0.2), gmpo(0.4), gmpo(0.02)])
+def test_gradient_by_sequences_is_the_finite_difference_along_one(x64, config):
+    """Moving all log-probs of a sequence together moves its ratio by as much as is not clipped."""
     log_prob, old, _ = case(5, spread=0.05)
     advantage = np.ones_like(log_prob)
-    config, mode = gspo(0.2, 0.2), "seq-mean-token-mean"
+    mode = "seq-mean-token-mean"
     gradient = jax.grad(lambda x: loss_of(x, old, advantage, config, mode)[0])(
         jnp.asarray(log_prob)
     )
@@ -144,6 +151,7 @@ def test_gspo_gradient_is_the_finite_difference_along_a_sequence(x64):
         values.append(reference.aggregate(tokens, MASK, SEGMENTS, mode))
     slope = (values[0] - values[1]) / 2e-6
     assert np.sum(gradient[0, 5:8]) == pytest.approx(slope, abs=1e-8)
+    assert np.count_nonzero(gradient[0, 5:8]) == (1 if config == gmpo(0.02) else 2)
 
 
 @pytest.mark.parametrize(
@@ -173,8 +181,6 @@ def test_all_kinds_have_the_policy_gradient_at_ratio_one(x64):
     log_prob, _, advantage = case(7)
     counted = MASK.sum()
     for name, config in POLICIES.items():
-        if config.kind == "gspo":
-            continue  # spread over the sequence; checked above
         gradient = jax.grad(lambda x, c=config: loss_of(x, log_prob, advantage, c)[0])(
             jnp.asarray(log_prob)
         )
@@ -207,10 +213,24 @@ def test_clip_flags_are_the_tokens_without_gradient():
     np.testing.assert_array_equal(np.asarray(gradient)[MASK] == 0, stopped[MASK])
 
 
+@pytest.mark.parametrize("config", POLICIES.values(), ids=POLICIES)
+def test_a_ratio_beyond_the_floating_point_format_has_no_nan(config):
+    """Without a clamp, exp(90) and exp(-90): infinity times the zero slope of a clip was NaN."""
+    config = dataclasses.replace(config, log_ratio_clamp=None)
+    log_prob, _, advantage = case(dtype=np.float32)
+    for apart in (90.0, 500.0, -90.0, -500.0):
+        old = log_prob - np.float32(apart)
+        value, gradient = jax.value_and_grad(lambda x, o=old: loss_of(x, o, advantage, config)[0])(
+            jnp.asarray(log_prob)
+        )
+        assert np.isfinite(value) and np.isfinite(gradient).all(), apart
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "trpo"}, "'ppo', 'gspo', 'cispo', 'reinforce'.*got 'trpo'"),
+        ({"kind": "trpo"}, "'ppo', 'gspo', 'gmpo', 'cispo', 'sapo', 'reinforce'.*got 'trpo'"),
+        ({"negative_temperature": 0.0}, "temperatures of SAPO's gate must be > 0"),
         ({"clip_low": 1.5}, "0 <= clip_low <= 1"),
         ({"dual_clip": 1.0}, "dual_clip must be > 1"),
         ({"log_ratio_clamp": 0.0}, "log_ratio_clamp must be > 0"),
@@ -283,6 +303,15 @@ def test_aggregate_refuses(arguments, message):
 # -- advantages -------------------------------------------------------------------------------
 
 
+def advantages_of(rewards, valid, method, **options):
+    """With lengths and greedy rewards for the methods that read them."""
+    rng = np.random.default_rng(3)
+    lengths, greedy = rng.integers(1, 9, rewards.shape), rng.normal(size=len(rewards))
+    options |= {"lengths": jnp.asarray(lengths), "greedy": jnp.asarray(greedy, rewards.dtype)}
+    got = advantages.group_advantages(jnp.asarray(rewards), valid, method=method, **options)
+    return got, lengths, greedy
+
+
 @pytest.mark.parametrize("method", advantages.METHODS)
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_advantages_are_the_loop(x64, method, ddof):
@@ -290,11 +319,57 @@ def test_advantages_are_the_loop(x64, method, ddof):
     rewards = rng.integers(0, 2, (5, 4)).astype(np.float64) + rng.normal(size=(5, 4)) * 0.1
     valid = np.ones((5, 4), bool)
     valid[1, 2] = valid[3, :3] = valid[4] = False  # one, all but one, all of a group
-    got = advantages.group_advantages(
-        jnp.asarray(rewards), jnp.asarray(valid), method=method, ddof=ddof
+    got, lengths, greedy = advantages_of(rewards, jnp.asarray(valid), method, ddof=ddof)
+    expected = reference.group_advantages(
+        rewards, valid, method, ddof=ddof, lengths=lengths, greedy=greedy
     )
-    expected = reference.group_advantages(rewards, valid, method, ddof=ddof)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("in_reward", [False, True])
+@pytest.mark.parametrize("method", ADVANTAGES)
+def test_advantages_of_tokens_are_the_loop(x64, method, in_reward):
+    """Responses that begin anywhere; with the KL term in the rewards, or without."""
+    rng = np.random.default_rng(4)
+    rewards, lengths = rng.normal(size=(4, 3)), rng.integers(1, 6, (4, 3))
+    valid = np.ones((4, 3), bool)
+    valid[1, 2] = valid[3, :2] = False
+    first = rng.integers(1, 4, (4, 3))
+    columns = np.arange(8)[None, None]
+    mask = (columns >= first[..., None]) & (columns < (first + lengths)[..., None])
+    old, other = rng.normal(size=(2, 4, 3, 8))
+    spoiled = [np.where(mask & valid[..., None], x, np.nan) for x in (old, other)]
+    objective = ObjectiveConfig(
+        advantage=method,
+        gamma=0.9 if method == "reinforce++-tokens" else 1.0,
+        kl_coefficient=0.3 if in_reward else 0.0,
+        kl_in_reward=in_reward,
+        kl_estimator="k1",
+    )
+    greedy = rng.normal(size=4)
+    got = token_advantages(
+        objective,
+        jnp.asarray(rewards),
+        jnp.asarray(valid),
+        jnp.asarray(mask.reshape(12, 8)),
+        old_log_prob=jnp.asarray(spoiled[0].reshape(12, 8)),
+        reference_log_prob=jnp.asarray(spoiled[1].reshape(12, 8)),
+        greedy=jnp.asarray(greedy),
+    ).reshape(4, 3, 8)
+    penalties = np.zeros((4, 3, 8))  # of a response's tokens, from its first one on
+    for p, g, t in np.argwhere(mask):
+        penalties[p, g, t - first[p, g]] = 0.3 * in_reward * (old - other)[p, g, t]
+    if method in advantages.METHODS:
+        options = {"lengths": lengths, "greedy": greedy, "penalties": penalties}
+        expected = reference.group_advantages(rewards, valid, method, **options)[..., None]
+    else:
+        expected = reference.token_advantages(
+            rewards, valid, lengths, penalties, method, objective.gamma
+        )
+    for p, g in np.ndindex(4, 3):
+        own = np.broadcast_to(expected[p, g], 8)[: lengths[p, g]]
+        np.testing.assert_allclose(got[p, g][mask[p, g]], own, rtol=1e-10, atol=1e-14)
+    assert not np.any(np.where(mask, 0, got))
 
 
 def test_grpo_by_hand(x64):
@@ -308,17 +383,22 @@ def test_grpo_by_hand(x64):
 def test_what_an_invalid_sample_got_has_no_influence(method):
     rewards = jnp.array([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     valid = jnp.array([[True, True, False], [True, True, True]])
-    one = advantages.group_advantages(rewards, valid, method=method)
-    other = advantages.group_advantages(rewards.at[0, 2].set(jnp.nan), valid, method=method)
+    one = advantages_of(rewards, valid, method)[0]
+    other = advantages_of(rewards.at[0, 2].set(jnp.nan), valid, method)[0]
     np.testing.assert_array_equal(one, other)
     assert one[0, 2] == 0
 
 
-@pytest.mark.parametrize("method", advantages.METHODS)
-def test_a_group_without_variance_has_no_advantage(method):
-    rewards = jnp.ones((1, 4))
-    got = advantages.group_advantages(rewards, rewards > 0, method=method)
-    np.testing.assert_array_equal(got, np.zeros((1, 4)))
+@pytest.mark.parametrize("method", [m for m in advantages.METHODS if m != "remax"])
+def test_rewards_that_are_equal_give_exactly_nothing(method):
+    """Whatever the rounding of their mean: 0.7 and 1 - 1/3 in float32, over odd numbers of them."""
+    for reward in (1.0, 0.7, 1 - 1 / 3, -0.1):
+        for samples in (3, 5, 7, 8):
+            rewards = jnp.full((3, samples), reward, jnp.float32)
+            got = advantages_of(rewards, rewards < 2, method)[0]
+            np.testing.assert_array_equal(got, np.zeros((3, samples)))
+    equal = advantages.whiten(rewards, rewards < 2)
+    np.testing.assert_array_equal(equal, np.zeros((3, 8)))
 
 
 @pytest.mark.parametrize(
@@ -328,6 +408,8 @@ def test_a_group_without_variance_has_no_advantage(method):
         ((0, 4), "grpo", "at least one of each, got shape \\(0, 4\\)"),
         ((2, 0), "grpo", "at least one of each"),
         ((2, 1), "grpo", "a group of one has nothing to compare"),
+        ((2, 4), "opo", "method 'opo' needs lengths="),
+        ((2, 4), "remax", "method 'remax' needs greedy="),
     ],
 )
 def test_advantages_refuse(shape, method, message):
@@ -377,9 +459,29 @@ def test_kl_clamps_and_refuses():
         divergences.kl(far, far, estimator="k4")
 
 
-def test_entropy_of_a_certain_token_is_zero_with_finite_gradient():
-    logits = jnp.array([[0.0, -jnp.inf, -jnp.inf], [0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(divergences.token_entropy(logits), [0.0, np.log(3)], atol=1e-6)
+@pytest.mark.parametrize("loss", ["entropy", "distillation"])
+def test_a_logit_of_minus_infinity_is_probability_zero(loss):
+    """In values and gradients: as a logit of -50, but for what float32 does not see."""
+    inf = jnp.inf
+    logits = jnp.array([[[0.0, -inf, -inf], [0.3, -inf, 1.0], [0.1, 0.0, 0.2]]])
+    targets = jnp.array([[[0.0, -inf, -inf], [1.0, -inf, 0.5], [0.0, 0.0, -inf]]])
+
+    def value_and_gradient(logits, targets):
+        def tokens(x):
+            return (
+                divergences.token_entropy(x) if loss == "entropy" else mtp.distillation(x, targets)
+            )
+
+        return tokens(logits), jax.grad(lambda x: jnp.sum(tokens(x)))(logits)
+
+    got = value_and_gradient(logits, targets)
+    near = value_and_gradient(jnp.maximum(logits, -50), jnp.maximum(targets, -50))
+    for one, other in zip(got, near, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_what_the_head_alone_excludes_is_infinitely_far():
+    assert np.isposinf(mtp.distillation(jnp.array([[[0.0, -jnp.inf]]]), jnp.zeros((1, 1, 2)))[0, 0])
 
 
 def test_importance_weight_is_truncated_and_has_no_gradient():

@@ -14,6 +14,7 @@ from occ.training import loop
 from occ.training.config import (
     EvaluationConfig,
     LayoutConfig,
+    ObjectiveConfig,
     RolloutConfig,
     TrainConfig,
 )
@@ -179,6 +180,40 @@ def test_responses_that_were_cut_off(model):
     lowest = np.asarray(punished.batch.advantages).min(axis=1)
     assert np.all(lengths[lowest < 0] == 12) and np.any(lowest < 0)
     assert punished.metrics["reward"] == 1.0  # what is reported stays the verifier's
+    # All answers are right: the penalty makes no group one to learn correctness from.
+    both = config_for(
+        rollout={"overlong_buffer": 1, "dynamic_sampling": True}, max_response_tokens=12
+    )
+    dropped = collect(programs, policy_of(model), both, task, 0)
+    assert not np.any(dropped.batch.response_mask)
+    assert dropped.metrics["rollout/zero_variance_groups"] == 1.0
+
+
+def test_the_baseline_may_be_the_most_likely_response_and_the_rewards_hold_a_kl_term(
+    model, programs
+):
+    """ReMax, judged beside the samples; k1 to another policy, summed over a response."""
+    objective = ObjectiveConfig(
+        advantage="remax", kl_coefficient=0.5, kl_in_reward=True, kl_estimator="k1"
+    )
+    calls = []
+
+    def verifier(problem, completion):
+        calls.append((problem.prompt, by_length(problem, completion)))
+        return calls[-1][1]
+
+    other = policy_of(tiny.build_model(config_for().model, seed=5))
+    config = config_for(objective=objective)
+    batch = collect(programs, policy_of(model), config, judged_by(verifier), 0, other).batch
+    sampled, likely = np.array([r for _, r in calls[:16]]), np.array([r for _, r in calls[16:]])
+    assert [prompt for prompt, _ in calls[:16:4]] == [prompt for prompt, _ in calls[16:]]
+    mask = np.asarray(batch.response_mask)
+    kl = np.where(mask, batch.old_log_prob - batch.reference_log_prob, 0).sum(axis=1)
+    expected = sampled - 0.5 * kl - np.repeat(likely, 4)
+    np.testing.assert_allclose(
+        batch.advantages, np.where(mask, expected[:, None], 0), rtol=1e-4, atol=1e-5
+    )
+    assert np.abs(kl).min() > 1e-3
 
 
 def test_evaluation_counts_what_the_verifier_accepts(model, programs):

@@ -279,7 +279,12 @@ def test_a_rollout_is_cut_evenly_or_not_at_all():
         ),
         (lambda: MTPTrainingConfig(rule="best"), "rule must be one of .*'best'"),
         (lambda: regime("occ2"), "expected one of .*got 'occ2'"),
-        (lambda: RolloutConfig(samples=1), "a group of one has nothing to compare"),
+        (
+            lambda: tiny.run_config("x", rollout=RolloutConfig(prompts=8, samples=1)),
+            "a group of one has nothing to compare",
+        ),
+        (lambda: ObjectiveConfig(gamma=0.9), "only advantage='reinforce..-tokens' looks at"),
+        (lambda: ObjectiveConfig(kl_in_reward=True), "moves the KL term, and kl_coefficient=0"),
         (lambda: RolloutConfig(prompts=0), "prompts must be > 0, got 0"),
         (lambda: RolloutConfig(prompts=6, minibatches=4), "must be a multiple of minibatches"),
         (lambda: OptimizerConfig(clip_groups="one"), "clip_groups must be one of"),

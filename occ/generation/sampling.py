@@ -212,11 +212,14 @@ def restrict(
 ) -> Float[Array, "batch vocab"]:
     """Logits of -inf outside the top k, and then outside the nucleus.
 
+    Of equal logits those of the lower tokens stay, so that k tokens are k.
+
     Reference: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
     """
     if config.top_k:
-        kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+        values, kept = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))
+        excluded = jnp.full_like(logits, -jnp.inf)
+        logits = jnp.put_along_axis(excluded, kept, values, axis=-1, inplace=False)
     if config.top_p < 1:
         order = jnp.argsort(-logits, axis=-1)
         probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)

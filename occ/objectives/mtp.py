@@ -135,7 +135,10 @@ def distillation(
     dtype = accumulation_dtype(logits.dtype)
     target = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
     log_prob = jax.nn.log_softmax(logits.astype(dtype), axis=-1)
-    return jnp.sum(jnp.exp(target) * (target - log_prob), axis=-1)
+    probability = jnp.exp(target)
+    # Replaced before the product: 0 times -inf, or -inf minus -inf, would be NaN.
+    difference = jnp.where(probability > 0, target - log_prob, 0)
+    return jnp.sum(probability * difference, axis=-1)
 
 
 def _shift(values: jax.Array, by: int) -> jax.Array:

@@ -24,6 +24,7 @@ NUCLEUS = "in (0, 1]"
 RANGES = {
     "ObjectiveConfig": {
         "constant_length": ABOVE_ZERO,
+        "gamma": SHARE,
         "kl_coefficient": NOT_NEGATIVE,
         "kl_clamp": ABOVE_ZERO,
         "importance_cap": ABOVE_ZERO,

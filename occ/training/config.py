@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from occ import measures, rules
 from occ.models.config import ModelConfig
+from occ.objectives.advantages import METHODS, TOKEN_METHODS, WITHOUT_GROUP
 from occ.objectives.policy import PolicyConfig
 from occ.training import named_measures as named_measures  # enters them
 from occ.training.checks import validate
@@ -14,10 +15,14 @@ from occ.training.layout import LayoutConfig as LayoutConfig
 from occ.training.start_config import PretrainedConfig as PretrainedConfig
 from occ.training.start_config import WarmStartConfig as WarmStartConfig
 
+ADVANTAGES = METHODS + TOKEN_METHODS
+
 if TYPE_CHECKING:
+    AdvantageName = str
     MeasureName = str
     RuleName = str
 else:
+    AdvantageName = Literal[ADVANTAGES]
     MeasureName = Literal[tuple(measures.REGISTRY)]
     RuleName = Literal[tuple(rules.REGISTRY)]
 
@@ -28,11 +33,15 @@ class ObjectiveConfig:
 
     Attributes:
       policy: the clipped token loss.
-      advantage: estimator over the samples of a prompt.
+      advantage: estimator from the rewards of the samples; see `occ.objectives.advantages`.
+        "remax" also generates the most likely response to each prompt, one more beside the samples.
+      gamma: discount a token of advantage "reinforce++-tokens".
       aggregation: how token losses become one number; named, since it changes the gradient by an
         order of magnitude between projects.
       constant_length: tokens, the divisor of aggregation "constant-length" (Dr.GRPO).
       kl_coefficient: weight of the KL term to the reference policy; 0 is off.
+      kl_in_reward: it is taken from the rewards, token by token under the policy that sampled, and
+        not added to the loss. The gradient is that of the divergence with estimator "k1" alone.
       kl_estimator: per-token estimator of it.
       kl_clamp: nats, bound on |log pi - log reference| of a token before use, without which k3
         overflows (verl: 20); None is none (TRL).
@@ -41,12 +50,14 @@ class ObjectiveConfig:
     """
 
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "grpo"
+    advantage: AdvantageName = dataclasses.field(default="grpo", metadata={"one_of": ADVANTAGES})
+    gamma: float = 1.0
     aggregation: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant-length"
     ] = "token-mean"
     constant_length: int | None = None
     kl_coefficient: float = 0.0
+    kl_in_reward: bool = False
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
     kl_clamp: float | None = 20.0
     entropy_coefficient: float = 0.0
@@ -58,6 +69,16 @@ class ObjectiveConfig:
             raise ValueError(
                 "ObjectiveConfig: constant_length goes with aggregation='constant-length' and with "
                 f"no other, got {self.constant_length} with {self.aggregation!r}."
+            )
+        if self.gamma != 1 and self.advantage != "reinforce++-tokens":
+            raise ValueError(
+                "ObjectiveConfig: gamma discounts the rewards of later tokens, which only "
+                f"advantage='reinforce++-tokens' looks at one by one, got {self.gamma} with "
+                f"{self.advantage!r}."
+            )
+        if self.kl_in_reward and not self.kl_coefficient:
+            raise ValueError(
+                "ObjectiveConfig: kl_in_reward moves the KL term, and kl_coefficient=0 has none."
             )
 
 
@@ -228,8 +249,8 @@ class RolloutConfig:
       samples: responses a prompt (the group).
       minibatches: gradient steps a rollout.
       temperature, top_p, top_k: of sampling; top_k = 0 is off.
-      dynamic_sampling: drop groups whose rewards do not vary from the losses (DAPO); they are
-        counted either way.
+      dynamic_sampling: drop groups whose rewards, before the length penalty, do not vary from the
+        losses (DAPO); they are counted either way.
       overlong_buffer: tokens before the length limit over which a penalty grows; 0 is off.
       overlong_penalty: its size at the limit.
       overlong_filter: leave responses that were cut off out of the losses.
@@ -248,11 +269,6 @@ class RolloutConfig:
 
     def __post_init__(self):
         validate(self)
-        if self.samples < 2:
-            raise ValueError(
-                "RolloutConfig.samples must be at least 2, got 1: advantages compare the samples "
-                "of one prompt with each other, and a group of one has nothing to compare."
-            )
         if self.prompts % self.minibatches:
             raise ValueError(
                 f"RolloutConfig.prompts ({self.prompts}) must be a multiple of minibatches "
@@ -323,6 +339,13 @@ class TrainConfig:
 
     def __post_init__(self):
         validate(self)
+        alone_will_do = self.objective.advantage in WITHOUT_GROUP
+        if self.rollout.samples < 2 and (self.rollout.dynamic_sampling or not alone_will_do):
+            raise ValueError(
+                "TrainConfig: rollout.samples must be at least 2, got 1: advantages and dynamic "
+                "sampling compare the samples of one prompt with each other, and a group of one "
+                f"has nothing to compare. Advantages that do without: {', '.join(WITHOUT_GROUP)}."
+            )
         if self.mtp.loss != "none" and self.model.mtp.num_modules < 1:
             raise ValueError(
                 f"TrainConfig: MTP loss {self.mtp.loss!r} with K = 0 modules. Give the model "

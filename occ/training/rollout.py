@@ -19,6 +19,7 @@ from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
 from occ.training.batch import Minibatch, Sequences, positions_from_segments, segments_of
 from occ.training.config import TrainConfig
+from occ.training.credit import token_advantages
 from occ.training.gradient.stages import Stages
 from occ.training.processes import collect_shares, key_on_mesh, my_share, to_host
 from occ.training.sharding import for_generation
@@ -194,14 +195,8 @@ def collect(
     completions, rewards, valid = judge(task, problems, sampled, columns)
 
     grouped = (rollout.prompts, rollout.samples)
-    shaped = rewards + _length_penalty(sampled, config, response)
-    advantage = advantages.group_advantages(
-        jnp.asarray(shaped).reshape(grouped),
-        jnp.asarray(valid).reshape(grouped),
-        method=config.objective.advantage,
-    )
     kept = advantages.informative_groups(
-        jnp.asarray(shaped).reshape(grouped), jnp.asarray(valid).reshape(grouped)
+        jnp.asarray(rewards).reshape(grouped), jnp.asarray(valid).reshape(grouped)
     )
     counted = valid.copy()
     if rollout.dynamic_sampling:
@@ -209,10 +204,29 @@ def collect(
     if rollout.overlong_filter:
         counted &= sampled.finished
 
-    batch = _batch(programs, policy, sampled, prompt_mask, counted, advantage)
+    batch = _batch(programs, policy, sampled, prompt_mask, counted)
     if reference is not None:
         scores = programs.score(reference, batch.tokens, batch.segment_ids)
         batch = batch.replace(reference_log_prob=to_host(scores.log_prob))
+    greedy, comparable = None, valid
+    if config.objective.advantage == "remax":
+        each = slice(None, None, rollout.samples)
+        most_likely = programs.greedy(policy, prompts[each], prompt_mask[each], key)
+        _, baseline, judged = judge(task, problems[each], most_likely, columns)
+        greedy = jnp.asarray(baseline + _length_penalty(most_likely, config, response))
+        comparable = valid & np.repeat(judged, rollout.samples)
+    advantage = token_advantages(
+        config.objective,
+        jnp.asarray(rewards + _length_penalty(sampled, config, response)).reshape(grouped),
+        jnp.asarray(comparable).reshape(grouped),
+        jnp.asarray(sampled.response_mask),
+        old_log_prob=jnp.asarray(batch.old_log_prob),
+        reference_log_prob=jnp.asarray(batch.reference_log_prob),
+        greedy=greedy,
+    )
+    batch = batch.replace(
+        advantages=np.where(batch.response_mask, np.asarray(advantage), np.float32(0))
+    )
     metrics = _metrics(batch, sampled, rewards, valid, kept)
     metrics["rollout/padding_waste"] = padding_waste(
         prompt_mask, sampled.lengths, programs.sample.rows_at_a_time
@@ -257,9 +271,8 @@ def _length_penalty(sampled: Generation, config: TrainConfig, response: int) -> 
     )
 
 
-def _batch(programs, policy, sampled, prompt_mask, counted, advantage) -> Minibatch:
-    """The sequences with the old policies' log-probs."""
-    rows = sampled.tokens.shape[0]
+def _batch(programs, policy, sampled, prompt_mask, counted) -> Minibatch:
+    """The sequences with the old policies' log-probs, without advantages yet."""
     segment_ids = segments_of(prompt_mask, sampled.response_mask)
     response_mask = sampled.response_mask & counted[:, None]
     old = to_host(programs.score(policy, sampled.tokens, segment_ids))
@@ -268,7 +281,7 @@ def _batch(programs, policy, sampled, prompt_mask, counted, advantage) -> Miniba
         segment_ids=segment_ids,
         positions=np.asarray(positions_from_segments(jnp.asarray(segment_ids))),
         response_mask=response_mask,
-        advantages=np.where(response_mask, np.asarray(advantage).reshape(rows, 1), np.float32(0)),
+        advantages=np.zeros_like(sampled.log_prob),
         old_log_prob=old.log_prob,
         old_mtp_log_prob=old.mtp_log_prob,
         rollout_log_prob=sampled.log_prob,

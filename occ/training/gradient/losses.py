@@ -36,7 +36,7 @@ class LossOutput(NamedTuple):
 def rl_loss(
     scores: TokenScores, batch: Minibatch, config: TrainConfig
 ) -> tuple[Float[Array, ""], LossOutput]:
-    """Policy loss, plus the KL term, minus the entropy bonus.
+    """Policy loss, plus the KL term (unless the rewards have it), minus the entropy bonus.
 
     Args:
       scores: of the main head.
@@ -62,7 +62,7 @@ def rl_loss(
     )
     policy_term = _aggregate(terms.loss * _importance(batch, objective), mask, batch, config)
     loss = policy_term.mean()
-    if objective.kl_coefficient:
+    if objective.kl_coefficient and not objective.kl_in_reward:
         kl = divergences.kl(
             jnp.where(mask, scores.log_prob, 0),
             jnp.where(mask, batch.reference_log_prob, 0),

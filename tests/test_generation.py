@@ -290,7 +290,7 @@ def test_frequencies_are_the_probabilities(settings):
 def test_restriction_by_loop(top_k, top_p):
     config = SamplingConfig(1, top_k=top_k, top_p=top_p)
     logits = np.random.default_rng(2).normal(size=(20, 7)).astype(np.float32) * 2
-    logits[:10] = np.round(logits[:10])  # many are equal
+    logits[:10] = np.round(logits[:10]) + 0.0  # many are equal, and none is -0
     kept = np.isfinite(restrict(jnp.asarray(logits), config))
     expected = np.isfinite([restricted_by_loop(row, config) for row in logits])
     np.testing.assert_array_equal(kept, expected)

@@ -34,6 +34,7 @@ The inner products are over the parameters that both losses reach.
     contribution.py  what the auxiliary gradients contribute, and the best coefficients
     ceiling.py       the main gradient alone, and the most that any coefficient can add
     sampling.py      gradients of a minibatch
+    worth.py         what an auxiliary gradient is worth where the step's length is free
     checks.py        predicted and realised changes of a real objective
 
 Reference: Wang et al., Joint Training of Multi-Token Prediction in Reinforcement Learning via
@@ -69,6 +70,15 @@ from occ.theory.sampling import (
     sampled_gram,
     sampled_lower_bound,
 )
+from occ.theory.worth import (
+    Worth,
+    by_group,
+    critical_batch,
+    equivalent_batch,
+    relative_gain,
+    scaled,
+    worth,
+)
 
 __all__ = [
     "Ceiling",
@@ -77,12 +87,16 @@ __all__ = [
     "SampledGram",
     "StepCheck",
     "StepModel",
+    "Worth",
     "at_batch_size",
+    "by_group",
     "ceiling",
     "ceiling_share",
     "check_step",
     "coefficient_scale",
     "contribution",
+    "critical_batch",
+    "equivalent_batch",
     "hvp",
     "joint_step",
     "local_smoothness",
@@ -92,7 +106,10 @@ __all__ = [
     "optimal_contribution",
     "optimal_step_size",
     "preconditioned_lower_bound",
+    "relative_gain",
     "sampled_gram",
     "sampled_lower_bound",
+    "scaled",
     "second_order",
+    "worth",
 ]

@@ -80,13 +80,13 @@ def preconditioned_lower_bound(
     Raises:
       ValueError: unknown norm.
     """
-    scaled = tuple(_multiply(preconditioner, gradient) for gradient in gradients)
+    scaled = tuple(scaled_by(preconditioner, gradient) for gradient in gradients)
     slopes = [measures.inner_product(gradients[0], step) for step in scaled]
     if norm == "euclidean":
         gram = measures.gram_matrix(scaled)
     elif norm == "preconditioned":
         roots = jax.tree.map(jnp.sqrt, preconditioner)
-        gram = measures.gram_matrix(tuple(_multiply(roots, gradient) for gradient in gradients))
+        gram = measures.gram_matrix(tuple(scaled_by(roots, gradient) for gradient in gradients))
     else:
         raise ValueError(
             f"preconditioned_lower_bound: norm must be 'preconditioned' or 'euclidean', got "
@@ -137,7 +137,9 @@ def hvp(objective: Objective, params: Any, direction: Any) -> Any:
     return jax.jvp(jax.grad(objective), (params,), (as_direction(params, direction),))[1]
 
 
-def _multiply(diagonal: Any, tree: Any) -> Any:
+def scaled_by(diagonal: Any, tree: Any) -> Any:
+    """A diagonal matrix times a tree, in at least float32."""
+
     def leaf(p, x):
         dtype = measures.accumulation_dtype(p.dtype, x.dtype)
         return p.astype(dtype) * x.astype(dtype)

@@ -62,6 +62,12 @@ class GroupedCalibration:
                 f"calibrate_groups: measure {self.measure.name!r} reads {unreadable}, which does "
                 f"not fall into groups of leaves. Use a measure of {sorted(READABLE)}."
             )
+        if self.measure.partial:
+            raise ValueError(
+                f"calibrate_groups: measure {self.measure.name!r} looks at some leaves alone, and "
+                "most groups have none of them. Use a measure of all leaves, or calibrate with "
+                "one coefficient."
+            )
 
     def init(self, params: Any) -> GroupedState:
         """State for gradients shaped like `params`.

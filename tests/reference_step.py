@@ -62,7 +62,7 @@ def own(path):
     return path.startswith("mtp/")
 
 
-def step(config, model, batch, memory=None):
+def step(config, model, batch, memory=None, prompt_columns=0):
     """The gradient and the metrics of a train step on one minibatch."""
     graphdef, params, rest = model
     memory = Memory() if memory is None else memory
@@ -84,7 +84,7 @@ def step(config, model, batch, memory=None):
     metrics = dict(losses[0].metrics) | batch_metrics(batch)
     if mtp.loss == "none":
         return Step(main, metrics | norms(main), memory)
-    memory = weigh(config, losses, [main, *shared_rows], memory)
+    memory = weigh(config, losses, [main, *shared_rows], memory, prompt_columns)
     gradient = {}
     for path, g in main.items():
         gradient[path] = g.copy()
@@ -110,7 +110,7 @@ def gram(gradients):
     return np.array([[product(a, b) for b in gradients] for a in gradients])
 
 
-def weigh(config, losses, gradients, memory):
+def weigh(config, losses, gradients, memory, prompt_columns=0):
     """The coefficients of the modules' gradients on the shared leaves."""
     mtp, modules = config.mtp, len(losses) - 1
     if memory.count % mtp.every:
@@ -120,8 +120,8 @@ def weigh(config, losses, gradients, memory):
     if mtp.rule in ("detach", "fixed", "replay"):  # measured for the record alone
         measure = "gradients" if mtp.placement == "exact" else "log_ratios"
     if measure == "released_unmasked":
-        # The mean over all cells, of the first module alone, for every module.
-        main, first = losses[0].log_ratio.ravel(), losses[1].log_ratio.ravel()
+        # The mean over all cells of responses, of the first module alone, for every module.
+        main, first = (loss.log_ratio[:, prompt_columns:].ravel() for loss in losses[:2])
         ratio = sum(
             a * b / (b * b + mtp.added_eps) for a, b in zip(main, first, strict=True)
         ) / len(main)

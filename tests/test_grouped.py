@@ -152,6 +152,8 @@ def test_the_papers_eps_goes_with_its_measures():
 def test_errors():
     with pytest.raises(ValueError, match="does not fall into groups"):
         occ.calibrate_groups(by_layer, measures.log_ratios())
+    with pytest.raises(ValueError, match="'gradients.select.' looks at some leaves alone"):
+        occ.calibrate_groups(by_layer, measures.gradients(measures.layer(0)))
     with pytest.raises(ValueError, match="measured at every update, got every=2"):
         GroupedCalibration(by_layer, measures.gradients(), rules.optimal(), every=2)
     with pytest.raises(ValueError, match="names no group for any leaf.*'embedding'"):

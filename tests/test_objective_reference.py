@@ -205,7 +205,9 @@ def check(config, batches, **options):
     state, memory = tiny.state(config, model), None
     for number, batch in enumerate(batches):
         before = state.params
-        expected = reference_step.step(config, (model[0], before, state.rest), batch, memory)
+        columns = options.get("prompt_columns", 0)
+        model_now = model[0], before, state.rest
+        expected = reference_step.step(config, model_now, batch, memory, columns)
         memory = expected.memory
         state, metrics = train_step(state, batch)
         assert_step(metrics, gradient_of(state), expected)
@@ -271,12 +273,18 @@ def test_a_step_is_that_of_the_loops(x64, name):
 
 
 @pytest.mark.parametrize(
-    ("model", "chunk"),
-    [(ONE, 0), *(pytest.param(TWO, chunk, marks=pytest.mark.slow) for chunk in (0, 3))],
+    ("mtp", "model", "chunk"),
+    [
+        (regime("occ_released"), ONE, 0),  # its mean is over the columns of responses
+        *(
+            pytest.param(DISTILL, model, chunk, marks=pytest.mark.slow)
+            for model, chunk in ((ONE, 0), (TWO, 0), (TWO, 3))
+        ),
+    ],
 )
-def test_without_the_columns_of_the_prompts(x64, model, chunk):
-    """And the modules' own leaves learn from another loss than what the shared ones see."""
-    config = config_of(DISTILL, "reinforce", model, {"logits_chunk": chunk, "pack": False})
+def test_without_the_columns_of_the_prompts(x64, mtp, model, chunk):
+    """And the modules' own leaves may learn from another loss than what the shared ones see."""
+    config = config_of(mtp, "reinforce", model, {"logits_chunk": chunk, "pack": False})
     check(config, [batch_for(config)], prompt_columns=PROMPT_COLUMNS)
 
 

@@ -283,6 +283,18 @@ def test_a_rollout_is_cut_evenly_or_not_at_all():
             lambda: tiny.run_config("x", rollout=RolloutConfig(prompts=8, samples=1)),
             "a group of one has nothing to compare",
         ),
+        (
+            lambda: MTPTrainingConfig(groups="layer", measure="first_layer"),
+            "a measure that is not in .*'first_layer', 'last_layer', 'embedding'",
+        ),
+        (
+            lambda: tiny.run_config(
+                "x",
+                mtp=MTPTrainingConfig(measure="cross_fitted"),
+                rollout=RolloutConfig(prompts=6, samples=4, minibatches=2),
+            ),
+            "compares the first 6 of a minibatch's 12 sequences .* among the 4 samples",
+        ),
         (lambda: ObjectiveConfig(gamma=0.9), "only advantage='reinforce..-tokens' looks at"),
         (lambda: ObjectiveConfig(kl_in_reward=True), "moves the KL term, and kl_coefficient=0"),
         (lambda: RolloutConfig(prompts=0), "prompts must be > 0, got 0"),
@@ -325,7 +337,6 @@ def test_configurations_that_cannot_work_are_refused(unchecked, build, message):
     [
         pytest.param(regime("occ"), 0, marks=pytest.mark.slow),
         (dataclasses.replace(regime("ce"), loss="distill"), 2),
-        pytest.param(regime("occ_released"), 0, marks=pytest.mark.slow),
     ],
 )
 def test_columns_that_hold_prompts_alone_can_be_left_out_of_the_head(mtp, logits_chunk):
@@ -342,7 +353,6 @@ def test_columns_that_hold_prompts_alone_can_be_left_out_of_the_head(mtp, logits
             run = jax.jit(make_train_step(config, prompt_columns=columns))
             state, metrics = run(tiny.state(config, model), batch)
             found = state.calibration, metrics["loss/rl"], metrics["loss/mtp"], state.opt_state
-            # Ratios come without a Gram matrix, and with no condition number.
             return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), found)
 
         whole = step(0)

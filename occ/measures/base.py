@@ -54,6 +54,7 @@ class Measure(NamedTuple):
       yields_ratio: the measurement holds a ratio and no Gram matrix.
       leading_rows: from the rows of a minibatch to how many at its top are looked at apart from
         the others; None for measures that do not cut a minibatch.
+      partial: it looks at some of the leaves, so that a group of leaves may have none for it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Measure(NamedTuple):
     update: Callable[[Statistics, MeasureState, Any], tuple[Measurement, MeasureState]]
     yields_ratio: bool = False
     leading_rows: Callable[[int], int] | None = None
+    partial: bool = False
 
     @property
     def early(self) -> bool:

@@ -52,7 +52,9 @@ def gradients(select: Select | None = None, *, name: str | None = None) -> Measu
     def update(statistics, state, axis_name):
         return Measurement(psum(gram_matrix(statistics), axis_name)), state
 
-    return Measure(label, ("gradients",), stateless, None, reduce, update)
+    return Measure(
+        label, ("gradients",), stateless, None, reduce, update, partial=select is not None
+    )
 
 
 def layer(index: int) -> Select:

@@ -34,12 +34,19 @@ def log_ratios(form: str = "paper", *, eps: float = 1e-8) -> Measure:
 
         paper:              c_k = sum_t d_RL d_k,  <m_j, m_k> = sum_t d_j d_k   over response tokens
         released_masked:    ratio_k = mean over response tokens of  d_RL d_1 / (d_1^2 + eps)
-        released_unmasked:  the same mean over *all* positions, padding included
+        released_unmasked:  the same mean over *all* T columns, padding included
 
     The first yields a Gram matrix. The other two are what the paper's released code computes (it
     uses the unmasked form); they average ratios instead of dividing sums, take the first head
-    alone and use its coefficient for every head, and never have a c or v^2 to report. Released
-    code further multiplies by 0.1 / K: pass that as `scale` of the rule.
+    alone and use its coefficient for every head, and never have a c or v^2 to report. Its arrays
+    are of the response columns: pass those alone, since columns of prompts, where every ratio is
+    0, would make the unmasked mean smaller. Released code further multiplies by 0.1 / K: pass that
+    as `scale` of the rule.
+
+    Differs from the released code in where a negative coefficient acts: there it multiplies the
+    advantages inside the heads' clipped loss, so that it also turns the clip around; here it
+    multiplies the gradient of the loss, whose clip stays that of the advantages. Positive
+    coefficients are the same.
 
     Evidence, as keyword arguments of `tx.update`:
       main_log_ratio: float [B, T], d_RL.

@@ -152,13 +152,18 @@ class MTPTrainingConfig:
         self.make_rule()  # options that it does not have are named now
         early = [name for name in measures.REGISTRY if measures.by_name(name).early]
         if self.groups != "none" and (
-            self.placement == "fused" or self.every != 1 or not self.data_dependent or measure.early
+            self.placement == "fused"
+            or self.every != 1
+            or not self.data_dependent
+            or measure.early
+            or measure.partial
         ):
+            partial = [name for name in measures.REGISTRY if measures.by_name(name).partial]
             raise ValueError(
                 "MTPTrainingConfig: groups='layer' measures the gradients of every layer at every "
                 "step. Use placement='exact', every=1, a rule that depends on what is measured, "
-                f"and a measure that is not in {early}; got {self.placement!r}, {self.every}, "
-                f"{self.rule!r} and {self.measure!r}."
+                f"and a measure that is not in {early + partial}; got {self.placement!r}, "
+                f"{self.every}, {self.rule!r} and {self.measure!r}."
             )
         if self.placement == "fused" and self.data_dependent and not measure.early:
             raise ValueError(
@@ -368,10 +373,26 @@ class TrainConfig:
                 f"{self.layout.micro_batches} micro-batches on {self.layout.row_parts} devices "
                 "(data x fsdp x expert). Change RolloutConfig or LayoutConfig."
             )
+        self._check_halves(rows)
         if self.layout.pack and self.mtp.data_dependent and self.mtp.measure == "released_unmasked":
             raise ValueError(
                 "TrainConfig: measure 'released_unmasked' is a mean over all positions, padding "
                 "included, and layout.pack=True leaves most of the padding out: the coefficient "
                 "would be another. Use layout.pack=False, or another measure ('released_masked' is "
                 "the same mean over response tokens)."
+            )
+
+    def _check_halves(self, rows: int) -> None:
+        """Halves of a minibatch that are compared must not share a prompt."""
+        if self.mtp.loss == "none" or not self.mtp.data_dependent:
+            return
+        if "gradient_halves" not in self.mtp.make_measure().evidence:
+            return
+        border = self.mtp.leading_rows(rows)
+        if border % self.rollout.samples or not 0 < border < rows:
+            raise ValueError(
+                f"TrainConfig: measure {self.mtp.measure!r} compares the first {border} of a "
+                f"minibatch's {rows} sequences with the others, and the border would stand among "
+                f"the {self.rollout.samples} samples of one prompt, which share their noise. "
+                "Choose RolloutConfig.prompts as a multiple of 2 x minibatches."
             )

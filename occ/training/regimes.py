@@ -67,8 +67,9 @@ REGIMES: dict[str, Regime] = {
     ),
     "occ_released": Regime(
         "OCC, released code",
-        "the paper's released code: unmasked mean of ratios, times 0.1 / K (scale is set for "
-        "K = 1), modules' own gradient scaled too",
+        "the paper's released code: mean of ratios over all response columns, times 0.1 / K (scale "
+        "is set for K = 1), modules' own gradient scaled too; a negative coefficient does not turn "
+        "the clip around, as it does there",
         _fused(measure="released_unmasked", scale=0.1, scale_own=True),
     ),
     "drafter": Regime(

@@ -14,9 +14,10 @@ weights first, where 4 has an estimate before the trunk's backward pass, or weig
 
 Differs from the paper: c and v^2 are by default those of the gradients themselves, where the paper
 has its log-ratio proxy (`regime("occ_paper")`); the modules' own parameters get their gradient
-unscaled. Differs from the paper's released code: that averages ratios over all positions, padding
-included, multiplies by 0.1 / K, scales the modules' own gradient too, and clips all together
-(`regime("occ_released")` with `clip_groups="together"`).
+unscaled. Differs from the paper's released code: that averages ratios over all response columns,
+padding included, multiplies by 0.1 / K, scales the modules' own gradient too, and clips all
+together (`regime("occ_released")` with `clip_groups="together"`); and its coefficient stands
+inside the advantages, where a negative one turns the clip around.
 
 Reference: Wang et al., Joint Training of Multi-Token Prediction in Reinforcement Learning via
 Optimal Coefficient Calibration, arXiv 2605.28184.

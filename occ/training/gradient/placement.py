@@ -375,11 +375,12 @@ def head_times_share(head: HeadGradient, shares: Any, loss: int) -> HeadGradient
 
 
 def _log_ratios(inputs: StepInputs, outputs: list[LossOutput]) -> dict[str, Any]:
-    """The evidence of the log-ratio measures."""
+    """The evidence of the log-ratio measures; columns that hold prompts alone are left out."""
+    columns = slice(inputs.stages.prompt_columns, None)
     return {
-        "main_log_ratio": outputs[0].log_ratio,
-        "auxiliary_log_ratios": jnp.stack([output.log_ratio for output in outputs[1:]]),
-        "response_mask": inputs.batch.response_mask,
+        "main_log_ratio": outputs[0].log_ratio[:, columns],
+        "auxiliary_log_ratios": jnp.stack([out.log_ratio[:, columns] for out in outputs[1:]]),
+        "response_mask": inputs.batch.response_mask[:, columns],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -106,6 +107,15 @@ def write_rows(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def plain_numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Numbers of five significant digits, for rows that are committed."""
-    return {name: float(f"{float(value):.5g}") for name, value in row.items()}
+def rounded(value: Any) -> Any:
+    """Numbers of five significant digits within dicts and lists, for rows that are committed.
+
+    JSON has no word for a number that is not finite: it becomes null.
+    """
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    if isinstance(value, int | str):
+        return value
+    return float(f"{float(value):.5g}") if math.isfinite(value) else None

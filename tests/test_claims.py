@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,12 +13,16 @@ from experiments.studies import (
     claims,
     claims_grid,
     claims_report,
+    claims_rows,
     estimator_fidelity,
     fidelity_report,
     one_step,
+    worth,
+    worth_report,
 )
 from experiments.studies.claims_grid import Cell
 from experiments.studies.fidelity_estimators import PARTS
+from occ import theory
 from occ.training.gradient.calibration import build_calibration
 from tests.test_experiments import small
 
@@ -113,7 +118,7 @@ def test_the_report_pairs_seeds_and_marks_what_differs(tmp_path, capsys):
     for figure in ("differences.png", "cosines.png"):
         assert (tmp_path / "out" / figure).stat().st_size > 5_000
     with pytest.raises(ValueError, match="no rows in"):
-        claims_report.read(tmp_path / "nothing")
+        claims_rows.read(tmp_path / "nothing")
 
 
 def test_rows_of_another_warm_start_are_refused(tmp_path):
@@ -124,7 +129,31 @@ def test_rows_of_another_warm_start_are_refused(tmp_path):
     rows[2] = {**rows[2], "reward_series": [0.5, *rows[2]["reward_series"][1:]]}
     (folder / "ce_0.2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"ce_0.2 seed 2 .commit abc. began with reward 0.5"):
-        claims_report.read(tmp_path / "rows")
+        claims_rows.read(tmp_path / "rows")
+
+
+def test_over_warm_starts_a_start_is_one_value(tmp_path):
+    """Two runs a start: their mean, however many; and the interval is over starts."""
+    folder = tmp_path / "rows" / claims_grid.MAIN
+    folder.mkdir(parents=True)
+    by_start = {11: (0.01, 0.03), 12: (0.00, 0.02), 13: (0.02, 0.04)}
+    for variant in ("detach", "drafter"):
+        rows = []
+        for start, gains in by_start.items():
+            for i, (gain, row) in enumerate(zip(gains, rows_of(0.0, n=2), strict=True)):
+                changed = {"area": 0.4 + gain * (variant == "drafter"), "reward_series": [0.1] * 9}
+                named = {"start": start, "seed": 100 * start + i, "setting": claims_grid.MAIN}
+                rows.append(row | changed | named | {"commit": "c"})
+        (folder / f"{variant}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    runs = claims_rows.read(tmp_path / "rows")[claims_grid.MAIN]
+    means = claims_rows.by_start(runs, "drafter", "area")
+    assert means == pytest.approx({11: 0.02, 12: 0.01, 13: 0.03})
+    found = claims_rows.difference(runs, "drafter", "area")
+    half = 4.302653 * 0.01 / np.sqrt(3)  # Student's t with 2 degrees of freedom
+    assert found.n == 3 and found.half_width == pytest.approx(half, rel=1e-5)
+    assert claims_report.report(tmp_path / "rows", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "3 warm starts a setting" in text and "+2.0 ± 2.5" in text
 
 
 def test_the_truth_is_that_of_the_other_minibatches():
@@ -187,6 +216,61 @@ def test_following_a_run_measures_every_estimator(at, monkeypatch):
     assert (at / "out" / "fidelity.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match="at least 17 minibatches"):
         estimator_fidelity.run(estimator_fidelity.Run(minibatches=5, workers=1))
+
+
+def test_worth_from_minibatches_is_that_of_their_gram_matrices():
+    """Products, leave-one-out matrices and the jackknife, against explicit vectors."""
+    rng = np.random.default_rng(0)
+    parts, count = (*PARTS, "rest"), 12
+    vectors = rng.normal(size=(count, 3, len(parts), 5)) + 1  # [M, A, parts, P]
+    gradients = [{p: one[:, i] for i, p in enumerate(parts)} for one in vectors]
+    matrices = worth.products(gradients)
+    grams = worth.sampled(matrices, left_out=4)
+    kept = np.delete(vectors, 4, axis=0)
+    same = np.einsum("mapd,mbpd->pab", kept, kept) / len(kept)
+    np.testing.assert_allclose(grams.same, same, rtol=1e-12)
+    total = np.einsum("mapd,nbpd->pab", kept, kept) - len(kept) * same
+    cross = total / (len(kept) * (len(kept) - 1))
+    np.testing.assert_allclose(grams.cross, (cross + cross.transpose(0, 2, 1)) / 2, rtol=1e-12)
+    found = worth.jackknife(matrices)
+    whole = [np.asarray(m).sum(0)[np.ix_([0, 2], [0, 2])] for m in worth.sampled(matrices)]
+    plain = float(theory.worth(theory.SampledGram(*map(jnp.asarray, whole))).worth)
+    assert abs(found["worth"]["value"][1] - plain) < 3 * found["worth"]["error"][1]
+    assert np.shape(found["gain"]["value"]) == (2, len(worth_report.COEFFICIENTS))
+    assert 0 < found["worth"]["error"][0] < 1 and found["joint"]["value"] > 0.9
+
+
+def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, capsys):
+    config = CONFIGS[claims_grid.MAIN]()
+    rollout = dataclasses.replace(config.rollout, prompts=8, minibatches=4)
+    warm = dataclasses.replace(config.warm_start, steps=150, batch_size=32, wrong_fraction=0.3)
+    tiny = dataclasses.replace(config, rollouts=4, rollout=rollout, warm_start=warm)
+    monkeypatch.setitem(CONFIGS, claims_grid.MAIN, lambda: tiny)
+    monkeypatch.setattr(worth, "POINTS", (0.5,))
+    only = {name: worth.AUXILIARIES[name] for name in ("ce", "policy_own")}
+    monkeypatch.setattr(worth, "AUXILIARIES", only)
+    arguments = worth.Run(minibatches=6, folder=at / "rows")
+    (row,) = worth_report.read_rows(worth.follow(claims_grid.MAIN, 11, arguments))
+    assert row["rollout"] == 2 and row["minibatches"] == 6
+    points = {(claims_grid.MAIN, 11 + i): [row] for i in range(4)}
+    runs = {
+        variant: [
+            {"start": 11 + i, "seed": i, "area": (0.1 + 0.01 * i) * (variant != "detach")}
+            for i in range(4)
+        ]
+        for variant in ("detach", "drafter", "ce_3")
+    }
+    found = worth_report.pairs(points, {claims_grid.MAIN: runs})
+    assert len(found) == 8 and found[0].variant == "drafter" and found[0].start == 11
+    assert found[0].measured == pytest.approx(0.1)
+    said = worth_report.figure_of(row, "adam", "gain", "policy_own")
+    assert found[0].predicted == pytest.approx(float(said[0]), nan_ok=True)
+    value, low, high = worth_report.correlation(
+        [pair._replace(predicted=pair.measured) for pair in found]
+    )
+    assert value == pytest.approx(1) and low <= high
+    assert worth_report.report(at / "rows", None, at / "out") == 0
+    assert "| filtering_easy | policy_own | 1 |" in capsys.readouterr().out
 
 
 def test_one_step_is_predicted_and_taken(at):

@@ -31,7 +31,7 @@ import tqdm
 from experiments import runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
-from experiments.studies import claims_report
+from experiments.studies import claims_report, claims_rows
 from experiments.studies.claims_grid import (
     CONTROL,
     CONTROLS,
@@ -206,7 +206,7 @@ def run_cell(cell: Cell, arguments: Run) -> float:
         row = _row(cell, start_seed, seed, result, rows)
         reference = Cell(cell.setting, baseline(cell.variant))
         finished = {reference.variant: read_cell(arguments.folder, reference), cell.variant: [row]}
-        claims_report.check_start(finished, cell.variant)
+        claims_rows.check_start(finished, cell.variant)
         _append(arguments.folder, cell, row)
     return time.perf_counter() - started
 

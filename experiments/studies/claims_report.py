@@ -19,105 +19,23 @@ from experiments.studies.claims_grid import (
     CONTROL,
     CORE,
     MAIN,
+    OVER_STARTS,
     SETTINGS,
     SHUFFLED,
-    apart,
     baseline,
-    cells,
 )
-from occ.evaluation.intervals import Estimate, mean_interval, paired_difference
-from occ.training.durable.run_folder import read_rows
-
-Rows = list[dict[str, Any]]
-Results = dict[str, dict[str, Rows]]  # by setting, by variant; a row a seed, in order of seeds
-
-
-def read(folder: pathlib.Path) -> Results:
-    """All finished rows.
-
-    Raises:
-      ValueError: there are none, or some that do not share their warm start.
-    """
-    results: Results = {}
-    for setting, variant in cells() + apart():
-        file = folder / setting / f"{variant}.jsonl"
-        if file.exists():
-            rows = sorted(read_rows(file), key=lambda row: row["seed"])
-            results.setdefault(setting, {})[variant] = rows
-    for runs in results.values():
-        for variant in runs:
-            check_start(runs, variant)
-    if not results:
-        raise ValueError(
-            f"no rows in {folder}: run `python -m experiments.studies.claims run` first, or "
-            "pass the --folder that it wrote to."
-        )
-    return results
-
-
-# ---------------------------------------------------------------------------------------------
-# Quantities
-# ---------------------------------------------------------------------------------------------
-
-
-def values(rows: Rows, name: str) -> list[float]:
-    """One number a seed."""
-    return [row[name] for row in rows]
-
-
-def check_start(runs: dict[str, Rows], variant: str) -> None:
-    """Refuses to pair runs that began from different models.
-
-    Before the first update every run of a seed is the warm start's, so the reward of its first
-    rollout is the same in all variants of a model; rows of another commit or machine may stem from
-    another warm start, which differs from this one in its last bits and then in all.
-
-    Raises:
-      ValueError: naming seeds and commits.
-    """
-    reference = {row["seed"]: row for row in runs.get(baseline(variant), [])}
-    for row in runs.get(variant, []):
-        other = reference.get(row["seed"], row)
-        first, expected = row["reward_series"][0], other["reward_series"][0]
-        if first != expected:
-            raise ValueError(
-                f"claims: {row['setting']}/{variant} seed {row['seed']} (commit {row['commit']}) "
-                f"began with reward {first}, {baseline(variant)} (commit {other['commit']}) with "
-                f"{expected}: they do not share a warm start and cannot be compared. Move the "
-                "rows of one of them away and run its cells at the commit of the others."
-            )
-
-
-def difference(runs: dict[str, Rows], variant: str, name: str, other: str = "") -> Estimate | None:
-    """Paired difference to another variant (default: its Detach) over the seeds that both have."""
-    reference = runs.get(other or baseline(variant))
-    if reference is None or variant not in runs:
-        return None
-    by_seed = {row["seed"]: row[name] for row in reference}
-    both = [row for row in runs[variant] if row["seed"] in by_seed]
-    if not both:
-        return None
-    return paired_difference(values(both, name), [by_seed[row["seed"]] for row in both])
-
-
-def thirds(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """Means over the first and the last third of training, one a seed."""
-    series = np.array([row[f"{name}_series"] for row in rows])
-    third = series.shape[1] // 3
-    return series[:, :third].mean(axis=1).tolist(), series[:, -third:].mean(axis=1).tolist()
-
-
-def show(
-    estimate: Estimate | None, scale: float = 100, digits: int = 1, signed: bool = True
-) -> str:
-    """`+1.2 ± 0.4`, bold where a signed interval excludes 0."""
-    if estimate is None:
-        return ""
-    text = f"{scale * estimate.mean:{'+' if signed else ''}.{digits}f}"
-    if not np.isnan(estimate.half_width):
-        text += f" ± {scale * estimate.half_width:.{digits}f}"
-    return f"**{text}**" if signed and estimate.excludes(0.0) else text
-
+from experiments.studies.claims_rows import (
+    Results,
+    Rows,
+    difference,
+    pooled,
+    read,
+    show,
+    third,
+    units,
+    values,
+)
+from occ.evaluation.intervals import mean_interval
 
 # ---------------------------------------------------------------------------------------------
 # Tables
@@ -157,7 +75,9 @@ def _third(variant: str, name: str, last: bool, **options: Any) -> Callable:
         rows = runs.get(variant)
         if not rows:
             return ""
-        return show(mean_interval(thirds(rows, name)[int(last)]), **options)
+        if not all(f"{name}_series" in row for row in rows):
+            return ""
+        return show(mean_interval(units(rows, third(name, last=last))), **options)
 
     return column
 
@@ -181,8 +101,11 @@ def correlation_table(results: Results) -> str:
 def _perturbation_ratio(runs: dict[str, Rows]) -> str:
     if "policy_0.2" not in runs:
         return ""
-    first, last = thirds(runs["policy_0.2"], "perturbation")
-    logs = np.log(np.array(last) / np.array(first))
+    first, last = (
+        np.array(units(runs["policy_0.2"], third("perturbation", last=late)))
+        for late in (False, True)
+    )
+    logs = np.log(last / first)
     return f"{np.exp(logs.mean()):.2f}"
 
 
@@ -198,11 +121,7 @@ def fixed_table(results: Results) -> str:
 
     def column(variant: str, last: bool) -> Callable:
         def cell(runs):
-            if variant not in runs or "detach" not in runs:
-                return ""
-            n = min(len(runs[variant]), len(runs["detach"]))
-            ours, detach = (thirds(runs[v][:n], "reward")[int(last)] for v in (variant, "detach"))
-            return show(paired_difference(ours, detach))
+            return show(difference(runs, variant, third("reward", last=last), "detach"))
 
         return cell
 
@@ -269,24 +188,14 @@ def _mean_ratio(rows: Rows) -> str:
     return show(mean_interval(means), scale=1, digits=3, signed=False)
 
 
-def against_detach_table(results: Results, names: list[str]) -> str:
-    """Claim 5: final sampled accuracy minus Detach's, a row a setting and a row over all."""
+def against_detach_table(results: Results, names: list[str], quantity: str = "sampled") -> str:
+    """Claim 5: a quantity minus Detach's, a row a setting and a row over all."""
     text = _by_setting(
         results,
-        {name: lambda runs, name=name: show(difference(runs, name, "sampled")) for name in names},
+        {name: lambda runs, name=name: show(difference(runs, name, quantity)) for name in names},
     )
-    overall = [show(pooled(results, name, "sampled")) for name in names]
+    overall = [show(pooled(results, name, quantity)) for name in names]
     return text + "\n| all, a setting one value | " + " | ".join(overall) + " |"
-
-
-def pooled(results: Results, variant: str, name: str) -> Estimate | None:
-    """The mean over settings of the mean difference to Detach, its interval over settings."""
-    means = [
-        estimate.mean
-        for runs in results.values()
-        if (estimate := difference(runs, variant, name)) is not None
-    ]
-    return mean_interval(means) if len(means) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,7 +205,8 @@ def pooled(results: Results, variant: str, name: str) -> Estimate | None:
 
 def forest_figure(results: Results, file: pathlib.Path) -> None:
     """Sampled accuracy minus Detach's, with intervals: the core variants in each setting."""
-    variants = [name for name in (*CORE, CONTROL) if name != "detach"]
+    known = dict.fromkeys((*CORE, CONTROL, *OVER_STARTS))
+    variants = [v for v in known if v != "detach" and any(v in runs for runs in results.values())]
     figure, axes = plt.subplots(
         1, len(results), figsize=(2.2 * len(results) + 1.2, 3.6), layout="constrained", sharey=True
     )
@@ -356,13 +266,31 @@ def cosine_figure(results: Results, file: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def report(folder: pathlib.Path, output: pathlib.Path) -> int:
-    """Prints and writes everything; returns the exit status."""
-    results = read(folder)
-    output.mkdir(parents=True, exist_ok=True)
+def over_starts_sections(results: Results) -> dict[str, str]:
+    """Claims over warm starts: accuracy, reward, when in training, and each setting."""
+    names = [name for name in OVER_STARTS if name != "detach"]
+    titles = {
+        "area": "Mean reward over training, minus Detach's",
+        "sampled": "Final sampled accuracy, minus Detach's",
+        "greedy": "Final greedy accuracy, minus Detach's",
+        "acceptance": "MTP acceptance at the end, minus Detach's",
+    }
+    return {
+        **{title: against_detach_table(results, names, name) for name, title in titles.items()},
+        "Correlation with the RL gradient on the same minibatch (claims 1, 2)": correlation_table(
+            results
+        ),
+        "Reward minus Detach's (claim 3)": fixed_table(results),
+        **{setting: accuracy_table(results[setting]) for setting in results},
+    }
+
+
+def within_start_sections(results: Results) -> dict[str, str]:
+    """Claims within one warm start a setting."""
     core = [name for name in (*CORE, CONTROL) if name != "detach"]
     beyond = [name for name in (*BEYOND, *APART) if any(name in runs for runs in results.values())]
-    sections = {
+    titled = {name: name + ", with changes one at a time" * (name == MAIN) for name in SETTINGS}
+    return {
         "Correlation with the RL gradient (claims 1, 2, 7)": correlation_table(results),
         "Reward minus Detach's (claim 3)": fixed_table(results),
         "The log-ratio proxy (claim 4, and the control)": proxy_table(results),
@@ -370,27 +298,33 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
         "Beyond the paper's regimes": against_detach_table(
             {s: r for s, r in results.items() if set(beyond) & set(r)}, beyond
         ),
-        **{
-            f"{setting}{', with changes one at a time' if setting == MAIN else ''}": accuracy_table(
-                results[setting]
-            )
-            for setting in SETTINGS
-            if setting in results
-        },
+        **{titled[name]: accuracy_table(results[name]) for name in SETTINGS if name in results},
     }
+
+
+def report(folder: pathlib.Path, output: pathlib.Path) -> int:
+    """Prints and writes everything; returns the exit status."""
+    results = read(folder)
+    output.mkdir(parents=True, exist_ok=True)
+    starts = {row.get("start", 0) for runs in results.values() for r in runs.values() for row in r}
     counts = {len(rows) for runs in results.values() for rows in runs.values()}
     n = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    if len(starts) > 1:
+        sections, figures = over_starts_sections(results), {"differences.png": forest_figure}
+        over = f"{len(starts)} warm starts a setting, the mean of a start's runs one value"
+    else:
+        sections = within_start_sections(results)
+        figures = {"differences.png": forest_figure, "cosines.png": cosine_figure}
+        over = "seeds of one warm start a setting, without the spread between warm starts"
     text = (
-        "Points of per cent unless said otherwise; mean and 95 % Student-t interval over seeds "
-        f"(n = {n}) of one warm start a setting, without the spread between warm starts; "
-        "differences are paired by seed, bold where the interval excludes 0. With this many "
-        "comparisons one in twenty is bold by chance.\n\n"
+        f"Points of per cent unless said otherwise; mean and 95 % Student-t interval over {over} "
+        f"(n = {n} runs); differences are paired by seed, bold where the interval excludes 0. With "
+        "this many comparisons one in twenty is bold by chance.\n\n"
     )
     text += "\n\n".join(f"### {title}\n\n{table}" for title, table in sections.items()) + "\n"
     (output / "table.md").write_text(text)
     shown = {setting: runs for setting, runs in results.items() if "policy_0.2" in runs} or results
-    forest_figure(shown, output / "differences.png")
-    cosine_figure(shown, output / "cosines.png")
-    print(text)
-    print(f"{output}: table.md, differences.png, cosines.png")
+    for name, draw in figures.items():
+        draw(shown, output / name)
+    print(f"{text}\n{output}: table.md, {', '.join(figures)}")
     return 0

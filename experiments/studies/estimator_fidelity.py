@@ -30,7 +30,13 @@ from experiments.configs import CONFIGS
 from experiments.studies import fidelity_report
 from experiments.studies.command_line import command_line
 from experiments.studies.fidelity_estimators import AVERAGES, PARTS, by_path, cost, estimate
-from experiments.studies.following import Followed, begin, further, inputs_of, one_core_processes
+from experiments.studies.following import (
+    Followed,
+    begin,
+    further_minibatches,
+    inputs_of,
+    one_core_processes,
+)
 from occ.training.batch import Minibatch, split
 from occ.training.config import TrainConfig
 from occ.training.optimizer import second_moment
@@ -126,7 +132,8 @@ def follow(name: str, arguments: Run) -> pathlib.Path:
         point = number % arguments.stride == arguments.stride - 1
         # One, two or three steps after the rollout, in turn: the proxy has nothing to say before.
         steps = 1 + (number // arguments.stride) % (config.rollout.minibatches - 1)
-        others = _others(run, state, number, arguments.minibatches) if point else []
+        count = arguments.minibatches if point else 0
+        others = further_minibatches(run, state, number, count)
         for index, minibatch in enumerate(split(rollout.batch, config.rollout.minibatches)):
             own.append(measure(state, minibatch, jax.random.key(len(own))))
             if point and index == steps:
@@ -144,7 +151,7 @@ def follow(name: str, arguments: Run) -> pathlib.Path:
                 )
             own[-1].pop("gradients")
             state, _ = programs.train_step(state, minibatch)
-    runs.write_rows(file, [_rounded(line) for line in lines])
+    runs.write_rows(file, runs.rounded(lines))
     return file
 
 
@@ -155,15 +162,6 @@ def _compiled(run: Followed) -> Callable[..., dict[str, Any]]:
         return estimate(inputs_of(run, state, batch), moments, key)
 
     return lambda *inputs: jax.device_get(compute(*inputs))
-
-
-def _others(run: Followed, state: TrainState, number: int, count: int) -> list[Minibatch]:
-    """Further minibatches from the policy of this rollout."""
-    per_rollout = run.config.rollout.minibatches
-    batches: list[Minibatch] = []
-    for extra in range(-(-count // per_rollout)):
-        batches += split(further(run, state, 1000 * number + extra), per_rollout)
-    return batches[:count]
 
 
 def compare(further: list[dict[str, Any]], own_grams: list[np.ndarray]) -> dict[str, Any]:
@@ -234,14 +232,6 @@ def _moving_averages(grams: np.ndarray) -> dict[str, list[float]]:
             total, weight = decay * total + (1 - decay) * gram, decay * weight + 1 - decay
         result[name] = [float(total[0, 1] / weight), float(total[1, 1] / weight)]
     return result
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_rounded(v) for v in value]
-    return value if isinstance(value, int) else float(f"{float(value):.5g}")
 
 
 def run(arguments: Run) -> int:

@@ -44,7 +44,7 @@ def estimate(inputs: StepInputs, moments: Any, key: jax.Array) -> dict[str, Any]
       float []} of those that have c / v^2 alone; "gradients": (g, m), each {part: float [P]}.
     """
     whole = loss_gradients(inputs)
-    shared = _shared(whole)
+    shared = shared_gradients(whole)
     step = jax.random.randint(key, (), 0, 2**30, jnp.int32)
     gram = {}
     for name, measure in ON_GRADIENTS.items():
@@ -57,24 +57,24 @@ def estimate(inputs: StepInputs, moments: Any, key: jax.Array) -> dict[str, Any]
     gram["preconditioned"] = adam.update(adam.reduce(arrays, 1), (), None)[0].gram
     rows = inputs.batch.tokens.shape[0]
     halves = tuple(
-        _shared(loss_gradients(inputs.rows(part)))
+        shared_gradients(loss_gradients(inputs.rows(part)))
         for part in (slice(0, rows // 2), slice(rows // 2, rows))
     )
     crossed, _ = measures.cross_fitted().update((shared, halves), (), None)
     gram["cross_fitted"] = crossed.gram
     few = slice(0, max(round(rows * ROW_FRACTION), 1))
-    gram["row_subset"] = measures.gram_matrix(_shared(loss_gradients(inputs.rows(few))))
+    gram["row_subset"] = measures.gram_matrix(shared_gradients(loss_gradients(inputs.rows(few))))
     ratio = {}
     for reference in ("main", "own"):
         evidence = _log_ratios(inputs, reference)
         gram[f"log_ratios_{reference}"] = _by_log_ratios("paper", evidence).gram
         for form in ("released_masked", "released_unmasked"):
             ratio[f"{form}_{reference}"] = _by_log_ratios(form, evidence).ratio
-    flat = tuple(_by_part(gradient) for gradient in shared)
+    flat = tuple(by_part(gradient) for gradient in shared)
     return {"gram": gram, "ratio": ratio, "gradients": flat}
 
 
-def _by_part(gradient: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def by_part(gradient: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The gradient as one flat vector for each of PARTS, and one for what is left."""
     pieces: dict[str, list[jax.Array]] = {name: [jnp.zeros(0)] for name in (*PARTS, "rest")}
     for path, leaf in gradient.items():
@@ -88,7 +88,7 @@ def _by_part(gradient: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: jnp.concatenate(piece) for name, piece in pieces.items()}
 
 
-def _shared(losses: Pass) -> tuple[dict[str, jax.Array], ...]:
+def shared_gradients(losses: Pass) -> tuple[dict[str, jax.Array], ...]:
     """The gradients on shared leaves, by path."""
     return tuple(by_path(gradient) for gradient in losses.gradient)
 

@@ -18,7 +18,7 @@ from experiments import runs
 from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training import loop
-from occ.training.batch import Minibatch
+from occ.training.batch import Minibatch, split
 from occ.training.config import MTPTrainingConfig, TrainConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.gradient.inputs import StepInputs, step_inputs
@@ -43,23 +43,33 @@ class Followed(NamedTuple):
         return state.policy(self.config.model)
 
 
-def begin(config: TrainConfig, *, seed: int, quick_rollouts: int | None = None) -> Followed:
-    """The run of a configuration, with the policy loss at a fixed coefficient.
+def begin(
+    config: TrainConfig,
+    *,
+    seed: int,
+    start: int | None = None,
+    mtp: MTPTrainingConfig = TRAINED_WITH,
+    quick_rollouts: int | None = None,
+) -> Followed:
+    """The run of a configuration.
 
     Args:
       config: the configuration.
       seed: of the run.
+      start: seed of the warm start; None takes the run's.
+      mtp: how its modules are trained: the policy loss at a fixed coefficient.
       quick_rollouts: None, or so many rollouts after a warm start of at most 200 steps.
     """
-    config = dataclasses.replace(config, mtp=TRAINED_WITH, seed=seed)
+    config = dataclasses.replace(config, mtp=mtp, seed=seed)
     if quick_rollouts is not None:
         warm = dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 200))
         config = dataclasses.replace(config, rollouts=quick_rollouts, warm_start=warm)
     task = runs.load_task(config)
     programs = loop.build(config, task)
-    start = runs.starting_point(config, task, programs, pathlib.Path("runs/fidelity/starts"))
+    begins = config if start is None else dataclasses.replace(config, seed=start)
+    policy = runs.starting_point(begins, task, programs, pathlib.Path("runs/fidelity/starts"))
     calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
-    state = init_state(start, build_optimizer(config.optimizer), calibration)
+    state = init_state(policy, build_optimizer(config.optimizer), calibration)
     return Followed(config, task, programs, jax.tree.map(jnp.array, state))
 
 
@@ -68,6 +78,17 @@ def further(run: Followed, state: TrainState, number: int) -> Minibatch:
     sampler = run.programs.rollout
     step = FURTHER_STEPS + number
     return collect(sampler, run.policy(state), run.config, run.task, step).batch
+
+
+def further_minibatches(
+    run: Followed, state: TrainState, number: int, count: int
+) -> list[Minibatch]:
+    """Minibatches that training never sees, from the policy of rollout `number`."""
+    per_rollout = run.config.rollout.minibatches
+    batches: list[Minibatch] = []
+    for extra in range(-(-count // per_rollout)):
+        batches += split(further(run, state, 1000 * number + extra), per_rollout)
+    return batches[:count]
 
 
 def inputs_of(run: Followed, state: TrainState, batch: Minibatch) -> StepInputs:

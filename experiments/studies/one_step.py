@@ -111,7 +111,7 @@ def follow(arguments: Run) -> pathlib.Path:
                 moved = jax.tree.map(jnp.subtract, state.params, before)
                 length = jnp.sqrt(inner_product(_shared(moved), _shared(moved)))
                 row = jax.device_get(measure(given, minibatch, fresh, length))
-                lines.append({"rollout": number, "minibatch": index} | runs.plain_numbers(row))
+                lines.append({"rollout": number, "minibatch": index} | runs.rounded(row))
     runs.write_rows(file, lines)
     return file
 

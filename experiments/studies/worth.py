@@ -1,0 +1,331 @@
+"""What is an auxiliary gradient worth, measured before it is trained with?
+
+    python -m experiments.studies.worth run       every setting from every warm start, resumable
+    python -m experiments.studies.worth run --quick
+    python -m experiments.studies.worth report    worths, coefficients, and what training gained
+
+A run of Detach is followed. At four points of it many further minibatches are drawn from its
+policy, and the gradients of the RL loss and of every auxiliary objective are taken on each of them:
+their inner products on one minibatch and between different ones are all that the worth needs
+(`occ.theory.worth`). It is the factor by which an auxiliary multiplies the samples of a minibatch,
+as long as noise rules and the step's length is free; `report` compares what it predicts of a fixed
+coefficient with what training at that coefficient gained from the same warm start, in runs of other
+seeds (`experiments.studies.claims run --over-starts`).
+
+Cost: about a minute a run on one core; all of it about a quarter of an hour on two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import runs
+from experiments.compiled import keep_compiled
+from experiments.configs import CONFIGS
+from experiments.studies import worth_report
+from experiments.studies.claims_grid import OVER_STARTS_SETTINGS, STARTS
+from experiments.studies.command_line import command_line
+from experiments.studies.fidelity_estimators import PARTS, by_part, by_path, shared_gradients
+from experiments.studies.following import (
+    Followed,
+    begin,
+    further_minibatches,
+    inputs_of,
+    one_core_processes,
+)
+from experiments.studies.worth_report import COEFFICIENTS, GAINS, RESULTS
+from occ import theory
+from occ.theory import SampledGram
+from occ.training.batch import Minibatch, split
+from occ.training.config import MTPTrainingConfig
+from occ.training.gradient.placement import loss_gradients
+from occ.training.optimizer import second_moment
+from occ.training.regimes import regime
+from occ.training.rollout import collect
+from occ.training.state import TrainState
+
+
+class Auxiliary(NamedTuple):
+    """An objective beside the RL loss.
+
+    Attributes:
+      mtp: the loss of the modules.
+      batch: what it is taken on.
+    """
+
+    mtp: MTPTrainingConfig
+    batch: Callable[[Minibatch], Minibatch] = lambda batch: batch
+
+
+def _rewarded(batch: Minibatch) -> Minibatch:
+    """The samples that were better than their group."""
+    return batch.replace(response_mask=batch.response_mask & (batch.advantages > 0))
+
+
+AUXILIARIES: dict[str, Auxiliary] = {
+    "policy_own": Auxiliary(MTPTrainingConfig(loss="policy", reference="own")),
+    "policy_main": Auxiliary(MTPTrainingConfig(loss="policy")),
+    "ce": Auxiliary(MTPTrainingConfig(loss="ce")),
+    "ce_rewarded": Auxiliary(MTPTrainingConfig(loss="ce"), _rewarded),
+    "distill": Auxiliary(MTPTrainingConfig(loss="distill")),
+}
+"""Policy loss against the module's own and the main head's old log-prob; cross-entropy on all
+samples and on the better ones; distillation from the main head."""
+
+POINTS = (0.07, 0.25, 0.5, 0.8)
+"""Of a run; after one, two or three gradient steps of the rollout, in turn."""
+
+FOLLOWED_SEED = 50  # run of start s: 100 s + 50, apart from those whose gain is predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Measures.
+
+    Attributes:
+      settings: configurations.
+      starts: seeds of the warm starts.
+      minibatches: further ones at each point.
+      workers: processes, each on one core.
+      quick: one setting from one start, few minibatches.
+      folder: of the rows.
+    """
+
+    settings: tuple[str, ...] = OVER_STARTS_SETTINGS
+    starts: tuple[int, ...] = STARTS
+    minibatches: int = 64
+    workers: int = 2
+    quick: bool = False
+    folder: pathlib.Path = RESULTS
+
+    def __post_init__(self):
+        unknown = sorted(set(self.settings) - set(CONFIGS))
+        if unknown or self.minibatches < 4:
+            raise ValueError(
+                f"worth: expected settings in {sorted(CONFIGS)} and at least 4 minibatches, got "
+                f"{unknown or self.minibatches}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Tables from the rows.
+
+    Attributes:
+      folder: of the rows.
+      gains: rows of the training runs.
+      output: for table.md and worth.png.
+    """
+
+    folder: pathlib.Path = RESULTS
+    gains: pathlib.Path = GAINS
+    output: pathlib.Path = pathlib.Path("runs/worth/report")
+
+
+# ---------------------------------------------------------------------------------------------
+# Inner products of gradients
+# ---------------------------------------------------------------------------------------------
+
+
+def gradients_of(run: Followed) -> Callable[..., Any]:
+    """`(state, minibatch) -> {norm: {part: float [A, P]}}`, compiled; the RL loss's first."""
+
+    @jax.jit
+    def compute(state: TrainState, batch: Minibatch):
+        found = []
+        for auxiliary in AUXILIARIES.values():
+            config = dataclasses.replace(run.config, mtp=auxiliary.mtp)
+            inputs = inputs_of(run._replace(config=config), state, auxiliary.batch(batch))
+            main, *heads = shared_gradients(loss_gradients(inputs))
+            found.append(_added(heads))
+        main = shared_gradients(loss_gradients(inputs_of(run, state, batch)))[0]
+        moments = by_path(second_moment(state.opt_state, run.config.optimizer))
+        roots = {path: (jnp.sqrt(moments[path]) + 1e-8) ** -0.5 for path in main}
+        plain = [by_part(one) for one in (main, *found)]
+        adam = [by_part(jax.tree.map(jnp.multiply, roots, one)) for one in (main, *found)]
+        return {
+            norm: {part: jnp.stack([one[part] for one in several]) for part in several[0]}
+            for norm, several in (("adam", adam), ("euclidean", plain))
+        }
+
+    return lambda *inputs: jax.device_get(compute(*inputs))
+
+
+def _added(heads: list[Any]) -> Any:
+    """The modules' gradients together, as one objective."""
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *heads)
+
+
+def products(gradients: list[dict[str, np.ndarray]]) -> np.ndarray:
+    """All inner products between M minibatches' gradients in one norm.
+
+    Returns:
+      float64 [parts, A, A, M, M], <d_i of minibatch r, d_j of minibatch s> on each part of the
+      parameters; the main gradient is d_0.
+    """
+    found = []
+    for part in (*PARTS, "rest"):
+        stacked = np.stack([one[part] for one in gradients], axis=1).astype(np.float64)
+        flat = stacked.reshape(-1, stacked.shape[-1])
+        shape = stacked.shape[:2] * 2
+        found.append((flat @ flat.T).reshape(shape).transpose(0, 2, 1, 3))
+    return np.stack(found)
+
+
+def sampled(matrices: np.ndarray, left_out: int | None = None) -> SampledGram:
+    """Gram matrices on one minibatch and between different ones.
+
+    Args:
+      matrices: float64 [parts, A, A, M, M], inner products.
+      left_out: a minibatch that is not to count.
+
+    Returns:
+      Leaves float64 [parts, A, A], numpy.
+    """
+    keep = np.arange(matrices.shape[-1]) != left_out
+    kept = matrices[..., keep, :][..., keep]
+    same = np.einsum("pijrr->pij", kept)
+    n = int(keep.sum())
+    cross = (kept.sum(axis=(-2, -1)) - same) / (n * (n - 1))
+    return SampledGram(same / n, (cross + cross.transpose(0, 2, 1)) / 2)
+
+
+def figures(parts: SampledGram) -> dict[str, jax.Array]:
+    """What the report shows.
+
+    Args:
+      parts: leaves [parts, A, A].
+
+    Returns:
+      "worth", "coefficient", "critical_batch" and "by_part" (worth with a coefficient a part), each
+      [A - 1], of every auxiliary alone; "gain" [A - 1, C], of fixed coefficients; "joint" [], the
+      worth of all auxiliaries together.
+    """
+    total = SampledGram(*(matrix.sum(axis=0) for matrix in parts))
+
+    def alone(k):
+        here = jnp.array([0, k])
+        pair = SampledGram(*(matrix[here][:, here] for matrix in total))
+        groups = SampledGram(*(matrix[:, here][:, :, here] for matrix in parts))
+        found = theory.worth(pair)
+        return {
+            "worth": found.worth,
+            "coefficient": found.coefficients[0],
+            "critical_batch": theory.critical_batch(pair),
+            "by_part": theory.worth(theory.by_group(groups)).worth,
+            "gain": jnp.stack([theory.relative_gain(pair, value) for value in COEFFICIENTS]),
+        }
+
+    each = [alone(k) for k in range(1, len(total.same))]
+    found = jax.tree.map(lambda *values: jnp.stack(values), *each)
+    return {**found, "joint": theory.worth(total).worth}
+
+
+def jackknife(matrices: np.ndarray) -> dict[str, dict[str, Any]]:
+    """`figures`, each with its "value", free of the bias of first order, and standard "error"."""
+    count = matrices.shape[-1]
+    grams = [sampled(matrices), *(sampled(matrices, r) for r in range(count))]
+    with jax.enable_x64(True):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grams)
+        found = jax.device_get(jax.jit(jax.vmap(figures))(stacked))
+    result = {}
+    for name, values in found.items():
+        whole, left = values[0], values[1:]
+        mean = left.mean(axis=0)
+        error = np.sqrt((count - 1) / count * ((left - mean) ** 2).sum(axis=0))
+        value = whole if name == "critical_batch" else count * whole - (count - 1) * mean
+        result[name] = {"value": value.tolist(), "error": error.tolist()}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Along one training run
+# ---------------------------------------------------------------------------------------------
+
+
+def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
+    """Follows a run of Detach and writes a row a point; returns the file."""
+    file = arguments.folder / setting / f"start{start}.jsonl"
+    if file.exists():
+        return file
+    keep_compiled(pathlib.Path("runs/worth/compiled"))
+    run = begin(
+        CONFIGS[setting](),
+        seed=100 * start + FOLLOWED_SEED,
+        start=start,
+        mtp=regime("detach"),
+        quick_rollouts=6 if arguments.quick else None,
+    )
+    config, task, programs, state = run
+    points = [round(share * config.rollouts) for share in POINTS]
+    measure = gradients_of(run)
+    rows = []
+    for number in range(config.rollouts):
+        rollout = collect(programs.rollout, run.policy(state), config, task, number)
+        steps = (
+            1 + points.index(number) % (config.rollout.minibatches - 1) if number in points else -1
+        )
+        count = arguments.minibatches if number in points else 0
+        others = further_minibatches(run, state, number, count)
+        for index, minibatch in enumerate(split(rollout.batch, config.rollout.minibatches)):
+            if index == steps:
+                row = {"rollout": number, "minibatch": index, "minibatches": len(others)}
+                row["objectives"] = list(AUXILIARIES)
+                row["reward"] = rollout.metrics["reward"]
+                rows.append(row | _measured([measure(state, other) for other in others]))
+            state, _ = programs.train_step(state, minibatch)
+    runs.write_rows(file, runs.rounded(rows))
+    return file
+
+
+def _measured(gradients: list[dict[str, dict[str, np.ndarray]]]) -> dict[str, Any]:
+    return {norm: jackknife(products([one[norm] for one in gradients])) for norm in gradients[0]}
+
+
+def run(arguments: Run) -> int:
+    """Measures every run that has no rows yet."""
+    if arguments.quick:
+        folder = arguments.folder
+        arguments = dataclasses.replace(
+            arguments,
+            settings=arguments.settings[:1],
+            starts=arguments.starts[:1],
+            minibatches=16,
+            workers=1,
+            folder=pathlib.Path("runs/worth/quick") if folder == RESULTS else folder,
+        )
+    # Every start once before any setting is done twice.
+    pairs = [(s, start) for start, s in itertools.product(arguments.starts, arguments.settings)]
+    if arguments.workers == 1:
+        for setting, start in pairs:
+            print(follow(setting, start, arguments))
+        return 0
+    with one_core_processes(arguments.workers) as pool:
+        jobs = [pool.submit(follow, *pair, arguments) for pair in pairs]
+        for job in jobs:
+            print(job.result(), flush=True)
+    return 0
+
+
+def main() -> int:
+    """Reads the command line."""
+    arguments = command_line(__doc__, Run, Report)
+    if isinstance(arguments, Report):
+        return worth_report.report(arguments.folder, arguments.gains, arguments.output)
+    status = run(arguments)
+    if arguments.quick and not status:
+        return worth_report.report(pathlib.Path("runs/worth/quick"), None, Report.output)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,18 +1,22 @@
 """Tokenizers of published models, from files that the tests write, and chat templates."""
 
+import dataclasses
 import datetime
 import json
+import pathlib
 
 import gguf
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from occ import sources
+from occ.tasks import chat_rendering, chat_template
 from occ.tasks.chat_template import ChatTemplate
 from occ.tasks.pretrained_tokenizer import PretrainedTokenizer, load
 from occ.tasks.prompts import encode_prompts
+from occ.tasks.workers import WorkerPool
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = """
@@ -76,7 +80,7 @@ def write_folder(folder, **files):
     return folder
 
 
-def write_gguf(path, pre="smollm", kind="gpt2"):
+def write_gguf(path, pre="smollm", kind="gpt2", **more):
     """The same tokenizer inside a GGUF file."""
     model = json.loads(trained().to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
@@ -89,6 +93,8 @@ def write_gguf(path, pre="smollm", kind="gpt2"):
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
+    for method, value in more.items():
+        getattr(writer, method)(value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -219,6 +225,66 @@ def test_a_template_file_goes_before_the_field(tmp_path):
     assert PretrainedTokenizer.from_folder(folder).chat([]) == "b"
 
 
+def with_bos(folder):
+    """tokenizer.json itself puts a token before a text, as those of base models do."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "itself", "begin"),
+    [
+        ({}, True, [0]),
+        ({}, False, []),
+        ({"add_bos_token": True, "bos_token": "<|im_start|>"}, False, [1]),
+        ({"add_bos_token": False, "bos_token": "<|im_start|>"}, True, []),
+        ({"chat_template": TEMPLATE}, True, []),  # which writes what it wants
+    ],
+)
+def test_a_base_models_prompt_begins_as_it_was_trained(tmp_path, fields, itself, begin):
+    folder = write_folder(tmp_path, tokenizer_config={"eos_token": "<|im_end|>", **fields})
+    tokenizer = load(with_bos(folder) if itself else folder)
+    text = tokenizer.encode("12 + 30 =")
+    assert tokenizer.encode_prompt("12 + 30 =") == [*begin, *text]
+    tokens, mask = encode_prompts(tokenizer, ["12 + 30 ="], 20)
+    assert tokens[0][mask[0]].tolist() == [*begin, *text]
+    spelt = "".join(CONTROL[token] for token in begin)
+    assert tokenizer.encode_prompt(f"{spelt}12 + 30 =") == [*begin, *text]  # and not twice
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_gguf_file_says_whether_a_prompt_has_a_beginning(tmp_path, wanted):
+    path = write_gguf(tmp_path / "x.gguf", add_bos_token_id=1, add_add_bos_token=wanted)
+    tokenizer = load(path)
+    tokenizer.chat_template = None
+    assert tokenizer.encode_prompt("12") == [*([1] if wanted else []), *tokenizer.encode("12")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"chat_template": 3}, "chat_template in tokenizer_config.json must be a text"),
+        ({"chat_template": [{"name": "a"}]}, "chat_template in tokenizer_config.json must be"),
+        ({"eos_token": ["a"]}, "special token eos_token must be a text, got .'a'."),
+        ({"eos_token": {"id": 2}}, "no stop token"),
+        ({"add_bos_token": True}, "has add_bos_token and no bos_token"),
+        ({"added_tokens_decoder": {"x": {}}}, "must hold tokens by id"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path, fields, message):
+    config = {"eos_token": "<|im_end|>", **fields}
+    write_folder(tmp_path, tokenizer_config=config, generation_config=None)
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: .*{message}"):
+        load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: tokenizer.json is no tokenizer"):
+        load(tmp_path)
+
+
 def test_without_a_template_there_is_no_chat(tmp_path):
     config = {"eos_token": "<|im_end|>"}
     plain = PretrainedTokenizer.from_folder(write_folder(tmp_path, tokenizer_config=config))
@@ -292,6 +358,39 @@ def test_a_template_that_fails_says_why(template, message):
 def test_a_template_that_is_not_jinja_is_refused():
     with pytest.raises(ValueError, match="line 2 is not valid Jinja"):
         ChatTemplate("\n{% if %}")
+    with pytest.raises(ValueError, match="must be what JSON can hold: .*ndarray"):
+        ChatTemplate("").render(USER, tools=np.zeros(2))
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """The same with a bound that a test can wait for."""
+    limits = dataclasses.replace(chat_template.LIMITS, cpu_seconds=0.3)
+    source = pathlib.Path(chat_rendering.__file__)
+    with WorkerPool(source, "render", workers=1, limits=limits) as pool:
+        yield lambda: pool
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 10 ** (10 ** 10) }}", "was stopped.*time"),  # which Jinja computes as it compiles
+        (
+            "{% set l = range(99999) | list %}{% for a in l %}{% for b in l %}{% endfor %}"
+            "{% endfor %}",
+            "was stopped.*time",
+        ),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails on these.*RecursionError"),
+        ("{{ ('x' * 10 ** 10) | length }}", "was stopped.*died"),
+        ("{{ 'x' * 10 ** 6 }}", "writes 1000000 characters, more than 200000"),
+    ],
+)
+def test_a_template_without_end_is_stopped(monkeypatch, hasty, template, message):
+    """Time, memory or length; and the next one renders."""
+    monkeypatch.setattr(chat_template, "_pool", hasty)
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(template).render(USER)
+    assert ChatTemplate("{{ messages[0].content }}").render(USER) == "2+2?"
 
 
 # -- where files are --------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def _benchmark(
     bad = verifier.check_references(row.answer for row in rows)
     unjudged = tuple((row.identity, bad[row.answer]) for row in rows if row.answer in bad)
     problems = [_problem(name, row, ask) for row in rows if row.answer not in bad]
-    fitting = [p for p in problems if len(tokenizer.encode(p.prompt)) <= max_prompt_tokens]
+    fitting = [p for p in problems if len(tokenizer.encode_prompt(p.prompt)) <= max_prompt_tokens]
     too_long = len(problems) - len(fitting)
     selection = Selection(name, len(rows), too_long, unjudged, (), len(fitting))
     return fitting, selection, {same_problem(row.problem) for row in rows}
@@ -277,7 +277,7 @@ def _training(
             overlap[benchmark] += 1
         elif row.answer in bad:
             unjudged.append((row.identity, bad[row.answer]))
-        elif len(tokenizer.encode(ask(row.problem))) > max_prompt_tokens:
+        elif len(tokenizer.encode_prompt(ask(row.problem))) > max_prompt_tokens:
             too_long += 1
         else:
             numbers.append(number)

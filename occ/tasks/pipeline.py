@@ -33,7 +33,7 @@ def by_process() -> Shard:
 
 def fits(task: Task, max_prompt_tokens: int) -> Callable[[Problem], bool]:
     """A filter that keeps prompts of at most so many tokens."""
-    return lambda problem: len(task.tokenizer.encode(problem.prompt)) <= max_prompt_tokens
+    return lambda problem: len(task.tokenizer.encode_prompt(problem.prompt)) <= max_prompt_tokens
 
 
 def stream(

@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gguf
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from occ.gguf_files import open_gguf
 from occ.tasks.chat_template import ChatTemplate, Message
 from occ.tasks.tokenizer import UNKNOWN, Tokenizer
 
@@ -30,14 +30,15 @@ class PretrainedTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library, with its chat template and stop tokens.
 
     `encode` adds no token by itself: a chat template writes what the model expects at the
-    beginning. It reads the spelling of a special token as that token, wherever it stands: so do
-    other implementations, and so must it be for a rendered template. What a user wrote can
-    therefore hold tokens that look like the end of a turn; strip them from text that is not
-    trusted.
+    beginning; without one, as base models are, `encode_prompt` puts it there. `encode` reads the
+    spelling of a special token as that token, wherever it stands: so do other implementations, and
+    so must it be for a rendered template. What a user wrote can therefore hold tokens that look
+    like the end of a turn; strip them from text that is not trusted.
 
     Args:
       backend: of the library.
       end_ids: stop tokens, the one that ends demonstrations first.
+      begin_ids: tokens before every prompt (BOS), of a model without a chat template.
       pad_id: None takes the first stop token, as is usual: masks say what is padding.
       special_tokens: "bos_token", "eos_token", ...: their spelling, for the template.
       chat_template: None where the model has none.
@@ -51,6 +52,7 @@ class PretrainedTokenizer(Tokenizer):
         backend: tokenizers.Tokenizer,
         *,
         end_ids: Sequence[int],
+        begin_ids: Sequence[int] = (),
         pad_id: int | None = None,
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
@@ -60,6 +62,7 @@ class PretrainedTokenizer(Tokenizer):
         self._backend = backend
         self._size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._end_ids = tuple(dict.fromkeys(end_ids))
+        self._begin_ids = list(begin_ids)
         self._ends = frozenset(self._end_ids)
         self._pad_id = pad_id
         self.special_tokens = dict({} if special_tokens is None else special_tokens)
@@ -73,9 +76,12 @@ class PretrainedTokenizer(Tokenizer):
         tokenizer.json is needed. tokenizer_config.json names special tokens and may hold the
         template, as may chat_template.jinja, which goes before it; special_tokens_map.json fills
         in names; generation_config.json has the stop tokens, to which the tokenizer's own belongs.
+        What stands before a prompt is what tokenizer.json puts there by itself, unless
+        "add_bos_token" says otherwise.
 
         Raises:
-          ValueError: no tokenizer.json, or no stop token in any of the files.
+          ValueError: no tokenizer.json, no stop token in any of the files, or a field of another
+            kind than expected; the folder is named.
         """
         folder = pathlib.Path(folder)
         file = folder / "tokenizer.json"
@@ -84,24 +90,10 @@ class PretrainedTokenizer(Tokenizer):
                 f"PretrainedTokenizer: {str(folder)!r} has no tokenizer.json; expected the folder "
                 "of a published model in the format of the tokenizers library."
             )
-        backend = tokenizers.Tokenizer.from_file(str(file))
-        config = _read_json(folder / "tokenizer_config.json")
-        generation = _read_json(folder / "generation_config.json")
-        _add_tokens(backend, config.get("added_tokens_decoder", {}))
-        names = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
-        own_end = _token_id(backend, names.get("eos_token"))
-        stops = generation.get("eos_token_id", [])
-        pad = _token_id(backend, names.get("pad_token"))
-        return cls(
-            backend,
-            end_ids=[
-                *([] if own_end is None else [own_end]),
-                *(stops if isinstance(stops, list) else [] if stops is None else [stops]),
-            ],
-            pad_id=generation.get("pad_token_id") if pad is None else pad,
-            special_tokens=names,
-            chat_template=_template(folder, config),
-        )
+        try:
+            return cls(**_of_folder(folder, file))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
 
     @classmethod
     def from_gguf(cls, path: str | pathlib.Path) -> PretrainedTokenizer:
@@ -111,7 +103,7 @@ class PretrainedTokenizer(Tokenizer):
           ValueError: another kind of tokenizer than byte-level pairs, or one that splits text in a
             way that is not known here.
         """
-        reader = gguf.GGUFReader(path)
+        reader = open_gguf(path)
 
         def get(name: str) -> Any:
             field = reader.get_field(f"tokenizer.{name}")
@@ -140,6 +132,7 @@ class PretrainedTokenizer(Tokenizer):
         return cls(
             backend,
             end_ids=[*(i for i in named if i is not None), *by_spelling],
+            begin_ids=[ids["bos"]] if get("ggml.add_bos_token") and ids["bos"] is not None else [],
             pad_id=ids["pad"],
             special_tokens={f"{n}_token": tokens[i] for n, i in ids.items() if i is not None},
             chat_template=get("chat_template"),
@@ -168,6 +161,13 @@ class PretrainedTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Token ids of what the text holds, special tokens included, and of nothing else."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The same, after the token that a model without a chat template expects before a text."""
+        ids, begin = self.encode(text), self._begin_ids
+        if self.chat_template is not None or ids[: len(begin)] == begin:
+            return ids
+        return [*begin, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text before the first stop token, special tokens left out.
@@ -227,7 +227,7 @@ def _check_ends(end_ids: tuple[int, ...], size: int) -> None:
             "PretrainedTokenizer: no stop token; expected eos_token in tokenizer_config.json or "
             "eos_token_id in generation_config.json. Without one no response would ever end."
         )
-    if not all(0 <= end < size for end in end_ids):
+    if not all(isinstance(end, int) and 0 <= end < size for end in end_ids):
         raise ValueError(
             f"PretrainedTokenizer: stop tokens {end_ids} must be below the number of "
             f"tokens, {size}. Do generation_config.json and tokenizer.json belong to one model?"
@@ -235,6 +235,49 @@ def _check_ends(end_ids: tuple[int, ...], size: int) -> None:
 
 
 # -- folders ----------------------------------------------------------------------------------
+
+
+def _of_folder(folder: pathlib.Path, file: pathlib.Path) -> dict[str, Any]:
+    """Arguments of `PretrainedTokenizer`."""
+    backend = _backend(file)
+    config = _read_json(folder / "tokenizer_config.json")
+    generation = _read_json(folder / "generation_config.json")
+    _add_tokens(backend, config.get("added_tokens_decoder", {}))
+    names = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+    own_end = _token_id(backend, names.get("eos_token"))
+    stops = generation.get("eos_token_id", [])
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    pad = _token_id(backend, names.get("pad_token"))
+    return {
+        "backend": backend,
+        "end_ids": [*([] if own_end is None else [own_end]), *stops],
+        "begin_ids": _begin_ids(backend, config, names),
+        "pad_id": generation.get("pad_token_id") if pad is None else pad,
+        "special_tokens": names,
+        "chat_template": _template(folder, config),
+    }
+
+
+def _backend(file: pathlib.Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises this very class
+        raise ValueError(f"{file.name} is no tokenizer of the library: {error}.") from error
+
+
+def _begin_ids(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], names: dict[str, str]
+) -> list[int]:
+    """What stands before a text: as the tokenizer does by itself, or as "add_bos_token" says."""
+    wanted = config.get("add_bos_token")
+    if wanted is None:
+        example = backend.encode("a", add_special_tokens=True)
+        pairs = zip(example.ids, example.special_tokens_mask, strict=True)
+        return [token for token, special in itertools.takewhile(lambda pair: pair[1], pairs)]
+    begin = _token_id(backend, names.get("bos_token"))
+    if wanted and begin is None:
+        raise ValueError("tokenizer_config.json has add_bos_token and no bos_token.")
+    return [begin] if wanted and begin is not None else []
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -247,8 +290,11 @@ def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
     for source in sources:
         for name in SPECIAL_NAMES:
             token = source.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(token, str | None):
+                raise ValueError(f"special token {name} must be a text, got {token!r}.")
             if token is not None:
-                found.setdefault(name, token["content"] if isinstance(token, dict) else token)
+                found.setdefault(name, token)
     return found
 
 
@@ -267,6 +313,8 @@ def _token_id(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
 def _add_tokens(backend: tokenizers.Tokenizer, entries: dict[str, dict[str, Any]]) -> None:
     """Tokens that only tokenizer_config.json has; they get the ids that are next."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if not all(str(i).isdecimal() and "content" in entry for i, entry in entries.items()):
+        raise ValueError("added_tokens_decoder in tokenizer_config.json must hold tokens by id.")
     for _, entry in sorted(entries.items(), key=lambda item: int(item[0])):
         if entry["content"] not in known:
             options = {
@@ -282,8 +330,18 @@ def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
     if file.exists():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        return next((each["template"] for each in template if each["name"] == "default"), None)
+    try:
+        if isinstance(template, list):  # several by name
+            template = {each["name"]: each["template"] for each in template}
+        if isinstance(template, dict):
+            template = template.get("default")
+    except (KeyError, TypeError):
+        template = False
+    if not isinstance(template, str | None):
+        raise ValueError(
+            "chat_template in tokenizer_config.json must be a text, or several by name, got "
+            f"{str(config['chat_template'])[:80]}."
+        )
     return template
 
 

@@ -28,7 +28,7 @@ def encode_prompts(
     tokens = np.full((len(prompts), columns), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(prompts), columns), bool)
     for row, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode_prompt(prompt)
         if not 0 < len(ids) <= columns:
             raise ValueError(
                 f"encode_prompts: prompt {row} has {len(ids)} tokens, expected 1 to {columns}: "

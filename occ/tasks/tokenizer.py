@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
         """Token ids of a text, without an end token."""
         ...
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of what a model is to go on from: where it expects one, a token before it."""
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text before the first end token; padding and other special tokens left out."""
         ...

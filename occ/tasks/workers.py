@@ -138,6 +138,8 @@ class WorkerPool:
             raise ValueError("WorkerPool: closed; make a new one.")
         seconds = self._limits.batch_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
+        if min(len(self._workers), len(requests)) == 1:
+            return [self._call(request, deadline) for request in requests]
         with concurrent.futures.ThreadPoolExecutor(len(self._workers)) as threads:
             return list(threads.map(self._call, requests, itertools.repeat(deadline)))
 

@@ -16,12 +16,46 @@ from collections.abc import Hashable
 from typing import Any
 
 ABOVE_ZERO = "> 0"
+ABOVE_ONE = "> 1"
 NOT_NEGATIVE = ">= 0"
 BELOW_ONE = "in [0, 1)"
 SHARE = "in [0, 1]"
 NUCLEUS = "in (0, 1]"
 
 RANGES = {
+    "ModelConfig": {
+        "vocab_size": ABOVE_ZERO,
+        "num_layers": ABOVE_ZERO,
+        "width": ABOVE_ZERO,
+        "num_heads": ABOVE_ZERO,
+        "num_kv_heads": ABOVE_ZERO,
+        "head_dim": ABOVE_ZERO,
+        "mlp_width": ABOVE_ZERO,
+        "max_length": ABOVE_ZERO,
+        "rope_base": ABOVE_ZERO,
+        "rotary_fraction": NUCLEUS,
+        "norm_epsilon": NOT_NEGATIVE,
+        "attention_chunk": NOT_NEGATIVE,
+    },
+    "MTPConfig": {"num_modules": NOT_NEGATIVE},
+    "MoEConfig": {
+        "num_experts": ABOVE_ZERO,
+        "experts_per_token": ABOVE_ZERO,
+        "expert_width": ABOVE_ZERO,
+        "num_shared_experts": NOT_NEGATIVE,
+        "num_groups": ABOVE_ZERO,
+        "top_groups": ABOVE_ZERO,
+        "capacity_factor": ABOVE_ZERO,
+    },
+    "RopeScaling": {"factor": ABOVE_ZERO, "original_length": ABOVE_ZERO},
+    "PolicyConfig": {
+        "clip_low": SHARE,
+        "clip_high": NOT_NEGATIVE,
+        "dual_clip": ABOVE_ONE,
+        "log_ratio_clamp": ABOVE_ZERO,
+        "positive_temperature": ABOVE_ZERO,
+        "negative_temperature": ABOVE_ZERO,
+    },
     "ObjectiveConfig": {
         "constant_length": ABOVE_ZERO,
         "gamma": SHARE,
@@ -94,6 +128,7 @@ RANGES = {
 
 _HOLDS = {
     ABOVE_ZERO: lambda value: value > 0,
+    ABOVE_ONE: lambda value: value > 1,
     NOT_NEGATIVE: lambda value: value >= 0,
     BELOW_ONE: lambda value: 0 <= value < 1,
     SHARE: lambda value: 0 <= value <= 1,

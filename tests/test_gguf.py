@@ -1,6 +1,7 @@
 """Models out of GGUF files that the tests write, as llama.cpp's converter does."""
 
 import dataclasses
+import struct
 
 import gguf as package
 import jax
@@ -218,3 +219,53 @@ def test_files_that_are_not_understood_are_refused(case, tmp_path, change, optio
     path = write(tmp_path / "x.gguf", change(tensors), config, **options)
     with pytest.raises(ValueError, match=message):
         gguf.load(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("I", 1_000_000, "x.gguf: gguf: the file counts 1000000 layers and holds 2. tensors"),
+        ("I", 0, "llama.block_count must be a number > 0, got 0"),
+        ("f", 2.5, "ModelConfig.num_layers must be int, got 2.5"),
+    ],
+)
+def test_counts_that_no_file_has_are_refused_at_once(
+    unchecked, case, tmp_path, kind, value, message
+):
+    path = spoiled(case, tmp_path, "llama.block_count", kind, value)
+    with pytest.raises(ValueError, match=message):
+        gguf.load(path)
+
+
+def spoiled(case, tmp_path, field, kind, value):
+    """The file with another value (4 bytes, of another kind) in one field."""
+    whole = bytearray(case[-1].read_bytes())
+    place = whole.index(field.encode()) + len(field)
+    numbers = {"I": package.GGUFValueType.UINT32, "f": package.GGUFValueType.FLOAT32}
+    whole[place : place + 8] = struct.pack(f"<I{kind}", numbers[kind], value)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(whole)
+    return path
+
+
+def test_a_file_that_announces_more_than_it_holds_is_refused(case, tmp_path):
+    """The library's reader would walk on through it."""
+    path, whole = tmp_path / "x.gguf", case[-1].read_bytes()
+    array = struct.pack("<Q3sIIQ", 3, b"a.b", package.GGUFValueType.ARRAY, 4, 2**40)
+    strings = struct.pack("<Q3sIIQ", 3, b"a.b", package.GGUFValueType.ARRAY, 8, 2**40)
+    for bad in (
+        b"",
+        b"GGUF",
+        b"GGML" + whole[4:],
+        whole[:4] + struct.pack("<I", 9) + whole[8:],
+        whole[:8] + struct.pack("<QQ", 0, 2**60) + whole[24:],
+        whole[:8] + struct.pack("<QQ", 2**60, 0) + whole[24:],
+        whole[:8] + struct.pack("<QQ", 0, 1) + array,
+        whole[:8] + struct.pack("<QQ", 0, 1) + strings + bytes(100),
+        whole[:8] + struct.pack("<QQQ", 0, 1, 2**62),
+        whole[:-64],
+        whole[: len(whole) // 2],
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="x.gguf is no whole GGUF file"):
+            gguf.load(path)

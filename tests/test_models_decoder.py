@@ -309,8 +309,8 @@ def test_too_long_an_input_raises():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"num_layers": 0}, "num_layers must be >= 1"),
-        ({"vocab_size": 0}, "vocab_size must be >= 1"),
+        ({"num_layers": 0}, "num_layers must be > 0, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be > 0"),
         ({"num_heads": 3}, r"num_heads \(3\) must be a multiple"),
         ({"rotary_fraction": 0.25}, "even number"),
         ({"rotary_fraction": 1.5}, "at most head_dim"),
@@ -331,8 +331,8 @@ def test_bad_configurations_raise(changes, match):
 @pytest.mark.parametrize(
     ("config", "field", "match"),
     [
-        (small_config(), "remat", "remat must be 'none', 'full' or 'dots', got 'other'"),
-        (MTPConfig(), "kind", "kind must be 'sequential' or 'parallel', got 'other'"),
+        (small_config(), "remat", "remat must be one of .'none', 'full', 'dots'., got 'other'"),
+        (MTPConfig(), "kind", "kind must be one of .'sequential', 'parallel'., got 'other'"),
         (MTPConfig(), "concatenation", "concatenation must be .* got 'other'"),
     ],
 )

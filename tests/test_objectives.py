@@ -230,8 +230,8 @@ def test_a_ratio_beyond_the_floating_point_format_has_no_nan(config):
     ("changes", "message"),
     [
         ({"kind": "trpo"}, "'ppo', 'gspo', 'gmpo', 'cispo', 'sapo', 'reinforce'.*got 'trpo'"),
-        ({"negative_temperature": 0.0}, "temperatures of SAPO's gate must be > 0"),
-        ({"clip_low": 1.5}, "0 <= clip_low <= 1"),
+        ({"negative_temperature": 0.0}, "negative_temperature must be > 0, got 0.0"),
+        ({"clip_low": 1.5}, r"clip_low must be in \[0, 1\], got 1.5"),
         ({"dual_clip": 1.0}, "dual_clip must be > 1"),
         ({"log_ratio_clamp": 0.0}, "log_ratio_clamp must be > 0"),
     ],

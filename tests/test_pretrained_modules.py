@@ -1,11 +1,13 @@
 """Published checkpoints that are refused, and models whose MTP modules are not there."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from experiments.configs import paper
 from occ.models import pretrained
@@ -63,14 +65,59 @@ def test_buffers_of_old_files_are_no_weights(tmp_path):
         ("llama", "torch_dtype", "float8_e4m3fn"),
         ("llama", "num_hidden_layers", None),
         ("glm", "n_routed_experts", None),
+        ("llama", "model_type", ["llama"]),
+        ("llama", "hidden_size", "16"),
+        ("llama", "num_attention_heads", 2.0),
+        ("llama", "num_attention_heads", 0),
+        ("llama", "rms_norm_eps", [1e-5]),
+        ("llama", "rope_theta", "10000"),
+        ("llama", "rope_scaling", "linear"),
+        ("llama", "tie_word_embeddings", "yes"),
+        ("glm", "norm_topk_prob", 1),
+        ("llama", "occ", {"mtp": {"layers": 2}}),
+        ("llama", "occ", 3),
     ],
 )
-def test_an_unsupported_field_is_named(tmp_path, name, field, value):
+def test_an_unsupported_field_is_named(unchecked, tmp_path, name, field, value):
+    """With the file."""
     folder = write_folder(tmp_path / "model", name)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {field: value}))
-    with pytest.raises(ValueError, match=field):
+    ours = {"num_attention_heads": "num_attention_heads|num_heads", "norm_topk_prob": "normalise_"}
+    ours["tie_word_embeddings"] = "tied_embeddings"
+    with pytest.raises(ValueError, match=rf"(?s)model/config.json: .*({ours.get(field, field)})"):
         pretrained.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"num_hidden_layers": 1_000_000}),
+        ("glm", {"n_routed_experts": 1_000_000}),
+        ("glm", {"num_nextn_predict_layers": 10**12}),
+        ("llama", {"num_hidden_layers": 10**15}),
+    ],
+)
+def test_more_layers_than_tensors_are_refused_before_they_are_named(tmp_path, name, changes):
+    """Each tensor of each would have been written down first."""
+    folder = write_folder(tmp_path / "model", name)
+    config = pretrained.read_config(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(ValueError, match="config.json: .* need more tensors than the"):
+        pretrained.read_config(folder)
+    layers = dataclasses.replace(config, num_layers=10**9)
+    with pytest.raises(ValueError, match="need more tensors than the"):
+        pretrained.load(folder, layers)
+
+
+def test_null_is_as_good_as_nothing(tmp_path):
+    folder = write_folder(tmp_path / "model", "llama")
+    raw = json.loads((folder / "config.json").read_text())
+    found = architectures.from_json({k: v for k, v in raw.items() if k != "rope_theta"})
+    nulls = ("rope_theta", "rope_scaling", "torch_dtype", "head_dim", "attention_bias")
+    given = raw | dict.fromkeys(nulls) | {"dtype": "float32", "tie_word_embeddings": None}
+    assert architectures.from_json(given) == found
 
 
 MIMO_7B = {
@@ -195,7 +242,18 @@ def test_broken_folders_say_what_is_wrong(tmp_path):
     _index(folder, a="model.safetensors")
     with pytest.raises(ValueError, match="do not hold:\n  a"):
         pretrained.load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    old = {"model.norm.weight": tensors["model.norm.weight"] + 1}
+    save_file(old, folder / "model-2.safetensors")
+    _index(folder, **dict.fromkeys(tensors, "model.safetensors"), b="model-2.safetensors")
+    with pytest.raises(ValueError, match="norm.weight: in model-2.* by the index in model.safet"):
+        pretrained.load(folder)  # whichever file came last had won
     (folder / "model.safetensors.index.json").unlink()
+    whole_numbers = {**tensors, "model.norm.weight": np.arange(16, dtype=np.int32)}
+    save_file(whole_numbers, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: tensor 'model.norm.weight' is of typ"):
+        pretrained.load(folder)
+    save_file(tensors, folder / "model.safetensors")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="no whole safetensors file"):

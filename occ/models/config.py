@@ -7,6 +7,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from occ.checks import validate
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -45,18 +47,7 @@ class MTPConfig:
     own_output_head: bool = False
 
     def __post_init__(self):
-        _require(
-            self.num_modules >= 0, f"MTPConfig.num_modules must be >= 0, got {self.num_modules}."
-        )
-        _require(
-            self.kind in ("sequential", "parallel"),
-            f"MTPConfig.kind must be 'sequential' or 'parallel', got {self.kind!r}.",
-        )
-        _require(
-            self.concatenation in ("hidden_embedding", "embedding_hidden"),
-            "MTPConfig.concatenation must be 'hidden_embedding' or 'embedding_hidden', got "
-            f"{self.concatenation!r}.",
-        )
+        validate(self)
         _require(
             not (self.own_embedding and self.kind == "parallel"),
             "MTPConfig.own_embedding is for kind='sequential': parallel heads look no token up.",
@@ -94,6 +85,7 @@ class MoEConfig:
     capacity_factor: float | None = None
 
     def __post_init__(self):
+        validate(self)
         _require(
             1 <= self.experts_per_token <= self.num_experts,
             "MoEConfig.experts_per_token must be between 1 and num_experts="
@@ -138,11 +130,7 @@ class RopeScaling:
     original_length: int = 8192
 
     def __post_init__(self):
-        _require(
-            self.kind in ("linear", "llama3"),
-            f"RopeScaling.kind must be 'linear' or 'llama3', got {self.kind!r}.",
-        )
-        _require(self.factor > 0, f"RopeScaling.factor must be > 0, got {self.factor}.")
+        validate(self)
         _require(
             self.low < self.high,
             f"RopeScaling.low ({self.low}) must be below high ({self.high}).",
@@ -196,8 +184,8 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = True
-    param_dtype: str = "float32"
-    compute_dtype: str = "float32"
+    param_dtype: str = dataclasses.field(default="float32", metadata={"one_of": DTYPES})
+    compute_dtype: str = dataclasses.field(default="float32", metadata={"one_of": DTYPES})
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     attention: Literal["xla", "splash"] = "xla"
@@ -206,8 +194,7 @@ class ModelConfig:
     mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim"):
-            _require(getattr(self, name) >= 1, f"ModelConfig.{name} must be >= 1.")
+        validate(self)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -217,19 +204,6 @@ class ModelConfig:
             self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.head_dim,
             f"ModelConfig: head_dim * rotary_fraction = {self.head_dim * self.rotary_fraction} "
             "must be an even number of at most head_dim, since rotary positions turn pairs.",
-        )
-        for name in ("param_dtype", "compute_dtype"):
-            _require(
-                getattr(self, name) in DTYPES,
-                f"ModelConfig.{name} must be one of {DTYPES}, got {getattr(self, name)!r}.",
-            )
-        _require(
-            self.remat in ("none", "full", "dots"),
-            f"ModelConfig.remat must be 'none', 'full' or 'dots', got {self.remat!r}.",
-        )
-        _require(
-            self.attention in ("xla", "splash"),
-            f"ModelConfig.attention must be 'xla' or 'splash', got {self.attention!r}.",
         )
         if self.moe is not None:
             _require(

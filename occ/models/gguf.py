@@ -18,6 +18,7 @@ import gguf
 import jax
 import numpy as np
 
+from occ.gguf_files import open_gguf
 from occ.models.agreement import check_agrees
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.policy import Policy, abstract_policy
@@ -84,7 +85,7 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     Raises:
       ValueError: another architecture, or something of this one that the decoder does not have.
     """
-    return _config(gguf.GGUFReader(path))
+    return _named_config(open_gguf(path), path)
 
 
 def load(
@@ -102,8 +103,8 @@ def load(
       ValueError: as `read_config`; or the configuration and the file disagree; or tensors are
         missing, of another shape, or over.
     """
-    reader = gguf.GGUFReader(path)
-    found = _config(reader)
+    reader = open_gguf(path)
+    found = _named_config(reader, path)
     if config is None:
         config = found
     check_agrees(config, found, str(path))
@@ -118,6 +119,13 @@ def load(
 
 
 # -- what a file says -------------------------------------------------------------------------
+
+
+def _named_config(reader: gguf.GGUFReader, path: str | pathlib.Path) -> ModelConfig:
+    try:
+        return _config(reader)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _config(reader: gguf.GGUFReader) -> ModelConfig:
@@ -140,22 +148,36 @@ def _config(reader: gguf.GGUFReader) -> ModelConfig:
             raise ValueError(f"gguf: {ARCHITECTURE}.{name} varies by layer: {value}.")
         return value
 
+    def number(name: str, default: Any = None) -> Any:
+        value = of(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"gguf: {ARCHITECTURE}.{name} must be a number > 0, got {value!r}.")
+        return value
+
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise ValueError("gguf: the file holds no tensor token_embd.weight, and so no model.")
     _refuse_what_is_not_here(tensors, of)
-    heads, width = of("attention.head_count"), of("embedding_length")
-    head_dim = of("attention.key_length", width // heads)
+    heads, width = number("attention.head_count"), number("embedding_length")
+    head_dim = number("attention.key_length", width // heads)
+    layers = number("block_count")
+    if layers > len(tensors) or len(tensors["token_embd.weight"].shape) != 2:
+        raise ValueError(
+            f"gguf: the file counts {layers} layers and holds {len(tensors)} tensors, of which "
+            "token_embd.weight must be a matrix."
+        )
     return ModelConfig(
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        num_layers=of("block_count"),
+        num_layers=layers,
         width=width,
         num_heads=heads,
-        num_kv_heads=of("attention.head_count_kv", heads),
+        num_kv_heads=number("attention.head_count_kv", heads),
         head_dim=head_dim,
-        mlp_width=of("feed_forward_length"),
-        max_length=of("context_length"),
-        rope_base=_decimal(of("rope.freq_base", 10_000.0)),
-        rotary_fraction=of("rope.dimension_count", head_dim) / head_dim,
-        norm_epsilon=_decimal(of("attention.layer_norm_rms_epsilon")),
+        mlp_width=number("feed_forward_length"),
+        max_length=number("context_length"),
+        rope_base=_decimal(number("rope.freq_base", 10_000.0)),
+        rotary_fraction=number("rope.dimension_count", head_dim) / head_dim,
+        norm_epsilon=_decimal(number("attention.layer_norm_rms_epsilon")),
         tied_embeddings="output.weight" not in tensors,
         mtp=MTPConfig(num_modules=0),
     )

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from occ.checks import validate
 from occ.objectives import masked
-
-KINDS = ("ppo", "gspo", "gmpo", "cispo", "sapo", "reinforce")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class PolicyConfig:
     """Which policy loss.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: the loss; see `policy_loss`.
       clip_low: the ratio is clipped below at 1 - clip_low; 0 is legal. In GMPO a token's log-ratio
         is, at -clip_low.
       clip_high: and above at 1 + clip_high; larger than clip_low is DAPO's clip-higher. In GMPO the
@@ -43,27 +42,7 @@ class PolicyConfig:
     negative_temperature: float = 1.05
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"PolicyConfig.kind must be one of {KINDS}, got {self.kind!r}.")
-        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
-            raise ValueError(
-                "PolicyConfig: expected 0 <= clip_low <= 1 and clip_high >= 0, got "
-                f"{self.clip_low} and {self.clip_high}. They are distances from the ratio 1."
-            )
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(
-                f"PolicyConfig.dual_clip must be > 1, got {self.dual_clip}; None turns it off."
-            )
-        if self.log_ratio_clamp is not None and not self.log_ratio_clamp > 0:
-            raise ValueError(
-                f"PolicyConfig.log_ratio_clamp must be > 0, got {self.log_ratio_clamp}; None turns "
-                "it off."
-            )
-        if not (self.positive_temperature > 0 and self.negative_temperature > 0):
-            raise ValueError(
-                "PolicyConfig: the temperatures of SAPO's gate must be > 0, got "
-                f"{self.positive_temperature} and {self.negative_temperature}."
-            )
+        validate(self)
 
     @property
     def by_token(self) -> bool:

@@ -6,11 +6,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from occ import measures, rules
+from occ.checks import validate
 from occ.models.config import ModelConfig
 from occ.objectives.advantages import METHODS, TOKEN_METHODS, WITHOUT_GROUP
 from occ.objectives.policy import PolicyConfig
 from occ.training import named_measures as named_measures  # enters them
-from occ.training.checks import validate
 from occ.training.layout import LayoutConfig as LayoutConfig
 from occ.training.start_config import PretrainedConfig as PretrainedConfig
 from occ.training.start_config import WarmStartConfig as WarmStartConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from occ.training.checks import validate
+from occ.checks import validate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from occ.training.checks import validate
+from occ.checks import validate
 
 
 @dataclasses.dataclass(frozen=True)

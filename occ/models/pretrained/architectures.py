@@ -48,8 +48,8 @@ FAMILIES = {
     "mimo": Family("MiMoForCausalLM", lambda raw: True, lambda raw: False, attention_bias=True),
     "glm4_moe": Family(
         "Glm4MoeForCausalLM",
-        lambda raw: raw.get("attention_bias", False),
-        lambda raw: raw.get("use_qk_norm", False),
+        lambda raw: _first(raw, "attention_bias", default=False),
+        lambda raw: _first(raw, "use_qk_norm", default=False),
         attention_bias=True,
         rotary_fraction=0.5,
         concatenation="embedding_hidden",
@@ -103,29 +103,28 @@ def from_json(raw: dict[str, Any]) -> ModelConfig:
     """
     family = _family(raw)
     _check_supported(raw, family)
-    heads = _field(raw, "num_attention_heads")
-    kv_heads, head_dim = raw.get("num_key_value_heads"), raw.get("head_dim", family.head_dim)
-    tied = raw.get("tie_word_embeddings", False)
-    dtype = raw.get("torch_dtype", raw.get("dtype", "float32"))
+    heads, width = _integer(raw, "num_attention_heads"), _integer(raw, "hidden_size")
+    head_dim = width // heads if family.head_dim is None else family.head_dim
+    dtype = _first(raw, "torch_dtype", "dtype", default="float32")
     if dtype not in DTYPES:
-        raise ValueError(f"config.json: torch_dtype must be one of {DTYPES}, got {dtype!r}.")
+        raise ValueError(f"torch_dtype must be one of {DTYPES}, got {dtype!r}.")
     base, fraction, scaling = _rope(raw, family)
     return ModelConfig(
-        vocab_size=_field(raw, "vocab_size"),
-        num_layers=_field(raw, "num_hidden_layers"),
-        width=_field(raw, "hidden_size"),
+        vocab_size=_integer(raw, "vocab_size"),
+        num_layers=_integer(raw, "num_hidden_layers"),
+        width=width,
         num_heads=heads,
-        num_kv_heads=heads if kv_heads is None else kv_heads,
-        head_dim=_field(raw, "hidden_size") // heads if head_dim is None else head_dim,
-        mlp_width=_field(raw, "intermediate_size"),
-        max_length=_field(raw, "max_position_embeddings"),
+        num_kv_heads=_integer(raw, "num_key_value_heads", heads),
+        head_dim=_integer(raw, "head_dim", head_dim),
+        mlp_width=_integer(raw, "intermediate_size"),
+        max_length=_integer(raw, "max_position_embeddings"),
         rope_base=base,
         rope_scaling=scaling,
         rotary_fraction=fraction,
-        norm_epsilon=_field(raw, "rms_norm_eps"),
+        norm_epsilon=_number(raw, "rms_norm_eps"),
         qkv_bias=family.qkv_bias(raw),
         qk_norm=family.qk_norm(raw),
-        tied_embeddings=tied,
+        tied_embeddings=_first(raw, "tie_word_embeddings", default=False),
         param_dtype=dtype,
         compute_dtype=dtype,
         moe=_moe(raw) if raw["model_type"] == "glm4_moe" else None,
@@ -174,19 +173,48 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
 
 def _family(raw: dict[str, Any]) -> Family:
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {kind!r} is not supported, expected one of "
+            f"model_type {kind!r} is not supported, expected one of "
             f"{tuple(FAMILIES)}. (Of DeepSeek-V3, whose attention is another, MTP modules and "
             "experts alone are shared with glm4_moe.)"
         )
     return FAMILIES[kind]
 
 
-def _field(raw: dict[str, Any], name: str) -> Any:
-    if raw.get(name) is None:
-        raise ValueError(f"config.json: field {name!r} is missing. Is this the folder's own file?")
-    return raw[name]
+def _first(raw: dict[str, Any], *names: str, default: Any = None) -> Any:
+    """The first of these fields that says something: null is as good as none."""
+    found = (raw[name] for name in names if raw.get(name) is not None)
+    return next(found, default)
+
+
+def _field(raw: dict[str, Any], name: str, default: Any = None) -> Any:
+    value = _first(raw, name, default=default)
+    if value is None:
+        raise ValueError(f"field {name!r} is missing. Is this the folder's own config.json?")
+    return value
+
+
+def _integer(raw: dict[str, Any], name: str, default: int | None = None, least: int = 1) -> int:
+    value = _field(raw, name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"field {name!r} must be a whole number from {least} on, got {value!r}.")
+    return value
+
+
+def _number(raw: dict[str, Any], name: str, default: float | None = None) -> float:
+    value = _field(raw, name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"field {name!r} must be a number, got {value!r}.")
+    return float(value)
+
+
+def _object(raw: dict[str, Any], *names: str) -> dict[str, Any]:
+    value = _first(raw, *names, default={})
+    if not isinstance(value, dict):
+        which = " or ".join(names)
+        raise ValueError(f"field {which} must be an object of fields, got {value!r}.")
+    return value
 
 
 def _check_supported(raw: dict[str, Any], family: Family) -> None:
@@ -198,53 +226,53 @@ def _check_supported(raw: dict[str, Any], family: Family) -> None:
         for name, values in required.items()
         if name in raw and raw[name] not in values
     ]
-    kinds = sorted(set(raw.get("layer_types") or []) - {"full_attention"})
+    kinds = sorted(set(map(str, raw.get("layer_types") or [])) - {"full_attention"})
     if kinds:
         found.append(f"layer_types with {', '.join(kinds)} (supported: 'full_attention')")
     if found:
         lines = "".join(f"\n  {line}" for line in found)
-        raise ValueError(f"config.json of a {raw['model_type']} model that we do not have:{lines}")
+        raise ValueError(f"a {raw['model_type']} model that we do not have:{lines}")
 
 
 def _rope(raw: dict[str, Any], family: Family) -> tuple[float, float, RopeScaling | None]:
     """Base, rotated fraction, and scaling; of newer files in one field, of older ones in three."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    base = given.get("rope_theta", raw.get("rope_theta", 10_000.0))
-    default = raw.get("partial_rotary_factor", family.rotary_fraction)
-    fraction = given.get("partial_rotary_factor", default)
+    given = _object(raw, "rope_parameters", "rope_scaling")
+    base = _number(given, "rope_theta", _number(raw, "rope_theta", 10_000.0))
+    default = _number(raw, "partial_rotary_factor", family.rotary_fraction)
+    fraction = _number(given, "partial_rotary_factor", default)
     if family.rotary_fraction == 1.0 and fraction != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor = {fraction} is not supported here.")
-    kind = given.get("rope_type", given.get("type", "default"))
+        raise ValueError(f"partial_rotary_factor = {fraction} is not supported here.")
+    kind = _first(given, "rope_type", "type", default="default")
     if kind == "default":
-        return float(base), fraction, None
+        return base, fraction, None
     if kind == "linear":
-        return float(base), fraction, RopeScaling("linear", float(_field(given, "factor")))
+        return base, fraction, RopeScaling("linear", _number(given, "factor"))
     if kind == "llama3":
         scaling = RopeScaling(
             "llama3",
-            float(_field(given, "factor")),
-            float(_field(given, "low_freq_factor")),
-            float(_field(given, "high_freq_factor")),
-            _field(given, "original_max_position_embeddings"),
+            _number(given, "factor"),
+            _number(given, "low_freq_factor"),
+            _number(given, "high_freq_factor"),
+            _integer(given, "original_max_position_embeddings"),
         )
-        return float(base), fraction, scaling
+        return base, fraction, scaling
     raise ValueError(
-        f"config.json: rope_scaling of type {kind!r} is not supported, expected 'linear' or "
+        f"rope_scaling of type {kind!r} is not supported, expected 'linear' or "
         "'llama3'. Where the context before scaling is long enough, take the field out."
     )
 
 
 def _moe(raw: dict[str, Any]) -> MoEConfig:
     return MoEConfig(
-        num_experts=_field(raw, "n_routed_experts"),
-        experts_per_token=_field(raw, "num_experts_per_tok"),
-        expert_width=_field(raw, "moe_intermediate_size"),
-        num_shared_experts=raw.get("n_shared_experts") or 0,
-        first_dense_layers=_field(raw, "first_k_dense_replace"),
-        routed_scaling=_field(raw, "routed_scaling_factor"),
+        num_experts=_integer(raw, "n_routed_experts"),
+        experts_per_token=_integer(raw, "num_experts_per_tok"),
+        expert_width=_integer(raw, "moe_intermediate_size"),
+        num_shared_experts=_integer(raw, "n_shared_experts", 0, least=0),
+        first_dense_layers=_integer(raw, "first_k_dense_replace", least=0),
+        routed_scaling=_number(raw, "routed_scaling_factor"),
         normalise_top_k=_field(raw, "norm_topk_prob"),
-        num_groups=_field(raw, "n_group"),
-        top_groups=_field(raw, "topk_group"),
+        num_groups=_integer(raw, "n_group"),
+        top_groups=_integer(raw, "topk_group"),
     )
 
 
@@ -254,10 +282,14 @@ def _mtp(raw: dict[str, Any], family: Family) -> MTPConfig:
     vLLM, SGLang and transformers all take the trunk's hidden state after its final norm. They do
     not agree on the embedding at position 0, which vLLM (and SGLang for MiMo alone) sets to zero.
     """
-    counts = (raw.get("num_nextn_predict_layers"), raw.get("num_mtp_layers"))
-    count = next((count for count in counts if count is not None), 0)
+    count = _integer(raw, "num_mtp_layers", 0, least=0)
+    count = _integer(raw, "num_nextn_predict_layers", count, least=0)
     fields = {"hidden_after_final_norm": True, "concatenation": family.concatenation}
-    return MTPConfig(num_modules=count, **(fields | raw.get(EXTRA, {}).get("mtp", {})))
+    own = _object(_object(raw, EXTRA), "mtp")
+    unknown = sorted(own.keys() - {field.name for field in dataclasses.fields(MTPConfig)})
+    if unknown:
+        raise ValueError(f"field {EXTRA!r} has entries that no MTP module has: {unknown}.")
+    return MTPConfig(num_modules=count, **(fields | own))
 
 
 def _published_mtp(mtp: MTPConfig) -> dict[str, Any]:

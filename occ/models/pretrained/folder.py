@@ -42,7 +42,7 @@ class WeightFolder:
 
     Raises:
       ValueError: it is no such folder, holds pickled weights only, or its index names files or
-        tensors that are not there.
+        tensors that are not there, or places a tensor elsewhere than where one is.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -50,11 +50,20 @@ class WeightFolder:
         self.tensors: dict[str, TensorInfo] = {}
         self._open: dict[str, Any] = {}
         index = _files(self.path)
+        misplaced = []
         for file in sorted(set(index.values())) if index else [SINGLE]:
             handle = self._file(file)
             for name in handle.keys():  # noqa: SIM118 (no mapping)
+                if index.get(name, file) != file:
+                    misplaced.append(f"{name}: in {file}, by the index in {index[name]}")
                 piece = handle.get_slice(name)
                 self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), piece.get_dtype())
+        if misplaced:
+            raise ValueError(
+                f"{self.path / INDEX} places tensors elsewhere than where there are some of their "
+                f"name:{listed(misplaced)}\nOne of each pair is left from another model. Download "
+                "the folder again."
+            )
         absent = sorted(index.keys() - self.tensors.keys())
         if absent:
             raise ValueError(
@@ -65,20 +74,26 @@ class WeightFolder:
     def read(self, name: str, window: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or the part of it in a window."""
         info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            raise ValueError(
-                f"{self.path}: tensor {name!r} is of type {info.dtype}, expected one of "
-                f"{sorted(DTYPES)}. Quantised weights are not supported: take the folder that "
-                "they were made from."
-            )
+        self.dtype(name)
         handle = self._file(info.file)
         if not info.shape or not window:
             return handle.get_tensor(name)
         return handle.get_slice(name)[window]
 
     def dtype(self, name: str) -> np.dtype:
-        """Of a tensor."""
-        return DTYPES[self.tensors[name].dtype]
+        """Of a tensor.
+
+        Raises:
+          ValueError: it does not hold numbers that parameters are made of.
+        """
+        kind = self.tensors[name].dtype
+        if kind not in DTYPES:
+            raise ValueError(
+                f"{self.path / self.tensors[name].file}: tensor {name!r} is of type {kind}, "
+                f"expected one of {sorted(DTYPES)}. Quantised weights are not supported: take the "
+                "folder that they were made from."
+            )
+        return DTYPES[kind]
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

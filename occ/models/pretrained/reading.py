@@ -80,6 +80,7 @@ def load(
     folder = WeightFolder(source)
     if config is None:
         config = _config(folder)
+    _check_counts(folder, config)
     stored = names.stored_leaves(config)
     _check_complete(folder, stored, config)
     _warn_of_rounding(folder, stored)
@@ -99,7 +100,12 @@ def load(
 
 def _config(folder: WeightFolder) -> ModelConfig:
     """The architecture of config.json, with the MTP modules as they are stored."""
-    config = architectures.from_json(architectures.read_json(folder.path))
+    raw = architectures.read_json(folder.path)
+    try:
+        config = architectures.from_json(raw)
+        _check_counts(folder, config)
+    except ValueError as error:
+        raise ValueError(f"{folder.path / 'config.json'}: {error}") from error
     prefixes = [names.module_prefix(k, config) for k in range(config.mtp.num_modules)]
     if prefixes and not any(name.startswith(tuple(prefixes)) for name in folder.tensors):
         warnings.warn(
@@ -116,6 +122,19 @@ def _config(folder: WeightFolder) -> ModelConfig:
         if copy.field is not None and copy.name in folder.tensors and not _equal(folder, copy)
     }
     return dataclasses.replace(config, mtp=dataclasses.replace(config.mtp, **own))
+
+
+def _check_counts(folder: WeightFolder, config: ModelConfig) -> None:
+    """That there can be so many layers, before each tensor of each is named."""
+    experts = 1 if config.moe is None else config.moe.num_experts
+    dense = 0 if config.moe is None else config.moe.first_dense_layers
+    least = max(dense + (config.num_layers - dense) * experts, config.mtp.num_modules)
+    if least > len(folder.tensors):
+        raise ValueError(
+            f"{config.num_layers} layers of {experts} MLPs and {config.mtp.num_modules} MTP "
+            f"modules need more tensors than the {len(folder.tensors)} in {folder.path}. Do "
+            "configuration and weights belong to one model?"
+        )
 
 
 def _equal(folder: WeightFolder, copy: names.Copy) -> bool:

@@ -113,6 +113,7 @@ RANGES = {
         "logits_chunk": NOT_NEGATIVE,
         "sequences_per_row": ABOVE_ZERO,
         "generation_rows": NOT_NEGATIVE,
+        "draft_depth": NOT_NEGATIVE,
     },
     "TrainConfig": {
         "rollouts": ABOVE_ZERO,

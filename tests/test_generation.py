@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 
 from occ.generation.bucketing import COLUMN_RUNGS, Bucketed, padding_waste, portions
-from occ.generation.sampling import SamplingConfig, check_fits, generate, restrict, sample_token
-from occ.models.decoder import merge_model
+from occ.generation.decoding import generate
+from occ.generation.drafting import check_depth, judge
+from occ.generation.sampling import (
+    SamplingConfig,
+    check_fits,
+    choose,
+    gumbel_noise,
+    restrict,
+)
+from occ.models.attention import Context
+from occ.models.config import MTPConfig
+from occ.models.decoder import Cache, merge_model
+from occ.models.mtp import tokens_ahead
 from occ.models.policy import Policy
 from tests.reference_models import MOE, random_model, rows, small_config
 
@@ -67,45 +78,51 @@ def restricted_by_loop(logits, config):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def extended(graphdef, params, rest, tokens, positions, segment_ids):
-    """A prefill of all but the last four columns, and four single steps."""
+def extended(graphdef, params, rest, tokens, lengths):
+    """The states of each row's last four tokens: after a prefill of the others, and a token that is
+    taken back, one and then three at a time."""
     model = merge_model(graphdef, params, rest)
-    time = tokens.shape[1]
-    cache, states = model.empty_cache(tokens.shape[0], time + 2), []
-    for start, end in [(0, time - 4), *((t, t + 1) for t in range(time - 4, time))]:
-        part = slice(start, end)
-        hidden, cache = model.extend(
-            tokens[:, part], positions[:, part], segment_ids[:, part], cache
-        )
+    known, running = lengths - 4, jnp.ones(lengths.shape, bool)
+    _, begun = model.prefill(tokens, known)
+    room = model.empty_cache(*tokens.shape, spare=3)
+    stacks = [old.write(new, 0 * known) for old, new in zip(room.stacks, begun.stacks, strict=True)]
+    cache, states = Cache(tuple(stacks), known), []
+    _, cache = model.extend(tokens[:, :1], cache, running)
+    for first, count in ((0, 1), (1, 3)):
+        columns = (known + first)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        further = jnp.take_along_axis(tokens, columns, axis=1)
+        hidden, cache = model.extend(further, cache, running)
+        cache = cache._replace(lengths=cache.lengths + count)
         states.append(hidden)
-    return model.logits(jnp.concatenate(states, axis=1)), cache
+    return model.logits(jnp.concatenate(states, axis=1))
+
+
+def last_four(values, lengths):
+    return np.stack([row[n - 4 : n] for row, n in zip(np.asarray(values), lengths, strict=True)])
 
 
 @SIZES
-def test_cached_steps_are_the_full_forward_pass(x64, moe):
+def test_cached_steps_are_the_full_forward_pass(x64, moe, monkeypatch):
+    """Of rows of several lengths, read from the cache in three blocks of columns."""
+    monkeypatch.setattr("occ.models.decoder.CACHE_BLOCK", 4)
+    monkeypatch.setattr("occ.models.attention.CACHE_BLOCK", 4)
     config = small_config(moe=moe, num_layers=3, qk_norm=True, rotary_fraction=0.5)
-    model = random_model(config)
-    inputs = rows(config, [6, 9, 7], 9, "left")
-    got, cache = extended(*model, *inputs)
-    present = inputs[2] > 0
-    expected = np.asarray(full_logits(*model, *inputs))
-    np.testing.assert_allclose(np.asarray(got)[present], expected[present], atol=1e-10)
-    assert cache.column == 9
-    np.testing.assert_array_equal(cache.segment_ids[:, :9], inputs[2])
-    assert not cache.segment_ids[:, 9:].any()
+    model, lengths = random_model(config), [6, 9, 7]
+    inputs = rows(config, lengths, 9)
+    got = extended(*model, inputs[0], jnp.array(lengths, jnp.int32))
+    expected = last_four(full_logits(*model, *inputs), lengths)
+    np.testing.assert_allclose(got, expected, atol=1e-10)
 
 
 @pytest.mark.standard_promotion  # jax.nn.dot_product_attention mixes dtypes
 def test_bfloat16_cache_is_near_the_full_forward_pass():
     config = small_config(dtype="float32", compute_dtype="bfloat16")
-    model = random_model(config)
-    inputs = rows(config, [6, 7], 7, "left")
-    got, cache = extended(*model, *inputs)
-    assert {stack.keys.dtype for stack in cache.stacks} == {jnp.dtype("bfloat16")}
-    present = inputs[2] > 0
-    expected = np.asarray(full_logits(*model, *inputs))[present]
-    error = np.linalg.norm(np.asarray(got)[present] - expected)
-    assert error < 0.02 * np.linalg.norm(expected)
+    model, lengths = random_model(config), [6, 7]
+    inputs = rows(config, lengths, 7)
+    assert merge_model(*model).empty_cache(2, 7).stacks[0].keys.dtype == jnp.dtype("bfloat16")
+    got = np.asarray(extended(*model, inputs[0], jnp.array(lengths, jnp.int32)))
+    expected = last_four(full_logits(*model, *inputs), lengths)
+    assert np.linalg.norm(got - expected) < 0.02 * np.linalg.norm(expected)
 
 
 # -- responses --------------------------------------------------------------------------------
@@ -205,21 +222,8 @@ def test_decoding_stops_when_all_rows_have_ended():
     _, params, rest = random_model(config)
     tokens, mask = prompts(config)
     every = SamplingConfig(NEW, stop_tokens=tuple(range(config.vocab_size)))
-    steps = []
-
-    original = sample_token
-
-    def counting(logits, keys, config):
-        jax.debug.callback(lambda: steps.append(1))
-        return original(logits, keys, config)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("occ.generation.sampling.sample_token", counting)
-        got = jax.jit(functools.partial(generate, config=every))(
-            Policy(config, params, rest), tokens, mask, KEY
-        )
-        jax.effects_barrier()
-    assert len(steps) == 1
+    got = sample(Policy(config, params, rest), tokens, mask, KEY, config=every)
+    assert got.work.steps == 1 and got.work.passes == 3
     np.testing.assert_array_equal(got.lengths, [1, 1, 1])
     assert got.finished.all()
 
@@ -262,6 +266,117 @@ def test_rows_with_one_prompt_and_other_keys_differ():
     assert (np.asarray(other.tokens) != got).any()
 
 
+# -- drafts -----------------------------------------------------------------------------------
+
+speculate = jax.jit(generate, static_argnames=("config", "slots", "draft_depth"))
+WAITING = {"top_k": 2, "top_p": 0.9, "temperature": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("heads", "depth", "slots", "settings"),
+    [
+        (1, 3, 0, WAITING),
+        (2, 3, 2, {"stop_tokens": (2,)}),
+        (2, 1, 3, {"temperature": 0.0}),
+        ("parallel", 2, 2, {"temperature": 1.5, "stop_tokens": (2,)}),
+    ],
+    ids=str,
+)
+def test_drafts_and_slots_change_no_token(x64, heads, depth, slots, settings):
+    """Six samples of three prompts. With three tokens alone, many a draft is right by chance."""
+    mtp = {"kind": "parallel" if heads == "parallel" else "sequential"}
+    config = small_config(2 if heads == "parallel" else heads, vocab_size=3, mtp=mtp)
+    policy = Policy(config, *random_model(config)[1:])
+    tokens, mask = prompts(config, (1, 5, 3))
+    which = jnp.array([0, 0, 1, 1, 1, 2], jnp.int32)
+    sampling = SamplingConfig(14, pad_token=1, **settings)
+    expected = sample(policy, tokens[which], mask[which], KEY, config=sampling)
+    got = speculate(
+        policy,
+        tokens,
+        mask,
+        KEY,
+        config=sampling,
+        prompt_of=which,
+        slots=slots,
+        draft_depth=depth,
+    )
+    for name in ("tokens", "response_mask", "finished", "lengths"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    np.testing.assert_allclose(got.log_prob, expected.log_prob, atol=1e-6)
+    judged, kept = np.asarray(got.work.judged), np.asarray(got.work.kept)
+    total = int(got.lengths.sum())
+    assert judged[0] == got.work.passes < total == int(expected.work.passes)
+    assert (kept > 0).all() and (kept < judged).any() and total <= judged[0] + kept.sum()
+    assert got.work.steps >= -(-int(got.work.passes) // (slots or 6))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def drafts_of_the_whole(graphdef, params, rest, tokens, seen):
+    """Three drafts of two modules after the first `seen` + 1 tokens, by forward passes over all."""
+    model = merge_model(graphdef, params, rest)
+    time = tokens.shape[1]
+    positions = jnp.arange(time, dtype=jnp.int32)[None]
+    segment_ids = jnp.ones_like(tokens)
+    inputs = tokens, positions, segment_ids
+    hidden = model.trunk(*inputs).hidden
+    first = model.mtp_hidden(hidden, *inputs)[0]
+
+    def best(state, head, at):
+        return jnp.argmax(model.mtp_logits(state, head)[0, at]).astype(jnp.int32)
+
+    tokens = tokens.at[0, seen + 1].set(best(first, 0, seen - 1))
+    second = model.mtp_hidden(hidden, tokens, *inputs[1:])[1]
+    tokens = tokens.at[0, seen + 2].set(best(second, 1, seen - 1))
+    fed = first.at[0, seen].set(second[0, seen - 1])
+    ahead = model.embedding(tokens_ahead(tokens, segment_ids, 2))
+    third = model.mtp[1](fed, ahead, Context(positions, segment_ids)).hidden
+    return jnp.stack([tokens[0, seen + 1], tokens[0, seen + 2], best(third, 1, seen)])
+
+
+def test_drafts_are_those_of_a_full_forward_pass(x64, monkeypatch):
+    """Whatever was drafted and refused before: the modules' cache holds what is decided."""
+    config = small_config(2)
+    model = random_model(config)
+    tokens, mask = prompts(config, (3, 5))
+    steps = []
+
+    def recording(tokens, drafts, room, running, config):
+        jax.debug.callback(lambda *seen: steps.append(seen), drafts, room, running, ordered=True)
+        return judge(tokens, drafts, room, running, config)
+
+    monkeypatch.setattr("occ.generation.decoding.judge", recording)
+    sampling = SamplingConfig(8, temperature=0.0)
+    got = jax.jit(functools.partial(generate, config=sampling, draft_depth=3))(
+        Policy(config, *model[1:]), tokens, mask, KEY
+    )
+    jax.effects_barrier()
+    compared = 0
+    for drafts, room, running in steps:
+        for row in np.flatnonzero(running):
+            decided = np.asarray(got.tokens)[row, PROMPT - (3, 5)[row] :]
+            seen = (3, 5)[row] + 8 - int(room[row]) - 1
+            sequence = np.zeros((1, PROMPT + 8 + 3), np.int32)
+            sequence[0, : seen + 1] = decided[: seen + 1]
+            expected = drafts_of_the_whole(*model, sequence, seen)
+            np.testing.assert_array_equal(drafts[row], expected)
+            compared += 1
+    assert compared == got.work.passes > 8
+
+
+@pytest.mark.parametrize(
+    ("mtp", "depth", "match"),
+    [
+        ({"num_modules": 0}, 1, "draft_depth=1 needs MTP modules"),
+        ({"kind": "parallel"}, 2, "draft_depth=2 exceeds the model's 1 parallel heads"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drafted_is_refused(mtp, depth, match):
+    with pytest.raises(ValueError, match=match):
+        check_depth(MTPConfig(**mtp), depth)
+
+
 # -- one token --------------------------------------------------------------------------------
 
 
@@ -275,9 +390,20 @@ def test_frequencies_are_the_probabilities(settings):
     config = SamplingConfig(1, **settings)
     row = np.array([0.3, 1.2, -0.5, 0.9, -3.0], np.float32)
     count = 20_000
-    keys = jax.random.split(jax.random.key(1), count)
     logits = jnp.broadcast_to(jnp.asarray(row), (count, 5))
-    token, log_prob = jax.jit(sample_token, static_argnums=2)(logits, keys, config)
+
+    @jax.jit
+    def draw(logits):
+        noise = gumbel_noise(KEY, jnp.arange(count), jnp.full(count, 3), (1, 5), logits.dtype)
+        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(KEY, n), 3))(
+            jnp.arange(count)
+        )
+        restricted = restrict(logits / config.temperature, config)
+        usual = jax.vmap(jax.random.categorical)(keys, jax.nn.log_softmax(restricted))
+        return *choose(logits, noise[:, 0], config), usual
+
+    token, log_prob, usual = draw(logits)
+    np.testing.assert_array_equal(token, usual)
     expected = restricted_by_loop(row, config)
     np.testing.assert_allclose(log_prob, expected[np.asarray(token)], atol=1e-5)
     frequency = np.bincount(token, minlength=5) / count

@@ -370,7 +370,7 @@ def test_splash_attention_is_the_compilers(unchecked):
     time = 9
     heads = [jnp.asarray(rng.normal(size=(2, time, n, 128)), jnp.float32) for n in (4, 2, 2)]
     segment_ids = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2], [1] * 8 + [0]])
-    context = Context(positions_from_segments(segment_ids), segment_ids, segment_ids)
+    context = Context(positions_from_segments(segment_ids), segment_ids)
     weight = jnp.asarray(rng.normal(size=(2, time, 4, 128)), jnp.float32)
 
     def loss(heads, kernel):

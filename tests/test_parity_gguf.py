@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from occ import sources
-from occ.generation.sampling import SamplingConfig, generate
+from occ.generation.decoding import generate
+from occ.generation.sampling import SamplingConfig
 from occ.models import gguf
 from occ.tasks import pretrained_tokenizer
 

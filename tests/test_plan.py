@@ -111,7 +111,7 @@ def test_operations_of_loops_branches_and_recomputation():
 
 def test_operations_of_a_kernel_are_those_of_its_blocks():
     segment_ids = jnp.ones((1, 256), jnp.int32)
-    context = Context(segment_ids, segment_ids, segment_ids)
+    context = Context(segment_ids, segment_ids)
     heads = jnp.ones((1, 256, 2, 128))
 
     def attention(query):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.configs import CONFIGS
-from occ.generation.sampling import SamplingConfig, generate
+from occ.generation.decoding import generate
+from occ.generation.sampling import SamplingConfig
 from occ.models.config import MoEConfig
 from occ.models.policy import Policy, abstract_policy
 from occ.training import programs, sharding

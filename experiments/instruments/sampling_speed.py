@@ -23,7 +23,8 @@ import tqdm
 import tyro
 
 from experiments import runs
-from occ.generation.sampling import SamplingConfig, generate
+from occ.generation.decoding import generate
+from occ.generation.sampling import SamplingConfig
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.policy import new_policy
 from occ.training.durable.run_folder import environment

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from occ.generation.sampling import Generation
+from occ.generation.sampling import Generation, Work
 from occ.models.policy import Policy
 
 COLUMN_RUNGS = 4
@@ -104,24 +104,27 @@ class Bucketed:
         prompts, prompt_mask = np.asarray(prompts), np.asarray(prompt_mask)
         columns = prompts.shape[1]
         cut = portions(prompt_mask.sum(axis=1), columns, self.rows_at_a_time)
-        generated = [
-            self.program(
-                policy,
-                prompts[portion.rows, columns - portion.columns :],
-                prompt_mask[portion.rows, columns - portion.columns :],
-                key,
-                rows=portion.rows,
-            )
-            for portion in cut
-        ]
+        generated = self.fetch(
+            [
+                self.program(
+                    policy,
+                    prompts[portion.rows, columns - portion.columns :],
+                    prompt_mask[portion.rows, columns - portion.columns :],
+                    key,
+                    rows=portion.rows,
+                )
+                for portion in cut
+            ]
+        )
         widened = [
             self._widen(generation, columns - portion.columns)
-            for generation, portion in zip(self.fetch(generated), cut, strict=True)
+            for generation, portion in zip(generated, cut, strict=True)
         ]
         # The first of every row, in their order: rows that only filled up a portion fall away.
         _, order = np.unique(np.concatenate([portion.rows for portion in cut]), return_index=True)
         whole: list[Any] = [np.concatenate(values)[order] for values in zip(*widened, strict=True)]
-        return Generation(*whole)
+        work = [generation.work for generation in generated]
+        return Generation(*whole, work=Work(*(sum(values) for values in zip(*work, strict=True))))
 
     def _widen(self, generation: Any, columns: int) -> list[np.ndarray]:
         """The fields of a portion, with so many columns of padding on the left of its prompts."""
@@ -132,7 +135,7 @@ class Bucketed:
             padding = self.pad_token if name == "tokens" else 0
             return np.pad(value, ((0, 0), (columns, 0)), constant_values=padding)
 
-        return [widen(name, value) for name, value in generation._asdict().items()]
+        return [widen(n, value) for n, value in generation._asdict().items() if n != "work"]
 
 
 def padding_waste(prompt_mask: Any, lengths: Any, rows_at_a_time: int) -> float:

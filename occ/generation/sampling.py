@@ -1,4 +1,4 @@
-"""Sampling of responses with a key-value cache, as one pure function."""
+"""How a token is sampled, and what a batch of responses is."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-from occ.models.decoder import Cache, Decoder
-from occ.models.policy import Policy
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +40,22 @@ class SamplingConfig:
             raise ValueError(f"SamplingConfig.top_p must be in (0, 1], got {self.top_p}.")
 
 
+class Work(NamedTuple):
+    """What decoding took.
+
+    Attributes:
+      steps: int32 [], passes of the trunk over all places of rows.
+      passes: int32 [], places with a running row in them, over all steps.
+      judged: int32 [D], drafts that were compared with the trunk's token: those before were kept.
+      kept: int32 [D], those among them that were the trunk's token.
+    """
+
+    steps: jax.Array
+    passes: jax.Array
+    judged: jax.Array
+    kept: jax.Array
+
+
 class Generation(NamedTuple):
     """Sampled sequences: left-padded prompts of P columns, then up to R response columns.
 
@@ -53,6 +66,7 @@ class Generation(NamedTuple):
         drawn from (temperature, top-k and top-p included); 0 elsewhere.
       finished: bool [B], the response ended in a stop token and was not cut off.
       lengths: int32 [B], response tokens.
+      work: what they took.
     """
 
     tokens: jax.Array
@@ -60,16 +74,7 @@ class Generation(NamedTuple):
     log_prob: jax.Array
     finished: jax.Array
     lengths: jax.Array
-
-
-class _Progress(NamedTuple):
-    step: jax.Array
-    logits: jax.Array  # [B, V], of the next token
-    cache: Cache
-    tokens: jax.Array  # [B, R]
-    log_prob: jax.Array  # [B, R]
-    taken: jax.Array  # bool [B, R]
-    stopped: jax.Array  # bool [B]
+    work: Work
 
 
 def check_fits(prompt_mask: Any, max_length: int, config: SamplingConfig) -> None:
@@ -97,119 +102,65 @@ def check_fits(prompt_mask: Any, max_length: int, config: SamplingConfig) -> Non
         )
 
 
-def generate(
-    policy: Policy,
-    prompts: Int[Array, "batch columns"],
-    prompt_mask: Bool[Array, "batch columns"],
+def gumbel_noise(
     key: jax.Array,
-    *,
-    config: SamplingConfig,
-    rows: Int[Array, "batch"] | None = None,
-) -> Generation:
-    """Samples one response to each prompt; stops early when all have ended.
-
-    A row's random numbers depend on the key, the row's number and the step alone, so a response
-    does not change with the other rows or with the padding.
+    rows: Int[Array, "batch"],
+    first: Int[Array, "batch"],
+    shape: tuple[int, int],
+    dtype: jnp.dtype,
+) -> Float[Array, "batch tokens vocab"]:
+    """The random numbers that decide on response tokens: each token's are its own.
 
     Args:
-      policy: the model.
-      prompts: int32 [B, P], left-padded.
-      prompt_mask: bool [B, P], False on padding. `check_fits` checks concrete ones.
       key: PRNG key.
-      config: sampling; static under jit.
-      rows: int32 [B], each row's number, where these are some rows of a larger batch; None numbers
-        them from 0.
+      rows: int32 [B], numbers of the rows.
+      first: int32 [B], each row's first token, counted from 0 at the beginning of the response.
+      shape: tokens a row, and V.
+      dtype: of the logits.
     """
-    model = policy.model
-    batch, _ = prompts.shape
-    segment_ids = prompt_mask.astype(jnp.int32)
-    positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-    cache = model.empty_cache(batch, prompts.shape[1] + config.max_new_tokens)
-    hidden, cache = model.extend(prompts, positions, segment_ids, cache)
-    lengths = jnp.sum(segment_ids, axis=1)
-    numbers = jnp.arange(batch) if rows is None else rows
-    row_keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-    stop = jnp.asarray(config.stop_tokens, jnp.int32)
+    tokens, vocab = shape
 
-    def body(progress: _Progress) -> _Progress:
-        keys = jax.vmap(lambda k: jax.random.fold_in(k, progress.step))(row_keys)
-        token, log_prob = sample_token(progress.logits, keys, config)
-        running = ~progress.stopped
-        token = jnp.where(running, token, config.pad_token)
-        column = progress.step
-
-        def write(into, values):
-            return jax.lax.dynamic_update_slice_in_dim(into, values[:, None], column, axis=1)
-
-        is_stop = jnp.any(token[:, None] == stop[None, :], axis=1)
-        logits, cache = _next_logits(model, token, lengths + column, running, progress.cache)
-        return _Progress(
-            step=progress.step + 1,
-            logits=logits,
-            cache=cache,
-            tokens=write(progress.tokens, token),
-            log_prob=write(progress.log_prob, jnp.where(running, log_prob, 0)),
-            taken=write(progress.taken, running),
-            stopped=progress.stopped | is_stop,
+    def one(row, token):
+        return jax.random.gumbel(
+            jax.random.fold_in(jax.random.fold_in(key, row), token), (vocab,), dtype
         )
 
-    def unfinished(progress: _Progress) -> jax.Array:
-        return (progress.step < config.max_new_tokens) & ~jnp.all(progress.stopped)
-
-    shape = (batch, config.max_new_tokens)
-    end = jax.lax.while_loop(
-        unfinished,
-        body,
-        _Progress(
-            step=jnp.zeros((), jnp.int32),
-            logits=model.logits(hidden[:, -1:])[:, 0],
-            cache=cache,
-            tokens=jnp.full(shape, config.pad_token, jnp.int32),
-            log_prob=jnp.zeros(shape, jnp.float32),
-            taken=jnp.zeros(shape, bool),
-            stopped=jnp.zeros((batch,), bool),
-        ),
-    )
-    nothing = jnp.zeros(prompts.shape, bool)
-    return Generation(
-        tokens=jnp.concatenate([jnp.where(prompt_mask, prompts, config.pad_token), end.tokens], 1),
-        response_mask=jnp.concatenate([nothing, end.taken], 1),
-        log_prob=jnp.concatenate([nothing.astype(jnp.float32), end.log_prob], 1),
-        finished=end.stopped,
-        lengths=jnp.sum(end.taken.astype(jnp.int32), axis=1),
-    )
+    numbers = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+    return jax.vmap(jax.vmap(one, (None, 0)))(rows, numbers)
 
 
-def _next_logits(model: Decoder, token, position, running, cache):
-    """Feeds one token a row; rows that have stopped feed padding, which nothing sees."""
-    hidden, cache = model.extend(
-        token[:, None], position[:, None], running[:, None].astype(jnp.int32), cache
-    )
-    return model.logits(hidden)[:, 0], cache
+def choose(
+    logits: Float[Array, "*batch vocab"],
+    noise: Float[Array, "*batch vocab"] | None,
+    config: SamplingConfig,
+) -> tuple[Int[Array, "*batch"], Float[Array, "*batch"]]:
+    """The token that the noise picks, and its log-prob under the distribution it is drawn from.
 
+        token = argmax_v  log p_v + e_v,    e from a standard Gumbel distribution
 
-def sample_token(
-    logits: Float[Array, "batch vocab"], keys: jax.Array, config: SamplingConfig
-) -> tuple[Int[Array, "batch"], Float[Array, "batch"]]:
-    """One token a row and its log-prob under the distribution that it was drawn from.
+    Two distributions that are near each other pick the same token with the same noise, more often
+    than not: with probability (1 - TV) / (1 + TV) at least.
 
     Args:
-      logits: [B, V].
-      keys: PRNG keys [B].
+      logits: [..., V].
+      noise: e of `gumbel_noise`, [..., V]; None at temperature 0.
       config: temperature, top_k and top_p.
+
+    Reference: Daliri, Musco and Suresh, Coupling without Communication and Drafter-Invariant
+    Speculative Decoding, arXiv 2408.07978.
     """
-    if config.temperature == 0:
+    if noise is None:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, jnp.zeros(token.shape, jnp.float32)
     log_prob = jax.nn.log_softmax(restrict(logits / config.temperature, config), axis=-1)
-    token = jax.vmap(jax.random.categorical)(keys, log_prob).astype(jnp.int32)
-    chosen = jnp.take_along_axis(log_prob, token[:, None], axis=-1)[:, 0]
+    token = jnp.argmax(log_prob + noise, axis=-1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(log_prob, token[..., None], axis=-1)[..., 0]
     return token, chosen.astype(jnp.float32)
 
 
 def restrict(
-    logits: Float[Array, "batch vocab"], config: SamplingConfig
-) -> Float[Array, "batch vocab"]:
+    logits: Float[Array, "*batch vocab"], config: SamplingConfig
+) -> Float[Array, "*batch vocab"]:
     """Logits of -inf outside the top k, and then outside the nucleus.
 
     Of equal logits those of the lower tokens stay, so that k tokens are k.

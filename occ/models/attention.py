@@ -11,75 +11,73 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from occ.models.config import ModelConfig
-from occ.models.layers import Linear, RMSNorm, rotary
+from occ.models.layers import Linear, RMSNorm, at_least_float32, rotary
 from occ.models.partitioning import ROWS, constrain, several_devices
 
 P = jax.P
 
 
+CACHE_BLOCK = 128
+"""Columns of a cache that attention reads at one time."""
+
+
 class StackCache(NamedTuple):
-    """Keys and values of a stack of layers: [L, B, S, kv_heads, head_dim] each."""
+    """Keys and values of a stack of layers: [L, B, kv_heads, S, head_dim] each.
+
+    What a head reads lies together, so that it is multiplied where it lies.
+    """
 
     keys: jax.Array
     values: jax.Array
 
+    def write(self, new: StackCache, columns: Int[Array, "batch"], layer: int = 0) -> StackCache:
+        """With T further columns, from each row's own column on.
 
-class LayerCache(NamedTuple):
-    """One layer's part of a stack's cache, which stays whole so that it is written in place.
+        Args:
+          new: [L', B, kv_heads, T, head_dim] each.
+          columns: int32 [B], the first to write of each row.
+          layer: the first of the L' layers.
+        """
+
+        def row(old, new, column):
+            zero = jnp.zeros_like(column)
+            return jax.lax.dynamic_update_slice(old, new, (zero + layer, zero, column, zero))
+
+        by_row = jax.vmap(row, in_axes=(1, 1, 0), out_axes=1)
+        return StackCache(*(by_row(*pair, columns) for pair in zip(self, new, strict=True)))
+
+
+class Past(NamedTuple):
+    """What one layer sees of the tokens before: columns of a stack's cache, which is only read.
 
     Attributes:
       stack: of all layers.
       layer: int32 [], which of them.
+      lengths: int32 [B], tokens of each row in the cache.
+      first: the column of a row's token 0.
     """
 
     stack: StackCache
-    layer: jax.Array
-
-    def add(self, keys: jax.Array, values: jax.Array, column: jax.Array) -> LayerCache:
-        """With the keys and values [B, T, kv_heads, head_dim] of T columns from `column` on."""
-        first = jnp.zeros_like(self.layer)
-        start = (self.layer, first, column.astype(first.dtype), first, first)
-        stack = StackCache(
-            *(
-                jax.lax.dynamic_update_slice(old, new[None], start)
-                for old, new in zip(self.stack, (keys, values), strict=True)
-            )
-        )
-        return self._replace(stack=stack)
-
-    def read(self) -> tuple[jax.Array, jax.Array]:
-        """The layer's keys and values, [B, S, kv_heads, head_dim] each."""
-        keys, values = (
-            jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in self.stack
-        )
-        return keys, values
+    layer: jax.Array | int
+    lengths: jax.Array
+    first: int = 0
 
 
 class Context(NamedTuple):
-    """What all layers share about the T tokens that pass through, and the S columns they see.
+    """What all layers share about the T tokens that pass through.
 
     Attributes:
       positions: int32 [B, T].
       segment_ids: int32 [B, T], 0 on padding.
-      key_segment_ids: int32 [B, S], of the cache, these tokens included; without a cache, theirs.
-      column: int32 [], the column of the first token among the S; None without a cache (0).
     """
 
     positions: jax.Array
     segment_ids: jax.Array
-    key_segment_ids: jax.Array
-    column: jax.Array | None = None
 
     @property
     def valid(self) -> jax.Array:
         """bool [B, T], tokens that are not padding."""
         return self.segment_ids > 0
-
-    @property
-    def query_columns(self) -> jax.Array:
-        """int32 [T], the columns of these tokens among the S."""
-        columns = jnp.arange(self.segment_ids.shape[1], dtype=jnp.int32)
-        return columns if self.column is None else self.column + columns
 
 
 def visible(
@@ -115,16 +113,16 @@ def attend(
       query, key, value: heads after rotary positions.
       context: who sees whom.
       chunk: queries whose scores exist at one time, recomputed in the backward pass; 0 is all.
-      kernel: "splash" never has the scores in memory at all, on TPUs; whole sequences only, so
-        steps of generation are the compiler's either way.
+      kernel: "splash" never has the scores in memory at all, on TPUs.
 
     Reference: Ainslie et al., GQA, arXiv 2305.13245.
     """
-    if kernel == "splash" and context.column is None:
+    if kernel == "splash":
         return _splash(query, key, value, context)
     time = query.shape[1]
+    columns, segment_ids = jnp.arange(time, dtype=jnp.int32), context.segment_ids
     if not 0 < chunk < time:
-        mask = visible(context.query_columns, context.segment_ids, context.key_segment_ids)
+        mask = visible(columns, segment_ids, segment_ids)
         return _attend(query, key, value, mask)
     count = -(-time // chunk)
     missing = count * chunk - time
@@ -136,11 +134,11 @@ def attend(
 
     @jax.checkpoint
     def some(inputs):
-        some_query, columns, segment_ids = inputs
-        mask = visible(columns, segment_ids, context.key_segment_ids)
+        some_query, some_columns, some_ids = inputs
+        mask = visible(some_columns, some_ids, segment_ids)
         return _attend(some_query, key, value, mask)
 
-    chunks = cut(query, 1), cut(context.query_columns, 0), cut(context.segment_ids, 1)
+    chunks = cut(query, 1), cut(columns, 0), cut(segment_ids, 1)
     mixed = jnp.moveaxis(jax.lax.map(some, chunks), 0, 1)
     return mixed.reshape(query.shape[0], count * chunk, *query.shape[2:])[:, :time]
 
@@ -156,6 +154,69 @@ def _attend(query, key, value, mask):
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
     mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores, axis=-1), value)
     return mixed.reshape(batch, time, heads, head_dim)
+
+
+def attend_to_past(
+    query: Float[Array, "batch time heads head_dim"],
+    key: Float[Array, "batch kv_heads time head_dim"],
+    value: Float[Array, "batch kv_heads time head_dim"],
+    past: Past,
+) -> Float[Array, "batch time heads head_dim"]:
+    """The same for T further tokens of each row: they see the row's past, and those before them.
+
+    The cache is read in blocks of columns up to the longest row's last, with a running maximum and
+    sum of the softmax. A block beyond a row's own last changes nothing of that row, to the bit.
+
+    Args:
+      query, key, value: of the further tokens, after rotary positions.
+      past: of this layer.
+
+    Reference: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867.
+    """
+    batch, time, heads, head_dim = query.shape
+    kv_heads, wide = key.shape[1], at_least_float32(query.dtype)
+    grouped = query.reshape(batch, time, kv_heads, -1, head_dim)
+    grouped = jnp.moveaxis(grouped, 1, 3).reshape(batch, kv_heads, -1, head_dim)
+
+    def scores(keys, seen):
+        product = jnp.einsum("bkqd,bksd->bkqs", grouped, keys, preferred_element_type=wide)
+        seen = jnp.broadcast_to(seen, product.shape)
+        return jnp.where(seen, product * head_dim**-0.5, -jnp.inf)
+
+    def mixed(weights, values):
+        weights = weights.astype(values.dtype)
+        return jnp.einsum("bkqs,bksd->bkqd", weights, values, preferred_element_type=wide)
+
+    def join(running, keys, values, seen):
+        maximum, total, sums = running
+        found = scores(keys, seen)
+        larger = jnp.maximum(maximum, jnp.max(found, axis=-1, keepdims=True))
+        shrink, weights = jnp.exp(maximum - larger), jnp.exp(found - larger)
+        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        return larger, total, sums * shrink + mixed(weights, values)
+
+    size = past.stack.keys.shape[3]
+    block = min(size, CACHE_BLOCK)
+
+    def read(number, running):
+        zero = jnp.zeros_like(number)
+        start = (zero + past.layer, zero, zero, number * block, zero)
+        shape = (1, *past.stack.keys.shape[1:3], block, head_dim)
+        keys, values = (jax.lax.dynamic_slice(x, start, shape)[0] for x in past.stack)
+        column = number * block + jnp.arange(block, dtype=jnp.int32) - past.first
+        seen = (column >= 0)[None] & (column[None] < past.lengths[:, None])
+        return join(running, keys, values, seen[:, None, None])
+
+    # Their own first: of these each sees one at least, itself.
+    later = jnp.tile(jnp.tril(jnp.ones((time, time), bool)), (heads // kv_heads, 1))
+    found = scores(key, later[None, None])
+    maximum = jnp.max(found, axis=-1, keepdims=True)
+    weights = jnp.exp(found - maximum)
+    own = maximum, jnp.sum(weights, axis=-1, keepdims=True), mixed(weights, value)
+    blocks = jnp.minimum(-(-(jnp.max(past.lengths) + past.first) // block), size // block)
+    _, total, sums = jax.lax.fori_loop(jnp.zeros_like(blocks), blocks, read, own)
+    result = (sums / total).reshape(batch, kv_heads, heads // kv_heads, time, head_dim)
+    return jnp.moveaxis(result, 3, 1).reshape(query.shape).astype(query.dtype)
 
 
 def _splash(query, key, value, context: Context):
@@ -240,9 +301,9 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "batch time width"], context: Context, cache: LayerCache | None = None
-    ) -> tuple[Float[Array, "batch time width"], LayerCache | None]:
-        """The output, and the cache with these tokens added to it if one was given."""
+        self, x: Float[Array, "batch time width"], context: Context, past: Past | None = None
+    ) -> tuple[Float[Array, "batch time width"], StackCache]:
+        """The output, and these tokens' keys and values [B, kv_heads, T, head_dim]."""
         batch, time, _ = x.shape
         config = self.config
 
@@ -263,9 +324,9 @@ class Attention(nnx.Module):
         query = turn(heads(self.query, self.query_norm))
         key = turn(heads(self.key, self.key_norm))
         value = heads(self.value, None)
-        if cache is not None:
-            assert context.column is not None
-            cache = cache.add(key, value, context.column)
-            key, value = cache.read()
-        mixed = attend(query, key, value, context, config.attention_chunk, config.attention)
-        return self.output(mixed.reshape(batch, time, -1)), cache
+        new = StackCache(*(jnp.swapaxes(y, 1, 2) for y in (key, value)))
+        if past is None:
+            mixed = attend(query, key, value, context, config.attention_chunk, config.attention)
+        else:
+            mixed = attend_to_past(query, *new, past)
+        return self.output(mixed.reshape(batch, time, -1)), new

@@ -8,17 +8,17 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from occ.models.attention import Attention, Context, LayerCache
+from occ.models.attention import Attention, Context, Past, StackCache
 from occ.models.config import ModelConfig
 from occ.models.layers import MLP, RMSNorm
 from occ.models.moe import MixtureOfExperts
 
 
 class BlockOutput(NamedTuple):
-    """What a block hands on: hidden state, its cache, and the router's load [E] or None."""
+    """What a block hands on: hidden state, its keys and values, the router's load [E] or None."""
 
     hidden: jax.Array
-    cache: LayerCache | None
+    new: StackCache
     load: jax.Array | None
 
 
@@ -36,14 +36,26 @@ class Block(nnx.Module):
             self.mlp = MLP(config, rngs, hidden=config.mlp_width)
 
     def __call__(
-        self, x: Float[Array, "batch time width"], context: Context, cache: LayerCache | None = None
+        self,
+        x: Float[Array, "batch time width"],
+        context: Context,
+        past: Past | None = None,
+        *,
+        generating: bool = False,
     ) -> BlockOutput:
-        """Attention and MLP, each on the normalised sum of what came before it."""
-        mixed, cache = self.attention(self.attention_norm(x), context, cache)
+        """Attention and MLP, each on the normalised sum of what came before it.
+
+        Args:
+          x: hidden state.
+          context: of the tokens.
+          past: what they see before them; None are whole sequences.
+          generating: parameters are gathered along "fsdp", once for all tokens.
+        """
+        mixed, new = self.attention(self.attention_norm(x), context, past)
         x = x + mixed
         normal = self.mlp_norm(x)
         if isinstance(self.mlp, MixtureOfExperts):
-            update, load = self.mlp(normal, context.valid, whole=cache is not None)
+            update, load = self.mlp(normal, context.valid, whole=generating)
         else:
             update, load = self.mlp(normal), None
-        return BlockOutput(x + update, cache, load)
+        return BlockOutput(x + update, new, load)

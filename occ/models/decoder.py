@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from occ.models.attention import Context, LayerCache, StackCache
+from occ.models.attention import CACHE_BLOCK, Context, Past, StackCache
 from occ.models.block import Block
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
@@ -30,17 +30,15 @@ class TrunkOutput(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, for generation.
+    """Keys and values of all layers, for generation; a row's token t is in column t.
 
     Attributes:
       stacks: of each stack of layers.
-      segment_ids: int32 [B, S], 0 where a column is empty or padding.
-      column: int32 [], the next column to write, the same for all rows.
+      lengths: int32 [B], tokens of each row; what is in later columns is not read.
     """
 
     stacks: tuple[StackCache, ...]
-    segment_ids: jax.Array
-    column: jax.Array
+    lengths: jax.Array
 
 
 class Decoder(nnx.Module):
@@ -90,7 +88,7 @@ class Decoder(nnx.Module):
         context = self._context(tokens, positions, segment_ids)
         hidden, loads = constrain(self.embedding(tokens), ROWS), []
         for stack in self._stacks():
-            hidden, _, load = _scan(stack, hidden, context, None, self.config)
+            hidden, load, _ = _scan(stack, hidden, context, self.config)
             loads += [] if load is None else [load]
         return TrunkOutput(hidden, jnp.concatenate(loads) if loads else None)
 
@@ -108,13 +106,10 @@ class Decoder(nnx.Module):
           tokens, positions, segment_ids: as for `trunk`.
         """
         context = self._context(tokens, positions, segment_ids)
-        if self.config.mtp.hidden_after_final_norm:
-            hidden = self.final_norm(hidden)
-        states = []
+        hidden, states = self.module_input(hidden), []
         for k, module in enumerate(self.mtp, start=1):
             if isinstance(module, SequentialModule):
-                embed = self.embedding if module.embedding is None else module.embedding
-                ahead = constrain(embed(tokens_ahead(tokens, segment_ids, k)), ROWS)
+                ahead = self._embed_ahead(module, tokens_ahead(tokens, segment_ids, k))
                 hidden = _remat(module, self.config)(hidden, ahead, context).hidden
                 states.append(hidden)
             else:
@@ -149,54 +144,144 @@ class Decoder(nnx.Module):
 
     # -- generation ---------------------------------------------------------------------------
 
-    def empty_cache(self, batch: int, columns: int) -> Cache:
-        """A cache for `columns` tokens a row.
+    def empty_cache(self, batch: int, columns: int, spare: int = 0) -> Cache:
+        """A cache for `columns` tokens a row, and for `spare` that may be taken back.
 
         Raises:
           ValueError: more columns than `max_length`.
         """
-        config = self.config
-        _check_length(columns, config)
-        shape = (batch, columns, config.num_kv_heads, config.head_dim)
-
-        def zeros(layers):
-            empty = jnp.zeros((layers, *shape), config.compute)
-            return constrain(empty, None, ROWS, None, "tensor")
-
+        _check_length(columns, self.config)
         sizes = [jax.tree.leaves(nnx.state(stack))[0].shape[0] for stack in self._stacks()]
-        return Cache(
-            stacks=tuple(StackCache(zeros(size), zeros(size)) for size in sizes),
-            segment_ids=jnp.zeros((batch, columns), jnp.int32),
-            column=jnp.zeros((), jnp.int32),
-        )
+        stacks = tuple(self.empty_stack(size, batch, columns + spare) for size in sizes)
+        return Cache(stacks, jnp.zeros((batch,), jnp.int32))
+
+    def empty_stack(self, layers: int, batch: int, columns: int) -> StackCache:
+        """A cache for so many layers, in whole blocks of columns."""
+        if columns > CACHE_BLOCK:
+            columns = -(-columns // CACHE_BLOCK) * CACHE_BLOCK
+        config = self.config
+        shape = (layers, batch, config.num_kv_heads, columns, config.head_dim)
+        empty = constrain(jnp.zeros(shape, config.compute), None, ROWS, "tensor")
+        return StackCache(empty, empty)
+
+    def prefill(
+        self, tokens: Int[Array, "batch time"], lengths: Int[Array, "batch"]
+    ) -> tuple[Float[Array, "batch time width"], Cache]:
+        """Hidden states of the first tokens of each row, and a cache of T columns with them.
+
+        Args:
+          tokens: int32 [B, T], padded on the right.
+          lengths: int32 [B], of each row.
+        """
+        context = self._beginning(tokens, lengths)
+        hidden, stacks = constrain(self.embedding(tokens), ROWS), []
+        for stack in self._stacks():
+            hidden, _, new = _scan(stack, hidden, context, self.config, generating=True)
+            assert new is not None
+            stacks.append(new)
+        return hidden, Cache(tuple(stacks), lengths)
 
     def extend(
         self,
         tokens: Int[Array, "batch time"],
-        positions: Int[Array, "batch time"],
-        segment_ids: Int[Array, "batch time"],
         cache: Cache,
+        running: Bool[Array, "batch"],
     ) -> tuple[Float[Array, "batch time width"], Cache]:
-        """Hidden states of further tokens, after those in the cache; and the cache with them."""
-        filled = jax.lax.dynamic_update_slice_in_dim(
-            cache.segment_ids, segment_ids, cache.column, axis=1
-        )
-        context = Context(positions, segment_ids, filled, cache.column)
+        """Hidden states of further tokens of each row; and the cache with them.
+
+        The caller counts them: `lengths` stays as it is, so that tokens can be taken back.
+
+        Args:
+          tokens: int32 [B, T].
+          cache: with room for them, which is not checked.
+          running: bool [B]; what comes out for other rows means nothing.
+        """
+        past = jnp.where(running, cache.lengths, 0)
+        context = _further(past, tokens.shape[1], running)
         hidden, stacks = constrain(self.embedding(tokens), ROWS), []
-        for stack, stack_cache in zip(self._stacks(), cache.stacks, strict=True):
-            hidden, written, _ = _scan(stack, hidden, context, stack_cache, self.config)
-            assert written is not None
-            stacks.append(written)
-        return hidden, Cache(tuple(stacks), filled, cache.column + tokens.shape[1])
+        for stack, before in zip(self._stacks(), cache.stacks, strict=True):
+            hidden, _, new = _scan(
+                stack, hidden, context, self.config, Past(before, 0, past), generating=True
+            )
+            assert new is not None
+            stacks.append(before.write(new, past))
+        return hidden, cache._replace(stacks=tuple(stacks))
+
+    def module_input(
+        self, hidden: Float[Array, "batch time width"]
+    ) -> Float[Array, "batch time width"]:
+        """What the first module, or each parallel head, takes of the trunk's hidden states."""
+        return self.final_norm(hidden) if self.config.mtp.hidden_after_final_norm else hidden
+
+    def prefill_modules(
+        self,
+        hidden: Float[Array, "batch time width"],
+        tokens: Int[Array, "batch time"],
+        lengths: Int[Array, "batch"],
+    ) -> StackCache:
+        """Keys and values of the K modules, [K, B, kv_heads, T, head_dim] each.
+
+        Module k's are right up to the last position whose token k ahead is there.
+
+        Args:
+          hidden, tokens, lengths: as of `prefill`.
+        """
+        context = self._beginning(tokens, lengths)
+        hidden, new = self.module_input(hidden), []
+        for k, module in enumerate(self.mtp, start=1):
+            if isinstance(module, SequentialModule):
+                ahead = self._embed_ahead(module, tokens_ahead(tokens, context.segment_ids, k))
+                output = module(hidden, ahead, context, generating=True)
+                hidden = output.hidden
+            else:
+                output = module(hidden, context, generating=True)
+            new.append(output.new)
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *new)
+
+    def extend_module(
+        self,
+        head: int,
+        hidden: Float[Array, "batch time width"],
+        ahead: Int[Array, "batch time"],
+        past: Past,
+        running: Bool[Array, "batch"],
+    ) -> tuple[Float[Array, "batch time width"], StackCache]:
+        """Hidden states of module `head` (0-based) at further positions; and the cache with them.
+
+        Args:
+          head: which.
+          hidden: what it takes there: of the module before it, or `module_input`.
+          ahead: int32 [B, T], tokens head + 1 ahead of the positions; not for parallel heads.
+          past: of this module, of which `lengths` positions are right.
+          running: bool [B], as of `extend`.
+        """
+        module = self.mtp[head]
+        context = _further(past.lengths, hidden.shape[1], running)
+        if isinstance(module, SequentialModule):
+            embedded = self._embed_ahead(module, ahead)
+            output = module(hidden, embedded, context, past, generating=True)
+        else:
+            output = module(hidden, context, past, generating=True)
+        new = jax.tree.map(lambda x: x[None], output.new)
+        return output.hidden, past.stack.write(new, past.lengths + past.first, head)
 
     # -- pieces -------------------------------------------------------------------------------
+
+    def _beginning(self, tokens, lengths) -> Context:
+        columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        valid = (columns[None] < lengths[:, None]).astype(jnp.int32)
+        return self._context(tokens, jnp.broadcast_to(columns[None], tokens.shape), valid)
+
+    def _embed_ahead(self, module: SequentialModule, ahead) -> jax.Array:
+        embed = self.embedding if module.embedding is None else module.embedding
+        return constrain(embed(ahead), ROWS)
 
     def _stacks(self) -> list[Block]:
         return [self.dense_layers, self.layers] if hasattr(self, "dense_layers") else [self.layers]
 
     def _context(self, tokens, positions, segment_ids) -> Context:
         _check_length(tokens.shape[1], self.config)
-        return Context(positions, segment_ids, segment_ids)
+        return Context(positions, segment_ids)
 
     def _readout(
         self, normal: Float[Array, "batch time width"], own_head: Linear | None = None
@@ -230,31 +315,42 @@ def _stack(config: ModelConfig, rngs: nnx.Rngs, size: int, *, sparse: bool) -> B
     return create(rngs)
 
 
-def _scan(
-    stack: Block, hidden: jax.Array, context: Context, cache: StackCache | None, config: ModelConfig
-) -> tuple[jax.Array, StackCache | None, jax.Array | None]:
-    """Applies the layers in order: hidden state, cache, and the load with a leading layer axis.
+def _further(lengths, time: int, running) -> Context:
+    """Of the T tokens after the first `lengths` of each row."""
+    positions = lengths[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
+    return Context(positions, jnp.broadcast_to(running[:, None], positions.shape).astype(jnp.int32))
 
-    Layers hand the cache on, and each writes its columns into it: as an input and output of its
-    own for each layer, it would be copied for every token.
+
+def _scan(
+    stack: Block,
+    hidden: jax.Array,
+    context: Context,
+    config: ModelConfig,
+    past: Past | None = None,
+    *,
+    generating: bool = False,
+) -> tuple[jax.Array, jax.Array | None, StackCache | None]:
+    """Applies the layers in order: hidden state, and with a leading layer axis load and new keys.
+
+    All layers read the cache, and none writes into it: as an input and output of its own for each
+    layer, it would be copied for every token.
     """
     graphdef, variables = nnx.split(stack)
     size = jax.tree.leaves(variables)[0].shape[0]
 
-    def layer(carry, inputs):
-        hidden, cache = carry
+    def layer(hidden, inputs):
         layer_variables, number = inputs
         block = nnx.merge(graphdef, layer_variables)
-        output = block(hidden, context, None if cache is None else LayerCache(cache, number))
-        cache = None if output.cache is None else output.cache.stack
-        return (constrain(output.hidden, ROWS), cache), output.load
+        before = None if past is None else past._replace(layer=number)
+        output = block(hidden, context, before, generating=generating)
+        return constrain(output.hidden, ROWS), (output.load, output.new if generating else None)
 
-    numbers = None if cache is None else jnp.arange(size, dtype=jnp.int32)
+    numbers = jnp.arange(size, dtype=jnp.int32) if generating else None
     unroll = 1 if config.scan_layers else size
-    (hidden, cache), load = jax.lax.scan(
-        _remat(layer, config), (hidden, cache), (variables, numbers), unroll=unroll
+    hidden, (load, new) = jax.lax.scan(
+        _remat(layer, config), hidden, (variables, numbers), unroll=unroll
     )
-    return hidden, cache, load
+    return hidden, load, new
 
 
 def _remat(function: Any, config: ModelConfig) -> Any:

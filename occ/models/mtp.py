@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from occ.models.attention import Context
+from occ.models.attention import Context, Past
 from occ.models.block import Block, BlockOutput
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm
@@ -40,6 +40,9 @@ class SequentialModule(nnx.Module):
         hidden: Float[Array, "batch time width"],
         embedding_ahead: Float[Array, "batch time width"],
         context: Context,
+        past: Past | None = None,
+        *,
+        generating: bool = False,
     ) -> BlockOutput:
         """Hidden state of the head, from the one before it and the tokens ahead."""
         if self.config.mtp.zero_first_embedding:
@@ -48,7 +51,8 @@ class SequentialModule(nnx.Module):
         pair = [self.hidden_norm(hidden), self.embedding_norm(embedding_ahead)]
         if self.config.mtp.concatenation == "embedding_hidden":
             pair.reverse()
-        return self.block(self.projection(jnp.concatenate(pair, axis=-1)), context)
+        joined = self.projection(jnp.concatenate(pair, axis=-1))
+        return self.block(joined, context, past, generating=generating)
 
 
 class ParallelHead(nnx.Module):
@@ -63,9 +67,16 @@ class ParallelHead(nnx.Module):
         self.final_norm = RMSNorm(config.width, config) if config.mtp.own_final_norm else None
         self.output_head = _own_output_head(config, rngs)
 
-    def __call__(self, hidden: Float[Array, "batch time width"], context: Context) -> BlockOutput:
+    def __call__(
+        self,
+        hidden: Float[Array, "batch time width"],
+        context: Context,
+        past: Past | None = None,
+        *,
+        generating: bool = False,
+    ) -> BlockOutput:
         """Hidden state of the head, from the trunk's."""
-        return self.block(hidden, context)
+        return self.block(hidden, context, past, generating=generating)
 
 
 def _own_output_head(config: ModelConfig, rngs: nnx.Rngs) -> Linear | None:

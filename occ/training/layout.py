@@ -22,6 +22,8 @@ class LayoutConfig:
       sequences_per_row: the most that one row takes when packed.
       generation_rows: rows that are generated at one time, sorted by length of prompt; best a
         divisor of prompts x samples, since the last portion is filled up. 0 is all at once.
+      draft_depth: tokens that the MTP modules draft for every pass of the trunk in generation, of
+        which those are kept that it samples itself. 0 is none.
     """
 
     data: int = 1
@@ -33,6 +35,7 @@ class LayoutConfig:
     pack: bool = False
     sequences_per_row: int = 8
     generation_rows: int = 0
+    draft_depth: int = 0
 
     def __post_init__(self):
         validate(self)

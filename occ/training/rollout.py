@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from occ.generation.bucketing import Bucketed, padding_waste
-from occ.generation.sampling import Generation, SamplingConfig, check_fits, generate
+from occ.generation.decoding import generate
+from occ.generation.drafting import check_depth
+from occ.generation.sampling import Generation, SamplingConfig, check_fits
 from occ.models.policy import Policy
 from occ.objectives import advantages
 from occ.tasks import Problem, Task
@@ -62,7 +64,7 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
 
     Raises:
       ValueError: prompts and responses do not fit the model's context, or the task's tokens its
-        vocabulary.
+        vocabulary; or its modules cannot draft so many tokens.
     """
     columns, response = lengths(config, task)
     if task.tokenizer.vocab_size > config.model.vocab_size:
@@ -77,6 +79,7 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
         pad_token=task.tokenizer.pad_id,
     )
     check_fits(np.ones((1, columns), bool), config.model.max_length, plain)
+    check_depth(config.model.mtp, config.layout.draft_depth)
     sample = dataclasses.replace(
         plain, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
     )
@@ -105,7 +108,15 @@ def sampler(sampling: SamplingConfig, config: TrainConfig) -> Callable[..., Gene
 
     def sample(policy, prompts, prompt_mask, key, rows=None):
         policy = policy.replace(params=for_generation(policy.params, config.model.compute))
-        return generate(policy, prompts, prompt_mask, key, config=sampling, rows=rows)
+        return generate(
+            policy,
+            prompts,
+            prompt_mask,
+            key,
+            config=sampling,
+            rows=rows,
+            draft_depth=config.layout.draft_depth,
+        )
 
     return sample
 

@@ -1,0 +1,302 @@
+"""Generation: prompts in, responses out, as one pure function.
+
+A fixed number of slots decode. A row that ends gives its slot to the next sample; the MTP modules
+draft, and the trunk judges. Every token of every sample has random numbers of its own, so that
+neither slots nor drafts change a sample but for rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from occ.generation.drafting import Window, check_depth, draft, first_window, judge
+from occ.generation.sampling import Generation, SamplingConfig, Work, choose, gumbel_noise
+from occ.models.attention import StackCache
+from occ.models.decoder import Cache, Decoder
+from occ.models.layers import at_least_float32
+from occ.models.partitioning import ROWS, constrain
+from occ.models.policy import Policy
+
+
+class _Prompts(NamedTuple):
+    """What decoding begins with, for each of N prompts; the last token waits to be seen."""
+
+    cache: Cache
+    modules: StackCache | None
+    window: Window
+
+
+class _Slots(NamedTuple):
+    """B rows that decode; R response tokens and D drafts."""
+
+    cache: Cache
+    modules: StackCache | None
+    window: Window
+    sample: jax.Array  # int32 [B], which of the M samples; M is none
+    running: jax.Array  # bool [B]
+    stopped: jax.Array  # bool [B]
+    made: jax.Array  # int32 [B], response tokens so far
+    tokens: jax.Array  # int32 [B, R + D + 1], of which ended rows write the last ones
+    log_prob: jax.Array  # float32 [B, R + D + 1], of which ended rows write the last ones
+
+
+class _Responses(NamedTuple):
+    """Of M samples."""
+
+    tokens: jax.Array  # int32 [M, R]
+    log_prob: jax.Array  # float32 [M, R]
+    lengths: jax.Array  # int32 [M]
+    stopped: jax.Array  # bool [M]
+
+
+class _Progress(NamedTuple):
+    slots: _Slots
+    begun: jax.Array  # int32 [], samples that have or had a slot
+    responses: _Responses
+    work: Work
+
+
+def generate(
+    policy: Policy,
+    prompts: Int[Array, "prompts columns"],
+    prompt_mask: Bool[Array, "prompts columns"],
+    key: jax.Array,
+    *,
+    config: SamplingConfig,
+    rows: Int[Array, "batch"] | None = None,
+    prompt_of: Int[Array, "batch"] | None = None,
+    slots: int = 0,
+    draft_depth: int = 0,
+) -> Generation:
+    """Samples responses to prompts; each prompt is run once for all of its samples.
+
+    A token's random numbers depend on the key, the row's number and the token's place in the
+    response alone, so a response does not change with the other rows, with the padding, with the
+    slots or with the drafts.
+
+    Args:
+      policy: the model.
+      prompts: int32 [N, P], left-padded.
+      prompt_mask: bool [N, P], False on padding. `check_fits` checks concrete ones.
+      key: PRNG key.
+      config: sampling; static under jit.
+      rows: int32 [B], each sample's number, where these are some rows of a larger batch; None
+        numbers them from 0.
+      prompt_of: int32 [B], each sample's prompt; None is one sample of each.
+      slots: rows that decode at one time; 0 is all. Static.
+      draft_depth: tokens that the MTP modules draft for each pass of the trunk; 0 is none. Static.
+
+    Returns:
+      One response to each sample, after its prompt, in the order of `prompt_of`.
+
+    Raises:
+      ValueError: the model's context is too short, or its modules cannot draft so many tokens.
+    """
+    model = policy.model
+    check_depth(policy.config.mtp, draft_depth)
+    if prompt_of is None:
+        prompt_of = jnp.arange(prompts.shape[0], dtype=jnp.int32)
+    count = prompt_of.shape[0]
+    if rows is None:
+        rows = jnp.arange(count, dtype=jnp.int32)
+    size = min(slots, count) if slots else count
+    empty = _empty(model, size, count, prompts.shape[1], config, draft_depth)
+    begin = _begin(model, prompts, prompt_mask, draft_depth)
+
+    def refill(progress: _Progress) -> _Progress:
+        return _refill(progress, begin, prompt_of, config)
+
+    def step(progress: _Progress) -> _Progress:
+        return _step(model, progress, key, rows, config, draft_depth)
+
+    def decode(progress: _Progress) -> _Progress:
+        def goes_on(progress: _Progress):
+            running = progress.slots.running
+            nobody_waits = jnp.all(running) | (progress.begun >= count)
+            return jnp.any(running) & nobody_waits
+
+        return jax.lax.while_loop(goes_on, step, refill(progress))
+
+    def unfinished(progress: _Progress):
+        return (progress.begun < count) | jnp.any(progress.slots.running)
+
+    end = decode(empty) if size == count else jax.lax.while_loop(unfinished, decode, empty)
+    responses = _collect(end.slots, end.responses, config)
+    mask = prompt_mask[prompt_of]
+    nothing = jnp.zeros(mask.shape, bool)
+    taken = jnp.arange(config.max_new_tokens, dtype=jnp.int32)[None] < responses.lengths[:, None]
+    return Generation(
+        tokens=jnp.concatenate(
+            [jnp.where(mask, prompts[prompt_of], config.pad_token), responses.tokens], 1
+        ),
+        response_mask=jnp.concatenate([nothing, taken], 1),
+        log_prob=jnp.concatenate([nothing.astype(jnp.float32), responses.log_prob], 1),
+        finished=responses.stopped,
+        lengths=responses.lengths,
+        work=end.work,
+    )
+
+
+def _modules(model: Decoder, depth: int) -> int:
+    """K; without drafts the window holds one token alone."""
+    return model.config.mtp.num_modules if depth else 1
+
+
+def _begin(model: Decoder, prompts, prompt_mask, depth: int) -> _Prompts:
+    """Runs the prompts through the trunk and, for drafts, the modules."""
+    columns = prompts.shape[1]
+    lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+    # From the left to the right end of the padding, so that token t is in column t.
+    from_left = (columns - lengths)[:, None] + jnp.arange(columns, dtype=jnp.int32)[None]
+    tokens = jnp.take_along_axis(prompts, from_left % columns, axis=1)
+    hidden, cache = model.prefill(tokens, lengths)
+    modules = model.prefill_modules(hidden, tokens, lengths) if depth else None
+    window = first_window(hidden if depth else None, tokens, lengths, _modules(model, depth), depth)
+    return _Prompts(cache._replace(lengths=lengths - 1), modules, window)
+
+
+def _empty(
+    model: Decoder, size: int, count: int, columns: int, config: SamplingConfig, depth: int
+) -> _Progress:
+    """No row runs, and none has begun."""
+    most, modules = config.max_new_tokens, _modules(model, depth)
+    cache = model.empty_cache(size, columns + most, depth + 1)
+    hidden = jnp.zeros((size, modules + depth, model.config.width), model.config.compute)
+    of_slots, of_tokens = (size,), (size, most + depth + 1)
+    slots = _Slots(
+        cache=cache,
+        modules=model.empty_stack(modules, size, columns + most + modules + depth + 1)
+        if depth
+        else None,
+        window=Window(
+            hidden if depth else None,
+            jnp.zeros((size, modules + depth), jnp.int32),
+            jnp.zeros(of_slots, jnp.int32),
+        ),
+        sample=jnp.full(of_slots, count, jnp.int32),
+        running=jnp.zeros(of_slots, bool),
+        stopped=jnp.zeros(of_slots, bool),
+        made=jnp.zeros(of_slots, jnp.int32),
+        tokens=jnp.zeros(of_tokens, jnp.int32),
+        log_prob=jnp.zeros(of_tokens, jnp.float32),
+    )
+    responses = _Responses(
+        tokens=jnp.full((count, most), config.pad_token, jnp.int32),
+        log_prob=jnp.zeros((count, most), jnp.float32),
+        lengths=jnp.zeros((count,), jnp.int32),
+        stopped=jnp.zeros((count,), bool),
+    )
+    nothing, at_depths = jnp.zeros((), jnp.int32), jnp.zeros((depth,), jnp.int32)
+    return _Progress(slots, nothing, responses, Work(nothing, nothing, at_depths, at_depths))
+
+
+def _refill(progress: _Progress, begin: _Prompts, prompt_of, config: SamplingConfig) -> _Progress:
+    """Slots whose row has ended take the samples that wait, in their order."""
+    slots, count = progress.slots, prompt_of.shape[0]
+    idle = ~slots.running
+    number = progress.begun - 1 + jnp.cumsum(idle, dtype=jnp.int32)
+    fresh = idle & (number < count)
+    prompt = prompt_of[jnp.minimum(number, count - 1)]
+
+    def take(old, of_prompts, axis=0):
+        new = jnp.take(of_prompts, prompt, axis=axis)
+        shape = [1] * new.ndim
+        shape[axis] = -1
+        return jnp.where(fresh.reshape(shape), new, old)
+
+    def take_columns(old, of_prompts, first=0):
+        columns = slice(first, first + of_prompts.shape[3])
+        return old.at[:, :, :, columns].set(take(old[:, :, :, columns], of_prompts, axis=1))
+
+    modules = slots.modules
+    if modules is not None and begin.modules is not None:
+        offset = modules.keys.shape[0]
+        modules = jax.tree.map(
+            lambda old, new: take_columns(old, new, offset), modules, begin.modules
+        )
+    cache = Cache(
+        jax.tree.map(take_columns, slots.cache.stacks, begin.cache.stacks),
+        take(slots.cache.lengths, begin.cache.lengths),
+    )
+    return progress._replace(
+        slots=slots._replace(
+            cache=cache,
+            modules=modules,
+            window=jax.tree.map(take, slots.window, begin.window),
+            sample=jnp.where(fresh, number, jnp.where(idle, count, slots.sample)),
+            running=slots.running | fresh,
+            stopped=slots.stopped & ~fresh,
+            made=jnp.where(fresh, 0, slots.made),
+        ),
+        begun=jnp.minimum(progress.begun + jnp.sum(idle, dtype=jnp.int32), count),
+        responses=_collect(slots, progress.responses, config),
+    )
+
+
+def _collect(slots: _Slots, responses: _Responses, config: SamplingConfig) -> _Responses:
+    """With the responses of rows that have ended."""
+    most = config.max_new_tokens
+    taken = jnp.arange(most, dtype=jnp.int32)[None] < slots.made[:, None]
+    ended = _Responses(
+        jnp.where(taken, slots.tokens[:, :most], config.pad_token),
+        jnp.where(taken, slots.log_prob[:, :most], 0),
+        slots.made,
+        slots.stopped,
+    )
+    nowhere = responses.lengths.shape[0]
+    where = jnp.where(slots.running, nowhere, slots.sample)
+    return jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), responses, ended)
+
+
+def _step(
+    model: Decoder, progress: _Progress, key, rows, config: SamplingConfig, depth: int
+) -> _Progress:
+    """Drafts, one pass of the trunk over them, and the tokens that this decides."""
+    slots, work = progress.slots, progress.work
+    running, lengths = slots.running, slots.cache.lengths
+    noise = None
+    if config.temperature > 0:
+        numbers = rows[jnp.minimum(slots.sample, rows.shape[0] - 1)]
+        dtype = at_least_float32(model.config.compute)
+        shape = (depth + 1, model.config.vocab_size)
+        noise = constrain(
+            gumbel_noise(key, numbers, slots.made, shape, dtype), ROWS, None, "tensor"
+        )
+    drafts, modules = jnp.zeros((running.shape[0], 0), jnp.int32), slots.modules
+    if modules is not None:
+        drafts, modules = draft(
+            model, slots.window, modules, lengths, running, noise, config, depth
+        )
+    fed = jnp.concatenate([slots.window.waiting[:, None], drafts], axis=1)
+    hidden, cache = model.extend(fed, slots.cache, running)
+    tokens, log_prob = choose(model.logits(hidden), noise, config)
+    verdict = judge(tokens, drafts, config.max_new_tokens - slots.made, running, config)
+    made = slots.made + verdict.decided
+    slots = slots._replace(
+        cache=cache._replace(lengths=lengths + verdict.decided),
+        modules=modules,
+        window=slots.window.move(hidden, tokens, verdict.decided),
+        running=running & ~verdict.stopped & (made < config.max_new_tokens),
+        stopped=slots.stopped | verdict.stopped,
+        made=made,
+        tokens=_write(slots.tokens, tokens, slots.made),
+        log_prob=_write(slots.log_prob, log_prob, slots.made),
+    )
+    work = Work(
+        steps=work.steps + 1,
+        passes=work.passes + jnp.sum(running, dtype=jnp.int32),
+        judged=work.judged + jnp.sum(verdict.judged, axis=0, dtype=jnp.int32),
+        kept=work.kept + jnp.sum(verdict.kept, axis=0, dtype=jnp.int32),
+    )
+    return progress._replace(slots=slots, work=work)
+
+
+def _write(old, new, columns):
+    """Each row's new values from its own column on."""
+    return jax.vmap(lambda a, b, column: jax.lax.dynamic_update_slice(a, b, (column,)))(
+        old, new, columns
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import pathlib
 import sys
 import time
@@ -27,7 +28,12 @@ from experiments.report_figure import figure
 from occ.tasks import Task
 from occ.training import loop
 from occ.training.config import TrainConfig
+from occ.training.durable.disk import DiskFullError
+from occ.training.durable.lock import LockedError
 from occ.training.regimes import REGIMES, RegimeName, regime
+
+STORY: tuple[RegimeName, ...] = ("detach", "ce_3", "policy_3", "occ_ce", "occ", "drafter")
+SMOKE: tuple[RegimeName, ...] = ("detach", "policy_3", "occ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +47,13 @@ class Arguments:
       rollouts: a run; None takes the configuration's.
       exact: measure the true c and v^2 in every regime, at the price of a second backward pass.
       folder: for all files.
-      smoke: the shortest form: two rollouts of one layer, from one warm start of twenty steps.
+      smoke: the shortest form: two rollouts of one layer, from one warm start of twenty steps, in
+        three of the default's regimes, compiled in haste. It shows that all works, and no
+        difference.
     """
 
     config: str = "filtering_easy"
-    regimes: tuple[RegimeName, ...] = ("detach", "ce_3", "policy_3", "occ_ce", "occ", "drafter")
+    regimes: tuple[RegimeName, ...] = STORY
     starts: int = 3
     rollouts: int | None = None
     exact: bool = False
@@ -55,6 +63,8 @@ class Arguments:
     def __post_init__(self):
         if self.starts < 1:
             raise ValueError(f"compare_regimes: expected starts >= 1, got {self.starts}.")
+        if self.smoke and self.regimes == STORY:
+            object.__setattr__(self, "regimes", SMOKE)
 
 
 def base_config(arguments: Arguments) -> TrainConfig:
@@ -78,19 +88,30 @@ def base_config(arguments: Arguments) -> TrainConfig:
 
 
 def compare(arguments: Arguments) -> int:
-    """Runs every regime from every warm start; returns the exit status, 130 after Ctrl-C."""
+    """Runs every regime from every warm start.
+
+    Returns:
+      The exit status: 130 after Ctrl-C; 1 where the disk is full or another process has a run's
+      folder, which is said.
+    """
     began = time.perf_counter()
     folder = arguments.folder / "smoke" if arguments.smoke else arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    keep_compiled(folder / "compiled")
+    ended = None
     try:
         status = _run_all(arguments, folder)
+        if status is None:
+            _write(arguments, folder)
     except KeyboardInterrupt:  # in a warm start, or a second one
         status = 130
+    except (DiskFullError, LockedError) as error:
+        ended = str(error)
+    if ended is not None:
+        gc.collect()  # with it goes what Orbax still has to say, so that ours is the last word
+        print(ended, file=sys.stderr)
+        return 1
     if status is not None:
         print(f"stopped; the same command goes on in {folder}")
         return status
-    _write(arguments, folder)
     print(f"{time.perf_counter() - began:.0f} s in all")
     return 0
 
@@ -102,6 +123,12 @@ def _starts(arguments: Arguments) -> int:
 def _run_all(arguments: Arguments, folder: pathlib.Path) -> int | None:
     """Runs what is missing; None where all is there, else the exit status."""
     config, starts = base_config(arguments), _starts(arguments)
+    for seed in range(starts):
+        for name in arguments.regimes:
+            runs.check_folder(
+                _run_folder(folder, name, seed), _of_regime(arguments, config, name, seed)
+            )
+    keep_compiled(folder / "compiled")
     task = runs.load_task(config)
     programs = _programs(arguments, config, task)
     job = runs.job(config, starts, starts * len(programs))
@@ -116,7 +143,7 @@ def _run_all(arguments: Arguments, folder: pathlib.Path) -> int | None:
                 with interrupt() as should_stop:
                     result = runs.run(
                         f"{REGIMES[name].label}, {number}",
-                        dataclasses.replace(seeded, mtp=regime(name, exact=arguments.exact)),
+                        _of_regime(arguments, config, name, seed),
                         task,
                         programs[name],
                         start,
@@ -128,6 +155,12 @@ def _run_all(arguments: Arguments, folder: pathlib.Path) -> int | None:
                     return should_stop.status
         progress.begin("done", 0)
     return None
+
+
+def _of_regime(
+    arguments: Arguments, config: TrainConfig, name: RegimeName, seed: int
+) -> TrainConfig:
+    return dataclasses.replace(config, seed=seed, mtp=regime(name, exact=arguments.exact))
 
 
 def _programs(arguments: Arguments, config: TrainConfig, task: Task) -> dict[str, loop.Programs]:
@@ -151,9 +184,9 @@ def _write(arguments: Arguments, folder: pathlib.Path) -> None:
         for name in arguments.regimes
     }
     text = f"{report.table(results)}\n\n{report.NOTE}\n\n{report.words(results)}\n"
-    runs.replace_text(folder / "table.md", text)
+    runs.replace(folder / "table.md", text)
     runs.write_json(folder / "results.json", results)
-    figure(results).savefig(folder / "regimes.png", dpi=150)
+    runs.save_figure(folder / "regimes.png", figure(results), dpi=150)
     print(f"\n{text}\n{folder}: regimes.png, table.md, results.json")
 
 

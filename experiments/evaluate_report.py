@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from occ import json_files
 from occ.evaluation import benchmarks
 from occ.evaluation.benchmarks import Result
 from occ.evaluation.bootstrap import bootstrap_interval, paired_test
@@ -48,7 +48,7 @@ def read(folder: pathlib.Path, name: str) -> Evaluation:
             f"{folder / name} has no summary.json: the evaluation was not run, or did not come to "
             "its end. `python -m experiments.evaluate run` goes on with it."
         )
-    summary = json.loads(file.read_text())
+    summary = json_files.read_object(file)
     results = {
         benchmark: benchmarks.result(benchmark, read_rows(folder / name / f"{benchmark}.jsonl"))
         for benchmark in summary["benchmarks"]

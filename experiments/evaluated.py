@@ -28,7 +28,7 @@ from occ.training.config import (
     WarmStartConfig,
 )
 from occ.training.durable.checkpoints import Checkpoints
-from occ.training.durable.run_folder import read_config
+from occ.training.durable.run_folder import identity, read_config
 from occ.training.processes import to_host
 from occ.training.regimes import REGIMES, regime
 from occ.training.rollout import Scores, build_programs
@@ -86,6 +86,7 @@ def from_run(
       ValueError: the folder holds no run or no checkpoint; the task has no such benchmarks.
     """
     config = read_config(folder)
+    owner = identity(config)
     if "data_dir" in task_options:
         config = _on_published(config)
     if layout is not None:
@@ -94,7 +95,7 @@ def from_run(
     built = training_programs.build(config, task)
     with (
         jax.set_mesh(built.mesh),
-        Checkpoints(folder / "checkpoints", read_only=True) as checkpoints,
+        Checkpoints(folder / "checkpoints", owner=owner, read_only=True) as checkpoints,
     ):
         restored = checkpoints.read(built.state, which)
     return Model(

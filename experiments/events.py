@@ -111,7 +111,8 @@ class Guarded:
     def _give_up(self, reason: str) -> None:
         self._given_up = True
         text = f"logging was given up ({reason}); training goes on, and metrics.jsonl has all"
-        tqdm.tqdm.write(text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            tqdm.tqdm.write(text, file=sys.stderr)
 
     def _log(self, make: Any) -> None:
         with contextlib.ExitStack() as closing:

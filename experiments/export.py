@@ -22,7 +22,7 @@ from occ.models import pretrained
 from occ.models.policy import abstract_policy
 from occ.training.config import TrainConfig
 from occ.training.durable.checkpoints import Checkpoints
-from occ.training.durable.run_folder import read_config
+from occ.training.durable.run_folder import identity, read_config
 from occ.training.layout import LayoutConfig
 from occ.training.programs import abstract_state
 from occ.training.sharding import make_mesh
@@ -54,6 +54,7 @@ def export(arguments: Arguments) -> int:
       ValueError: the folder holds no run or no checkpoint, or the target exists.
     """
     config = read_config(arguments.run)
+    owner = identity(config)
     if config.layout.devices > jax.device_count():
         config = dataclasses.replace(config, layout=LayoutConfig())
     mesh = make_mesh(config.layout)
@@ -61,7 +62,7 @@ def export(arguments: Arguments) -> int:
     state = abstract_state(config, policy, mesh)
     with (
         jax.set_mesh(mesh),
-        Checkpoints(arguments.run / "checkpoints", read_only=True) as checkpoints,
+        Checkpoints(arguments.run / "checkpoints", owner=owner, read_only=True) as checkpoints,
     ):
         number, restored, _ = checkpoints.read(state, arguments.which)
     pretrained.save(

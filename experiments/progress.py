@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -16,15 +16,17 @@ SECONDS_BETWEEN_LINES = 30.0  # where no cursor goes back, as in a log
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop; a second one stops at once.
+    """Turns signals into a wish to stop; only a second Ctrl-C stops at once, and saves nothing.
 
     Attributes:
       status: exit status of a run that stopped: 130 after Ctrl-C, as shells have it, and 0 after
-        SIGTERM, by which a machine is taken away: everything was saved, and nothing failed.
+        SIGTERM, by which a machine is taken away, or SIGHUP, by which its terminal is: everything
+        was saved, and nothing failed.
     """
 
     def __init__(self) -> None:
         self.wished = False
+        self.pressed = False
         self.status = 0
 
     def __call__(self) -> bool:
@@ -32,24 +34,31 @@ class Interrupt:
         return self.wished
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.wished:
+        if number == signal.SIGINT and self.pressed:
             raise KeyboardInterrupt
+        if not self.wished:
+            self.status = 130 if number == signal.SIGINT else 0
         self.wished = True
-        self.status = 130 if number == signal.SIGINT else 0
-        tqdm.tqdm.write("stopping after this rollout; once more to stop at once")
+        self.pressed |= number == signal.SIGINT
+        with suppress(OSError):  # of a terminal that is gone
+            tqdm.tqdm.write(
+                "stopping after this rollout; Ctrl-C once more to stop at once, unsaved"
+            )
 
 
 @contextmanager
 def interrupt() -> Iterator[Interrupt]:
-    """Catches Ctrl-C and SIGTERM while the block runs.
+    """Catches Ctrl-C, SIGTERM and SIGHUP while the block runs; what nohup ignores stays ignored.
 
     Under `jax.distributed` SIGTERM stays with its preemption service, which tells all processes
     and lets them stop after the same rollout.
     """
     wish = Interrupt()
-    numbers = (
-        [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
-    )
+    numbers = [signal.SIGINT]
+    if not jax.distributed.is_initialized():
+        numbers.append(signal.SIGTERM)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, wish._on_signal) for number in numbers}
     try:
         yield wish
@@ -125,10 +134,12 @@ class _Lines:
     def write(self, text: str) -> None:
         text = text.strip("\r\n ")
         if text:
-            print(text, file=sys.stderr)
+            with suppress(OSError):  # a disk that is full, or a terminal that is gone
+                print(text, file=sys.stderr)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def summary(row: dict[str, Any]) -> str:

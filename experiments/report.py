@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from occ.evaluation.intervals import Estimate, mean_interval, paired_difference
-from occ.training.durable.run_folder import read_rows
+from occ.training.durable.run_folder import read_result, read_rows
 from occ.training.regimes import REGIMES
 
 NAMES = {
@@ -39,8 +39,8 @@ NOTE = (
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
     """Result and reward of every rollout of a finished run."""
-    result = json.loads((folder / "result.json").read_text())
-    return result | {"rewards": [row["reward"] for row in read_rows(folder / "metrics.jsonl")]}
+    rewards = [row["reward"] for row in read_rows(folder / "metrics.jsonl")]
+    return read_result(folder) | {"rewards": [math.nan if x is None else x for x in rewards]}
 
 
 def name_of(regime: str) -> str:
@@ -113,4 +113,5 @@ def _verdict(estimate: Estimate, other: str) -> str:
 
 def values_of(found: list[dict[str, Any]], name: str) -> list[float]:
     """A quantity of each run."""
-    return [QUANTITIES[name][1](run) for run in found]
+    values = [QUANTITIES[name][1](run) for run in found]
+    return [math.nan if value is None else value for value in values]

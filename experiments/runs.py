@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import io
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tqdm
 
 from experiments.events import EventFile, Guarded
 from experiments.progress import Progress, summary
-from occ import tasks
+from occ import json_files, tasks
 from occ.models.policy import Policy
 from occ.training import loop
 from occ.training.config import TrainConfig
+from occ.training.durable import disk, lock
+from occ.training.durable.run_folder import as_json, check_usable
 from occ.training.processes import is_first
 from occ.training.start import starting_point as start_points
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WARM_STEPS_A_ROLLOUT = 8  # take as long as a rollout, its updates and its share of compilation
 
@@ -27,6 +32,18 @@ WARM_STEPS_A_ROLLOUT = 8  # take as long as a rollout, its updates and its share
 def load_task(config: TrainConfig) -> tasks.Task:
     """The task of a configuration."""
     return tasks.load(config.task, **config.task_options)
+
+
+def check_folder(folder: pathlib.Path, config: TrainConfig) -> None:
+    """Finds out before anything is computed whether a run can work in a folder.
+
+    Raises:
+      ValueError: as `run_folder.check_usable` says.
+      LockedError: another process works there.
+    """
+    check_usable(folder, as_json(config))
+    if (folder / lock.NAME).exists():
+        lock.FolderLock(folder).close()
 
 
 def job(config: TrainConfig, starts: int, runs: int) -> Progress:
@@ -91,20 +108,30 @@ def run(
 
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Writes a JSON file for people to read."""
-    replace_text(file, json.dumps(value, indent=2) + "\n")
+    replace(file, json_files.dump(value, indent=2) + "\n")
 
 
-def replace_text(file: pathlib.Path, text: str) -> None:
-    """Writes beside the file, then renames: a file that exists is whole."""
-    beside = file.with_name(file.name + ".new")
-    beside.write_text(text)
-    beside.replace(file)
+def replace(file: pathlib.Path, content: str | bytes) -> None:
+    """Writes beside the file, then renames: a file that exists is whole.
+
+    Raises:
+      DiskFullError: it could not be written; what was there before is.
+    """
+    with disk.explained(file.parent, len(content)):
+        disk.replace(file, content)
+
+
+def save_figure(file: pathlib.Path, figure: Figure, dpi: int) -> None:
+    """Writes a picture in the same way."""
+    content = io.BytesIO()
+    figure.savefig(content, format=file.suffix.removeprefix("."), dpi=dpi)
+    replace(file, content.getvalue())
 
 
 def write_rows(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """Writes rows of JSON, all or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    replace(file, "".join(json_files.dump(row) + "\n" for row in rows))
 
 
 def rounded(value: Any) -> Any:

@@ -4,7 +4,8 @@ For example
 
     python -m experiments.train laptop --regime occ_paper --config.seed 1 --config.rollouts 40
 
-What a regime or a metric is: `python -m experiments.train regimes`, `... metrics`.
+Fields of `config.mtp` that are given beside a regime go on top of it. What a regime or a metric is:
+`python -m experiments.train regimes`, `... metrics`.
 
 On several hosts, with the same command on each (experiments/launch has both for clusters):
 
@@ -12,8 +13,8 @@ On several hosts, with the same command on each (experiments/launch has both for
     python -m experiments.train laptop --distributed --coordinator 10.0.0.1:1234 \
         --processes 2 --index 0 --config.layout.data 2
 
-Ctrl-C or SIGTERM ends after the rollout in hand; the same command goes on from there, as it does
-after a crash.
+Ctrl-C, SIGTERM or SIGHUP ends after the rollout in hand; the same command goes on from there, as it
+does after a crash.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ import dataclasses
 import gc
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
 from experiments import runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
-from experiments.progress import interrupt
+from experiments.progress import Interrupt, interrupt
 from occ.training import loop, metrics, regimes
 from occ.training.config import TrainConfig
 from occ.training.durable.disk import DiskFullError
-from occ.training.processes import is_first, join
+from occ.training.durable.lock import LockedError
+from occ.training.durable.run_folder import as_json, environment, flatten
+from occ.training.processes import check_alike, is_first, join, on_first
 from occ.training.regimes import RegimeName, regime
 
 
@@ -43,8 +48,8 @@ class Arguments:
 
     Attributes:
       config: the configuration; every field can be given.
-      regime: a named training regime in place of all of `config.mtp`; for changes to one, give
-        the fields of `config.mtp` themselves.
+      regime: a named training regime in place of `config.mtp`, whose fields that are given on the
+        command line change it.
       folder: for the run; default runs/CONFIG/REGIME-seedN.
       distributed: one of several processes, on a file system that all of them share.
       coordinator: host:port of process 0; on TPU pods and under SLURM the cluster knows.
@@ -68,32 +73,49 @@ class Arguments:
             )
 
 
-def train(arguments: Arguments) -> int:
-    """Runs it; returns the exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1, disk full."""
+def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
+    """Runs it.
+
+    Args:
+      arguments: of the run.
+      beside: fields of `config.mtp` that go on top of the regime.
+
+    Returns:
+      The exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1 where the disk is full or another
+      process has the folder, which is said.
+    """
     if arguments.distributed:
         join(arguments.coordinator, arguments.processes, arguments.index)
     config = arguments.config
     if arguments.regime is not None:
-        config = dataclasses.replace(config, mtp=regime(arguments.regime))
+        changes = {name: getattr(config.mtp, name) for name in beside}
+        config = dataclasses.replace(
+            config, mtp=dataclasses.replace(regime(arguments.regime), **changes)
+        )
     label = "custom" if arguments.regime is None else arguments.regime
     root = pathlib.Path("runs") / config.name
     folder = arguments.folder or root / f"{label}-seed{config.seed}"
-    keep_compiled(root / "compiled")
-    task = runs.load_task(config)
-    programs = loop.build(config, task)
-    full_disk = None
+    check_alike("command and packages", _of_command(config, folder))
+    ended, should_stop = None, Interrupt()
     try:
+        on_first(lambda: runs.check_folder(folder, config))
+        keep_compiled(root / "compiled")
+        task = runs.load_task(config)
+        programs = loop.build(config, task)
         with contextlib.closing(runs.job(config, starts=1, runs=1)) as progress:
             start = runs.starting_point(config, task, programs, root / "starts", progress)
             with interrupt() as should_stop:
                 result = runs.run(
                     label, config, task, programs, start, folder, progress, should_stop
                 )
-    except DiskFullError as error:
-        full_disk = str(error)
-    if full_disk is not None:
+    except (DiskFullError, LockedError) as error:
+        ended = str(error)
+    except KeyboardInterrupt:  # in the warm start, or a second one
+        print(f"stopped; the same command goes on from what is in {folder}")
+        return 130
+    if ended is not None:
         gc.collect()  # with it goes what Orbax still has to say, so that ours is the last word
-        print(full_disk, file=sys.stderr)
+        print(ended, file=sys.stderr)
         return 1
     if not is_first():
         return 0 if result is not None else should_stop.status
@@ -108,6 +130,27 @@ def train(arguments: Arguments) -> int:
     return 0
 
 
+def _of_command(config: TrainConfig, folder: pathlib.Path) -> dict[str, Any]:
+    """What all processes of a run must have in common, by name."""
+    return {
+        **flatten(as_json(config)),
+        "folder": str(folder),
+        **environment()["versions"],
+        "commit": environment()["commit"],
+    }
+
+
+def given_fields(words: Sequence[str], prefix: str) -> tuple[str, ...]:
+    """Fields of a configuration that a command line gives.
+
+    >>> given_fields(["--regime", "occ", "--config.mtp.own-loss=ce"], "--config.mtp.")
+    ('own_loss',)
+    """
+    names = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
+    names = [name.partition("=")[0].partition(".")[0].replace("-", "_") for name in names]
+    return tuple(name.removeprefix("no_") for name in names)
+
+
 def main() -> int:
     """Reads the command line."""
     tables = {"regimes": regimes.describe, "metrics": metrics.describe}
@@ -115,7 +158,8 @@ def main() -> int:
         print(tables[sys.argv[1]]())
         return 0
     commands = {name: (build.__doc__ or "", Arguments(build())) for name, build in CONFIGS.items()}
-    return train(tyro.extras.overridable_config_cli(commands))
+    arguments = tyro.extras.overridable_config_cli(commands)
+    return train(arguments, given_fields(sys.argv, "--config.mtp."))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """Checkpoints alone: what is kept, and what becomes of damaged ones and of a full disk."""
 
+import dataclasses
 import errno
 import gc
 import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 import warnings
 
 import chex
@@ -14,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from occ import json_files
 from occ.training.durable import checkpoints as checkpoints_module
-from occ.training.durable import disk
+from occ.training.durable import disk, lock
 from occ.training.durable.checkpoints import Checkpoints, DamagedError
 from occ.training.durable.fingerprint import fingerprint
 from occ.training.durable.history import History
-from occ.training.durable.run_folder import RunFolder, read_rows
+from occ.training.durable.lock import FolderLock, LockedError
+from occ.training.durable.run_folder import RunFolder, identity, read_rows
 from occ.training.regimes import regime
 from tests import tiny
 
@@ -120,6 +127,11 @@ def empty(checkpoint):
     checkpoint.mkdir()
 
 
+def copy_over(source, target):
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
 def change_the_history(checkpoint):
     file = checkpoint / "record" / "metadata"
     record = json.loads(file.read_text())
@@ -140,6 +152,7 @@ DAMAGES = {
     "record deleted": lambda at: (at / "record" / "metadata").unlink(),
     "history changed": change_the_history,
     "folder empty": empty,
+    "another over it": lambda at: copy_over(at.parent / "1", at),
 }
 
 
@@ -147,7 +160,7 @@ DAMAGES = {
 def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(damage, folder):
     DAMAGES[damage](folder / "2")
     with Checkpoints(folder) as checkpoints:
-        with pytest.warns(RuntimeWarning, match=r"checkpoints/2 is damaged .* goes on from .* 1"):
+        with pytest.warns(RuntimeWarning, match=r"checkpoints/2 cannot be used .* goes on .* 1"):
             number, state, _ = checkpoints.restore(state_after(0))
         assert number == 1
         chex.assert_trees_all_equal(state, state_after(1))
@@ -262,14 +275,14 @@ def test_a_full_disk_says_what_to_delete(tmp_path, full_disk):
 
 def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
     file = tmp_path / "file"
-    disk.replace_text(file, "old")
+    disk.replace(file, "old")
 
     def refuse(descriptor):
         raise OSError(errno.EIO, "cable pulled")
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="cable pulled"):
-        disk.replace_text(file, "new")
+        disk.replace(file, "new")
     assert file.read_text() == "old"
 
 
@@ -305,23 +318,40 @@ def rows(*rollouts):
     return [{"rollout": rollout, "reward": 0.5} for rollout in rollouts]
 
 
-@pytest.mark.parametrize("tail", ['{"rollout": 2, "rew', '{"rollout": 2, "reward": 0.5}', "\0\0"])
+TAILS = [
+    b'{"rollout": 2, "rew',
+    b'{"rollout": 2, "reward": 0.5}',
+    b"\0\0",
+    b"12\n",
+    b"{}\n",
+    b"\xff\n",
+]
+
+
+@pytest.mark.parametrize("tail", TAILS)
 def test_rows_after_a_cut_line_are_whole(tail, tmp_path):
-    files = RunFolder(tmp_path, CONFIG)
-    files.append(*rows(0, 1))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(tail)
-    files.keep_rows_before(2)
-    files.append(*rows(2))
-    assert read_rows(tmp_path / "metrics.jsonl") == rows(0, 1, 2)
+    with RunFolder(tmp_path, CONFIG) as files:
+        files.append(*rows(0, 1))
+        with (tmp_path / "metrics.jsonl").open("ab") as file:
+            file.write(tail)
+        assert files.recorded() == (3 if b"0.5}" in tail else 2, b"0.5}" not in tail)
+        files.keep_rows_before(2)
+        files.append(*rows(2))
+        assert files.recorded() == (3, False) and files.rows(3) == rows(0, 1, 2)
+    assert not (tmp_path / "lock.json").exists()
 
 
 def test_rows_that_a_checkpoint_counts_must_be_there(tmp_path):
-    files = RunFolder(tmp_path, CONFIG)
-    files.append(*rows(0, 2))
-    with pytest.raises(ValueError, match="row for each of the 3 rollouts .* and holds 2"):
-        files.keep_rows_before(3)
-    assert read_rows(tmp_path / "metrics.jsonl") == rows(0, 2)
+    with RunFolder(tmp_path, CONFIG) as files:
+        files.append(*rows(0, 1))
+        with pytest.raises(ValueError, match="row for each of the 3 rollouts .* and holds 2"):
+            files.keep_rows_before(3)
+        assert read_rows(tmp_path / "metrics.jsonl") == rows(0, 1)
+        files.append(*rows(1, 2))  # of another process
+        with pytest.raises(ValueError, match=r"one row for each of 3 rollouts, .* holds 4 rows"):
+            files.rows(3)
+        with pytest.raises(ValueError, match=r"expected the row of rollout 2, got that of 1"):
+            files.recorded()
 
 
 def test_no_warnings_without_damage(folder):
@@ -337,3 +367,122 @@ def test_a_reader_that_fails_leaves_what_a_run_is_writing(folder):
         assert checkpoints.read(state_after(0)).number == 2
         raise KeyError
     assert unfinished.exists() and numbers(folder) == [1, 2]
+
+
+def test_a_checkpoint_after_rows_that_were_cut_is_not_used(folder):
+    words = r"2 cannot be used .*cut after the rows of 1 "
+    with Checkpoints(folder) as checkpoints, pytest.warns(RuntimeWarning, match=words):
+        assert checkpoints.restore(state_after(0), most=1).number == 1
+    with Checkpoints(folder) as checkpoints, pytest.raises(DamagedError, match="of 0 rollouts"):
+        checkpoints.restore(state_after(0), most=0)
+    assert numbers(folder) == [1]
+
+
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path):
+    other = dataclasses.replace(CONFIG, seed=1)
+    free = dataclasses.replace(CONFIG, keep_checkpoints=7)
+    with Checkpoints(tmp_path, owner=identity(other)) as checkpoints:
+        checkpoints.save(1, state_after(1), History())
+    assert identity(free) == identity(CONFIG)
+    with (
+        Checkpoints(tmp_path, owner=identity(free), read_only=True) as checkpoints,
+        pytest.raises(DamagedError, match="a run of another configuration"),
+    ):
+        checkpoints.read(state_after(0))
+
+
+# -- the lock ---------------------------------------------------------------------------------
+
+HOLD = """
+import pathlib, sys, time
+from occ.training.durable.lock import FolderLock
+lock = FolderLock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_has_a_folder_until_it_ends_however_it_ends(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    words = rf"in use by process {holder.pid} on host {re.escape(socket.gethostname())}"
+    with pytest.raises(LockedError, match=words):
+        RunFolder(tmp_path, CONFIG)
+    assert not (tmp_path / "config.json").exists()
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / "lock.json").exists()
+    with RunFolder(tmp_path, CONFIG), pytest.raises(LockedError, match=f"process {os.getpid()}"):
+        RunFolder(tmp_path, CONFIG)
+    RunFolder(tmp_path, CONFIG).close()
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_lock_of_another_host_is_watched(beats, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SILENCE", 0.2)
+    file = tmp_path / "lock.json"
+    file.write_text('{"process": 1, "host": "elsewhere"}')
+    touch = threading.Timer(0.1, os.utime, (file,))
+    if beats:
+        touch.start()
+        with pytest.raises(LockedError, match="process 1 on host elsewhere"):
+            FolderLock(tmp_path)
+        touch.join()
+    else:
+        FolderLock(tmp_path).close()
+        assert not file.exists()
+
+
+def test_without_locks_of_the_system_a_living_process_counts(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    held = FolderLock(tmp_path)
+    with pytest.raises(LockedError):
+        FolderLock(tmp_path)
+    held.close()
+    (tmp_path / "lock.json").write_text(
+        json.dumps({"process": 2**22 + 1, "host": socket.gethostname()})
+    )
+    FolderLock(tmp_path).close()
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=r"file is a file. Choose another folder"):
+            RunFolder(path, CONFIG)
+
+
+# -- JSON -------------------------------------------------------------------------------------
+
+BAD = {
+    b"": ", line 1",
+    b'{\n"a": 1,\n]': ", line 3",
+    b"\xff": ", line 1",
+    b"[" * 10**5: "",
+    b"12": "",
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_file_of_a_run_is_named(name, tmp_path):
+    def open_it():
+        with RunFolder(tmp_path, CONFIG) as files:
+            files.result()
+
+    for content, line in BAD.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}{line}: expected "):
+            open_it()
+
+
+def test_lines_of_json_may_begin_with_a_mark_and_errors_name_the_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n{"a": "\xe2\x80\xa8"}\n{"a"\n')
+    assert json_files.read_lines(file, "a", cut=True) == [{"a": 1}, {"a": "\u2028"}]
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 4: expected JSON"):
+        json_files.read_lines(file)
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: expected an object with b"):
+        json_files.read_lines(file, "b", cut=True)

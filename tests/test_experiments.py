@@ -1,9 +1,12 @@
 """Every configuration builds, the command lines read, and a comparison leaves what it promises."""
 
 import dataclasses
+import errno
 import functools
 import json
+import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import compare_regimes, train
+from experiments import compare_regimes, report_figure, runs, train
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
 from experiments.instruments import sampling_speed, step_cost
@@ -23,10 +26,12 @@ from occ.models.policy import create_policy
 from occ.training import loop
 from occ.training.batch import Minibatch
 from occ.training.config import EvaluationConfig, RolloutConfig, WarmStartConfig
+from occ.training.durable.lock import FolderLock
 from occ.training.durable.run_folder import read_rows
 from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.regimes import regime
+from occ.training.start.saved import save_start
 from occ.training.state import init_state
 from occ.training.step import make_train_step
 from tests import tiny
@@ -164,19 +169,87 @@ def test_the_story_is_told_by_default():
     compare_regimes.base_config(arguments)
     short = compare_regimes.base_config(compare_regimes.Arguments(smoke=True))
     assert (short.rollouts, short.warm_start.steps) == (2, 20)
+    assert compare_regimes.Arguments(smoke=True).regimes == ("detach", "policy_3", "occ")
     with pytest.raises(ValueError, match="starts >= 1, got 0"):
         compare_regimes.Arguments(starts=0)
 
 
 def test_one_run_by_its_command_line(at, monkeypatch, capsys):
     command = ["train", "laptop", "--regime", "ce", "--config.rollouts", "1", "--config.seed", "3"]
+    command += ["--config.mtp.coefficient", "0.7"]
     monkeypatch.setattr(sys, "argv", command)
     assert train.main() == 0
     folder = at / "runs" / "laptop" / "ce-seed3"
     config = json.loads((folder / "config.json").read_text())
     assert (config["rollouts"], config["seed"], config["mtp"]["loss"]) == (1, 3, "ce")
     assert config["task_options"]["digits"] == 1
+    # On top of the regime, whose rule it leaves.
+    assert (config["mtp"]["rule"], config["mtp"]["coefficient"]) == ("fixed", 0.7)
     assert "ce-seed3: greedy 0." in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_had_is_noticed_before_the_warm_start(at, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "starting_point", None)
+    arguments = train.Arguments(small(), folder=at / "run")
+    (at / "run").mkdir()
+    held = FolderLock(at / "run")
+    assert train.train(arguments) == 1
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    comparison = compare_regimes.Arguments("laptop", ("detach",), 1, folder=at)
+    (at / "detach-start0").symlink_to(at / "run")
+    assert compare_regimes.compare(comparison) == 1
+    held.close()
+    shutil.rmtree(at / "run")
+    (at / "run").write_text("")
+    with pytest.raises(ValueError, match="run is a file"):
+        train.train(arguments)
+    with pytest.raises(ValueError, match="detach-start0 is a file"):
+        compare_regimes.compare(comparison)
+
+
+def test_a_full_disk_ends_in_words(at, monkeypatch, capsys):
+    """In the start cache, and in what a comparison writes at the end."""
+
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    saved = {"w": jnp.ones(2)}, {}
+    monkeypatch.setattr(runs.loop, "build", lambda *_: None)
+    monkeypatch.setattr(runs, "starting_point", lambda *_: save_start(at / "starts", {}, saved))
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", refuse)
+        assert train.train(train.Arguments(small(), folder=at / "run")) == 1
+        assert "no space left for" in capsys.readouterr().err
+    assert list((at / "starts").iterdir()) == []
+    picture, found = at / "regimes.png", [{"reward_area": 0.5, "rewards": [0.5] * 3}]
+    runs.save_figure(picture, report_figure.figure({"detach": found}), dpi=20)
+    before = picture.read_bytes()
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", refuse)
+        monkeypatch.setattr(compare_regimes, "_run_all", lambda *_: None)
+        write = functools.partial(runs.replace, picture, b"half")
+        monkeypatch.setattr(compare_regimes, "_write", lambda *_: write())
+        assert compare_regimes.compare(compare_regimes.Arguments(folder=at)) == 1
+    assert "no space left for" in capsys.readouterr().err and picture.read_bytes() == before
+
+
+def test_only_a_second_ctrl_c_stops_at_once():
+    names = ("SIGTERM", "SIGTERM", "SIGHUP", "SIGINT")
+    with interrupt() as wish:
+        for name in names:
+            signal.raise_signal(getattr(signal, name))
+        assert wish() and wish.status == 0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with interrupt() as wish:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert wish.status == 130
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with interrupt() as wish:
+        signal.raise_signal(signal.SIGHUP)
+        assert not wish()
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_wrong_option_ends_with_a_message(at, monkeypatch, capsys):

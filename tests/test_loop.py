@@ -1,8 +1,10 @@
 """Whole runs: resumed ones equal uninterrupted ones; folders refuse other configurations."""
 
 import dataclasses
+import gc
 import itertools
 import json
+import shutil
 import warnings
 
 import chex
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from occ import tasks
+from occ.tasks.task import VerifierError
 from occ.training import loop
 from occ.training.config import (
     EvaluationConfig,
@@ -25,6 +28,7 @@ from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.start.demonstrations import demonstration_batch, learn_from_demonstrations
 from occ.training.start.saved import load_start, save_start
+from occ.training.start.starting_point import starting_point
 from occ.training.state import init_state
 from tests import tiny
 
@@ -65,6 +69,11 @@ def newest(folder):
     )
     with Checkpoints(folder / "checkpoints") as checkpoints:
         return checkpoints.restore(state)
+
+
+def numbers(folder):
+    names = [path.name for path in (folder / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def final_state(folder):
@@ -127,6 +136,38 @@ def test_a_finished_run_is_not_repeated(whole, programs, start):
     assert loop.run(CONFIG, TASK, programs, start, whole[0], never) == whole[1]
 
 
+def unfinished(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    (folder / "result.json").unlink()
+    return folder
+
+
+def test_rows_without_a_checkpoint_are_no_fresh_start(whole, programs, start, tmp_path):
+    folder = unfinished(whole, tmp_path)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ValueError, match=r"rows of 4 rollouts, and no checkpoint .*checkpoints/ b"):
+        loop.run(CONFIG, TASK, programs, start, folder)
+    assert rows_of(folder) == rows_of(whole[0])
+
+
+def test_rows_that_were_cut_go_back_to_the_checkpoint_that_fits(whole, programs, start, tmp_path):
+    folder = unfinished(whole, tmp_path)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-20])  # within the last of four rows
+    with pytest.warns(RuntimeWarning, match="4 cannot be used .*rows of 3 rollouts.* checkpoint 3"):
+        result = loop.run(CONFIG, TASK, programs, start, folder)
+    assert result["final"] == whole[1]["final"] and rows_of(folder) == rows_of(whole[0])
+
+
+def test_before_the_first_row_there_is_a_checkpoint(programs, start, tmp_path):
+    unjudged = dataclasses.replace(TASK, verifier=lambda problem, completion: None)
+    with pytest.raises(VerifierError, match="last 3 rollouts could be judged.*Mend the verifier"):
+        loop.run(CONFIG, unjudged, programs, start, tmp_path)
+    assert (
+        numbers(tmp_path) == [0, 3] and [row["reward"] for row in rows_of(tmp_path)] == [None] * 3
+    )
+
+
 def test_another_configuration_in_the_same_folder_is_refused(whole):
     other = dataclasses.replace(
         CONFIG, seed=1, optimizer=dataclasses.replace(CONFIG.optimizer, learning_rate=0.5)
@@ -138,8 +179,9 @@ def test_another_configuration_in_the_same_folder_is_refused(whole):
 def test_fields_that_change_no_result_may_change(whole):
     layout = dataclasses.replace(CONFIG.layout, generation_rows=4)
     free = dataclasses.replace(CONFIG, layout=layout, keep_checkpoints=5, checkpoint_every=1)
-    assert RunFolder(whole[0], free).result() == whole[1]
-    RunFolder(whole[0], CONFIG)
+    with RunFolder(whole[0], free) as files:
+        assert files.result() == whole[1]
+    RunFolder(whole[0], CONFIG).close()
 
 
 def test_the_best_is_kept_and_the_clock_goes_on(whole):
@@ -290,5 +332,61 @@ def test_a_saved_start_is_found_by_what_decided_it(start, tmp_path):
     saved = start.params, start.rest
     save_start(tmp_path, {"seed": 0}, saved)
     with warnings.catch_warnings():
+        warnings.simplefilter("error")
         chex.assert_trees_all_equal(load_start(tmp_path, {"seed": 0}, saved), saved)
-    assert load_start(tmp_path, {"seed": 1}, saved) is None
+        assert load_start(tmp_path, {"seed": 1}, saved) is None
+    (kept,) = tmp_path.iterdir()
+    assert json.loads((kept / "decides.json").read_text()) == {"seed": 0}
+
+
+def test_a_damaged_start_is_set_aside(start, tmp_path):
+    """One bit in its arrays; a file cut off; that of other settings in its place."""
+    saved, decides = (start.params, start.rest), {"seed": 0}
+
+    def flip(target):
+        for file in (target / "0" / "state" / "ocdbt.process_0" / "d").iterdir():
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+
+    def cut(target):
+        file = target / "0" / "state" / "_METADATA"
+        file.write_bytes(file.read_bytes()[:50])
+
+    def exchange(target):
+        save_start(tmp_path / "other", {"seed": 1}, saved)
+        shutil.rmtree(target)
+        shutil.copytree(next((tmp_path / "other").iterdir()), target)
+
+    for damage in (flip, cut, exchange):
+        folder = tmp_path / damage.__name__
+        save_start(folder, decides, saved)
+        (target,) = folder.iterdir()
+        damage(target)
+        with pytest.warns(RuntimeWarning, match=rf"{target.name} cannot be used .*made again"):
+            assert load_start(folder, decides, saved) is None
+        save_start(folder, decides, saved)
+        chex.assert_trees_all_equal(load_start(folder, decides, saved), saved)
+        assert {path.name for path in folder.iterdir()} == {target.name, f"{target.name}.damaged"}
+    gc.collect()
+
+
+def test_what_is_not_finite_is_neither_kept_nor_trained(programs, start, tmp_path):
+    broken = start.replace(params=jax.tree.map(lambda x: x * jnp.nan, start.params))
+    words = "starts from is not finite: the first such parameter is embedding"
+    with pytest.raises(FloatingPointError, match=words):
+        loop.run(CONFIG, TASK, programs, broken, tmp_path / "broken")
+    optimizer = OptimizerConfig(learning_rate=1e38, weight_decay=1e3)
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    huge = loop.build(config, TASK, programs.rollout)
+    with pytest.raises(FloatingPointError, match=r"a finite gradient made embedding\S* infinite"):
+        loop.run(config, TASK, huge, start, tmp_path / "huge")
+    assert numbers(tmp_path / "huge") == [0] and rows_of(tmp_path / "huge") == []
+    warm = dataclasses.replace(CONFIG.warm_start, steps=4, learning_rate=1e38)
+    config = dataclasses.replace(CONFIG, warm_start=warm)
+    with pytest.raises(FloatingPointError, match="the model after the warm start is not finite"):
+        starting_point(config, TASK, programs, tmp_path / "starts")
+    assert not (tmp_path / "starts").exists()
+    half = dataclasses.replace(CONFIG.model, param_dtype="float16")
+    with pytest.raises(ValueError, match="param_dtype='float16' .*bfloat16"):
+        dataclasses.replace(CONFIG, model=half)

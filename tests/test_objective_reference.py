@@ -188,7 +188,7 @@ def assert_step(metrics, gradient, expected, tolerance=1e-11):
     for path, leaf in expected.gradient.items():
         error, size = np.linalg.norm(gradient[path] - leaf), np.linalg.norm(leaf)
         assert error <= tolerance * size, (path, error, size)
-    others = {"learning_rate", "skipped", "nonfinite_leaf"}
+    others = {"learning_rate", "skipped", "nonfinite_leaf", "nonfinite_parameter"}
     named = {name for name in metrics if name not in others and not name.startswith("alarm/")}
     assert named == set(expected.metrics)
     for name, value in expected.metrics.items():

@@ -6,12 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from occ.training import processes
+from occ.training import meeting, processes
 from occ.training.durable.run_folder import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,9 +33,7 @@ def start(folder, devices, *options):
 
 
 def start_two(folder, *options):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         start(
             folder,
@@ -124,6 +123,92 @@ def test_packing_portions_and_evaluation_are_the_same_in_two_processes(tmp_path)
 def test_shares_cover_all_rows_once():
     rows = np.arange(10)
     np.testing.assert_array_equal(processes.collect_shares(rows[processes.my_share(10)], 10), rows)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def come(port, *numbers, count=3):
+    """Other processes, in threads; what each ended with."""
+    ends = {}
+
+    def go(place, index):
+        try:
+            meeting.meet(f"localhost:{port}", count, index, patience=5)
+            ends[place] = None
+        except (ValueError, TimeoutError) as error:
+            ends[place] = str(error)
+
+    threads = [threading.Thread(target=go, args=both) for both in enumerate(numbers)]
+    for thread in threads:
+        thread.start()
+    return threads, ends
+
+
+def test_processes_meet_and_the_port_is_free_again():
+    port = free_port()
+    threads, ends = come(port, 1, 2)
+    meeting.meet(f"localhost:{port}", 3, 0)
+    for thread in threads:
+        thread.join()
+    assert ends == {0: None, 1: None}
+    with socket.create_server(("", port)):
+        pass
+
+
+def test_who_does_not_come_is_named(caplog, monkeypatch):
+    monkeypatch.setattr(meeting, "WORD_EVERY", 0.1)
+    with pytest.raises(TimeoutError, match=r"1 of 2 processes \(numbers \[1\]\) did not come"):
+        meeting.meet(f"localhost:{free_port()}", 2, 0, patience=0.3)
+    assert "waiting for 1 of 2 processes (numbers [1]) at port" in caplog.text
+    with pytest.raises(TimeoutError, match="process 0 is not at localhost"):
+        meeting.meet(f"localhost:{free_port()}", 2, 1, patience=0.3)
+    assert "waiting for process 0 at localhost" in caplog.text
+
+
+def test_two_processes_of_one_number_end_all():
+    port = free_port()
+    threads, ends = come(port, 1, 1)
+    with pytest.raises(ValueError, match="process 1 of 3 came .* numbers .2. were absent"):
+        meeting.meet(f"localhost:{port}", 3, 0)
+    for thread in threads:
+        thread.join()
+    assert len(ends) == 2 and all("process 0" in words for words in ends.values())
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} of this host cannot be had"):
+            meeting.meet(f"localhost:{port}", 2, 0)
+
+
+def test_processes_that_differ_end_with_the_fields(monkeypatch):
+    others = ['{"seed": 0, "rollouts": 2}', '{"seed": 1, "rollouts": 2}', '{"rollouts": 2}']
+    monkeypatch.setattr(processes, "texts_of_all", lambda text: others)
+    with pytest.raises(ValueError) as caught:
+        processes.check_alike("configuration", {})
+    assert "same configuration: seed is 0 on process 0 and 1 on process 1; seed" in str(
+        caught.value
+    )
+    monkeypatch.undo()
+    processes.check_alike("configuration", {"seed": 0})
+
+
+def test_an_error_of_the_first_process_is_one_of_all(monkeypatch):
+    def fail():
+        raise OSError("no disk")
+
+    with pytest.raises(OSError, match="no disk"):
+        processes.on_first(fail)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    processes.on_first(fail)
+    monkeypatch.setattr(processes, "texts_of_all", lambda text: ["OSError: no disk", text])
+    with pytest.raises(RuntimeError, match="the first process ended: OSError: no disk"):
+        processes.on_first(fail)
 
 
 def test_an_incomplete_address_is_refused():

@@ -213,7 +213,7 @@ def main() -> int:
     results = {dtype: measure(dtype) for dtype in arguments.dtypes}
     text = table(results)
     print(text)
-    runs.replace_text(arguments.folder / "table.md", text + "\n")
+    runs.replace(arguments.folder / "table.md", text + "\n")
     runs.write_json(arguments.folder / "result.json", {"differences": results, **environment()})
     worst = {
         dtype: max(value for row in rows.values() for value in row.values())

@@ -187,7 +187,7 @@ def main() -> int:
     results = {name: measure(name, arguments) for name in arguments.settings}
     text = table(results)
     print(text)
-    runs.replace_text(arguments.folder / "table.md", text + "\n")
+    runs.replace(arguments.folder / "table.md", text + "\n")
     runs.write_json(arguments.folder / "result.json", {"settings": results, **environment()})
     return 0
 

@@ -272,7 +272,7 @@ def main() -> int:
 
     result = plan(arguments, report)
     runs.write_json(folder / "result.json", {**result, **environment()})
-    runs.replace_text(folder / "plan.md", "\n\n".join(lines) + "\n")
+    runs.replace(folder / "plan.md", "\n\n".join(lines) + "\n")
     return 0
 
 

@@ -263,7 +263,7 @@ def main() -> int:
         result["head"] = measure_head(arguments)
         text.append(f"The RL loss alone, from the trunk's output:\n\n{table(result['head'])}\n")
         print("\n" + text[-1])
-    (arguments.folder / "table.md").write_text("\n".join(text))
+    runs.replace(arguments.folder / "table.md", "\n".join(text))
     runs.write_json(arguments.folder / "result.json", result)
     return 0
 

@@ -225,7 +225,7 @@ def main() -> int:
     }
     print(f"{kinds_table(judged)}\n\nmath-verify alone, {summary(judged['math-verify alone'])}")
     print(summary(judged["ours"]))
-    (arguments.folder / "table.md").write_text(f"{text}\n{kinds_table(judged)}\n")
+    runs.replace(arguments.folder / "table.md", f"{text}\n{kinds_table(judged)}\n")
     runs.write_json(
         arguments.folder / "result.json",
         {

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import pathlib
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from experiments.studies.claims_grid import (
 )
 from experiments.studies.command_line import command_line
 from experiments.studies.following import one_core_processes
+from occ import json_files
 from occ.training import loop
 from occ.training.config import MTPTrainingConfig
 from occ.training.durable.run_folder import environment, read_rows
@@ -260,7 +260,7 @@ def _append(folder: pathlib.Path, cell: Cell, row: dict[str, Any]) -> None:
     file = _file(folder, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
+        stream.write(json_files.dump(row) + "\n")
 
 
 def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
@@ -270,7 +270,7 @@ def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
 def read_cell(folder: pathlib.Path, cell: Cell) -> list[dict[str, Any]]:
     """The finished rows of a cell, in order of seeds."""
     file = _file(folder, cell)
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = json_files.read_lines(file) if file.exists() else []
     return sorted(rows, key=lambda row: row["seed"])
 
 

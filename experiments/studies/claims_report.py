@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 
+from experiments.runs import replace, save_figure
 from experiments.studies.claims_grid import (
     APART,
     BEYOND,
@@ -232,7 +233,7 @@ def forest_figure(results: Results, file: pathlib.Path) -> None:
         axis.grid(alpha=0.3, axis="x")
     np.atleast_1d(axes)[0].invert_yaxis()
     figure.supxlabel("sampled accuracy minus Detach, points", fontsize=9)
-    figure.savefig(file, dpi=130)
+    save_figure(file, figure, dpi=130)
     plt.close(figure)
 
 
@@ -262,7 +263,7 @@ def cosine_figure(results: Results, file: pathlib.Path) -> None:
     first.set_ylabel("cosine with the RL gradient", fontsize=8)
     if first.get_legend_handles_labels()[1]:
         first.legend(fontsize=8)
-    figure.savefig(file, dpi=130)
+    save_figure(file, figure, dpi=130)
     plt.close(figure)
 
 
@@ -322,7 +323,7 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
         "this many comparisons one in twenty is bold by chance.\n\n"
     )
     text += "\n\n".join(f"### {title}\n\n{table}" for title, table in sections.items()) + "\n"
-    (output / "table.md").write_text(text)
+    replace(output / "table.md", text)
     shown = {setting: runs for setting, runs in results.items() if "policy_0.2" in runs} or results
     for name, draw in figures.items():
         draw(shown, output / name)

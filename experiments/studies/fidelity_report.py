@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -13,6 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 
+from experiments import runs
+from occ import json_files
 from occ.training.durable.run_folder import read_rows
 
 Rows = list[dict[str, Any]]
@@ -223,7 +224,7 @@ def figure(models: dict[str, Rows], file: pathlib.Path) -> None:
         limit = 2.5 * np.quantile(np.abs(truth), 0.9)
         axis.set(title=name, ylim=(-limit, limit), xlabel="rollout", ylabel="$c / v^2$")
     axes[0, 0].legend(fontsize="x-small", loc="lower left")
-    canvas.savefig(file, dpi=120)
+    runs.save_figure(file, canvas, dpi=120)
     plt.close(canvas)
 
 
@@ -246,7 +247,7 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
     """Prints and writes the tables, and draws the figure; returns the exit status."""
     models = read(folder)
     cost_file = folder / "cost.json"
-    costs = json.loads(cost_file.read_text()) if cost_file.exists() else {}
+    costs = json_files.read_object(cost_file) if cost_file.exists() else {}
     output.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(
         [
@@ -259,7 +260,7 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
             models_table(models),
         ]
     )
-    (output / "table.md").write_text(text + "\n")
+    runs.replace(output / "table.md", text + "\n")
     figure(models, output / "fidelity.png")
     print(text)
     print(f"\n{output}: table.md, fidelity.png")

@@ -212,10 +212,10 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
             axis.set(title=name, xlabel="predicted", ylabel=f"realised, {setting}")
             axis.ticklabel_format(style="sci", scilimits=(0, 0))
             axis.legend(fontsize="x-small")
-    figure.savefig(output / "one_step.png", dpi=120)
+    runs.save_figure(output / "one_step.png", figure, dpi=120)
     plt.close(figure)
     text = "\n".join(lines)
-    (output / "table.md").write_text(text + "\n")
+    runs.replace(output / "table.md", text + "\n")
     print(text)
     print(f"\n{output}: table.md, one_step.png")
     return 0

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from occ import json_files
 from occ.generation.bucketing import Portion, portions
 from occ.generation.sampling import Generation
 from occ.tasks import Problem, Task
@@ -80,9 +81,9 @@ def open_folder(folder: pathlib.Path, settings: Settings) -> None:
     wanted = dataclasses.asdict(settings)
     if not file.exists():
         if is_first():
-            disk.replace_text(file, json.dumps(wanted, indent=2) + "\n")
+            disk.replace(file, json.dumps(wanted, indent=2) + "\n")
         return
-    before = json.loads(file.read_text())
+    before = json_files.read_object(file)
     changes = ", ".join(
         f"{name}: {before.get(name)!r} -> {wanted.get(name)!r}"
         for name in sorted(before.keys() | wanted.keys())
@@ -169,7 +170,7 @@ def _whole_portions(file: pathlib.Path, cut: Sequence[Portion]) -> list[dict[str
     rows = [row for row in found if row["portion"] in whole]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if file.exists() and file.read_text() != text:
-        disk.replace_text(file, text)
+        disk.replace(file, text)
     return rows
 
 

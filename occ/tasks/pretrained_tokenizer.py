@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from occ import json_files
 from occ.gguf_files import open_gguf
 from occ.tasks.chat_template import ChatTemplate, Message
 from occ.tasks.tokenizer import UNKNOWN, Tokenizer
@@ -259,8 +260,9 @@ def _of_folder(folder: pathlib.Path, file: pathlib.Path) -> dict[str, Any]:
 
 
 def _backend(file: pathlib.Path) -> tokenizers.Tokenizer:
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises this very class
         raise ValueError(f"{file.name} is no tokenizer of the library: {error}.") from error
 
@@ -281,7 +283,7 @@ def _begin_ids(
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return json_files.read_object(file) if file.exists() else {}
 
 
 def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:

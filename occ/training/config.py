@@ -351,6 +351,11 @@ class TrainConfig:
                 "sampling compare the samples of one prompt with each other, and a group of one "
                 f"has nothing to compare. Advantages that do without: {', '.join(WITHOUT_GROUP)}."
             )
+        if self.model.param_dtype == "float16":
+            raise ValueError(
+                "TrainConfig: parameters of param_dtype='float16' cannot be trained: Adam's "
+                "epsilon and squares of gradients are 0 there. Use 'float32' or 'bfloat16'."
+            )
         if self.mtp.loss != "none" and self.model.mtp.num_modules < 1:
             raise ValueError(
                 f"TrainConfig: MTP loss {self.mtp.loss!r} with K = 0 modules. Give the model "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import time
 import warnings
@@ -14,11 +15,12 @@ import numpy as np
 
 from occ.models.policy import Policy
 from occ.tasks import Task
+from occ.tasks.task import VerifierError
 from occ.training.config import TrainConfig
-from occ.training.durable.bad_updates import BadUpdates
+from occ.training.durable.bad_updates import BadUpdates, check_finite
 from occ.training.durable.checkpoints import Checkpoints, Restored
 from occ.training.durable.history import History
-from occ.training.durable.run_folder import RunFolder, plain
+from occ.training.durable.run_folder import RunFolder, identity, plain
 from occ.training.evaluate import evaluate
 from occ.training.metrics import ALARMS, over_steps
 from occ.training.packing import minibatches, padding_waste
@@ -31,6 +33,7 @@ from occ.training.state import TrainState
 __all__ = ["Programs", "build", "init_policy", "run"]
 
 SECONDS = "seconds/"  # beginning of the names of timings, which no two runs share
+UNJUDGED = 3  # rollouts in a row of which no response could be judged, that end a run
 OnRow = Callable[[dict[str, Any]], None]
 
 
@@ -61,13 +64,16 @@ def run(
       The result, as in result.json; None if the run was stopped before its end.
 
     Raises:
-      ValueError: the folder holds a run with another configuration.
+      ValueError: the folder holds a run with another configuration, or not all of its files.
+      LockedError: another process works in the folder.
       DamagedError: it holds checkpoints, and none can be read.
       DiskFullError: the message says what can be deleted.
-      FloatingPointError: `config.max_bad_updates` updates in a row were not finite.
+      FloatingPointError: `config.max_bad_updates` updates in a row were not finite, or a parameter
+        is not.
+      VerifierError: `UNJUDGED` rollouts in a row held no response that could be judged.
     """
-    with jax.set_mesh(programs.mesh):
-        return _run(config, task, programs, start, folder, on_row, should_stop)
+    with jax.set_mesh(programs.mesh), RunFolder(folder, config) as files:
+        return _run(config, task, programs, start, files, on_row, should_stop)
 
 
 def _run(
@@ -75,35 +81,39 @@ def _run(
     task: Task,
     programs: Programs,
     start: Policy,
-    folder: pathlib.Path,
+    files: RunFolder,
     on_row: OnRow,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any] | None:
     began = time.perf_counter()
-    files = RunFolder(folder, config)
     result = files.result()
     if result is not None:
         return result
     reference = start if config.objective.kl_coefficient else None
-    with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
-        first, state, history = _restore(programs, start, checkpoints)
+    with Checkpoints(
+        files.path / "checkpoints", config.keep_checkpoints, owner=identity(config)
+    ) as checkpoints:
+        first, state, history = _restore(programs, start, checkpoints, files)
         files.keep_rows_before(first)
         began -= history.seconds
         bad_updates = BadUpdates(
             config.max_bad_updates, history.bad_updates, history.last_bad_update
         )
         bad_updates.check()
+        unjudged = 0
         for number in range(first, config.rollouts):
             evaluated = {}
             if number % config.evaluation.every == 0:
                 evaluated = _evaluate(config, task, programs, state)
                 history = history.evaluated(number, evaluated["eval/sampled"])
-                if history.best_rollout == number:
-                    checkpoints.save(number, state, _now(history, began))
+            if number in (0, history.best_rollout):
+                checkpoints.save(number, state, _now(history, began))
             rollout, row, state = _train_on_rollout(
                 config, task, programs, state, number, reference, bad_updates
             )
             row |= evaluated
+            if number == 0:
+                checkpoints.wait()  # so that rows without a checkpoint mean that one was lost
             _log(files, rollout, row)
             on_row(row)
             history = dataclasses.replace(
@@ -117,12 +127,14 @@ def _run(
             if stop or last or done % config.checkpoint_every == 0:
                 checkpoints.save(done, state, _now(history, began))
             bad_updates.check()
+            unjudged = unjudged + 1 if math.isnan(row["reward"]) else 0
+            _check_judged(task, unjudged)
             if stop and not last:
                 return None
         final = evaluate(programs.rollout, state.policy(config.model), config, task)
         history = _now(history.evaluated(config.rollouts, final["sampled"]), began)
     # Not before the last checkpoint is whole, since a finished run is never opened again.
-    result = _result(files, final, history)
+    result = _result(files.rows(config.rollouts), final, history)
     files.finish(result)
     return result
 
@@ -132,11 +144,32 @@ def _now(history: History, began: float) -> History:
     return dataclasses.replace(history, seconds=time.perf_counter() - began)
 
 
-def _restore(programs: Programs, start: Policy, checkpoints: Checkpoints) -> Restored:
+def _restore(
+    programs: Programs, start: Policy, checkpoints: Checkpoints, files: RunFolder
+) -> Restored:
     """The newest checkpoint, or a beginning."""
+    recorded = files.recorded()
+    check_finite(start.params, "the model that the run starts from")
     fresh = programs.begin(start)
-    restored = checkpoints.restore(fresh)
-    return Restored(0, fresh, History()) if restored is None else restored
+    restored = checkpoints.restore(fresh, recorded.rollouts if recorded.cut else None)
+    if restored is not None:
+        return restored
+    if recorded.rollouts or recorded.cut:
+        raise ValueError(
+            f"{files.path} holds rows of {recorded.rollouts} rollouts, and no checkpoint to go on "
+            "from. Put its checkpoints/ back; to start from scratch, delete the folder or choose "
+            "another."
+        )
+    return Restored(0, fresh, History())
+
+
+def _check_judged(task: Task, unjudged: int) -> None:
+    if unjudged >= UNJUDGED:
+        raise VerifierError(
+            f"no response of the last {unjudged} rollouts could be judged: see the warnings of "
+            f"task {task.name!r} above for the first of each, with the reason. Mend the verifier, "
+            "and give the same command again."
+        )
 
 
 def _evaluate(
@@ -170,7 +203,8 @@ def _train_on_rollout(
         state, metrics = programs.train_step(state, minibatch)
         steps.append(metrics)
     steps = to_host(steps)  # the only wait for the device within a rollout's updates
-    _sound_alarms(steps, number)
+    if not math.isnan(rollout.metrics["reward"]):  # else all is masked, by no fault of a module
+        _sound_alarms(steps, number)
     bad_updates.see(steps, state.params, number)
     row = {
         "rollout": number,
@@ -205,13 +239,13 @@ def _log(files: RunFolder, rollout: Rollout, row: dict[str, Any]) -> None:
     files.append(row)
 
 
-def _result(files: RunFolder, final: dict[str, Any], history: History) -> dict[str, Any]:
+def _result(rows: list[dict[str, Any]], final: dict[str, Any], history: History) -> dict[str, Any]:
     """Final and best accuracies, and the area under the reward curve (its mean over rollouts)."""
-    rows = files.rows()
+    rewards = [row["reward"] for row in rows if row["reward"] is not None]
     return {
         "final": final,
         "best": {"rollout": history.best_rollout, "sampled": history.best_sampled},
-        "reward_area": float(np.mean([row["reward"] for row in rows])),
+        "reward_area": float(np.mean(rewards)) if rewards else math.nan,
         "rollouts": len(rows),
         "skipped": rows[-1]["skipped"],
         "seconds": float(

@@ -24,6 +24,7 @@ from occ.grouped import GroupedState
 from occ.models.parameters import module_leaves, partition
 from occ.training.batch import Minibatch
 from occ.training.config import TrainConfig
+from occ.training.durable.bad_updates import first_nonfinite
 from occ.training.gradient.placement import StepGradient
 from occ.training.state import TrainState
 
@@ -334,6 +335,11 @@ def _skipped(seen: StepSeen) -> Any:
 @step_metric("nonfinite_leaf", "index of the first bad leaf, -1 if none; not in rows", None)
 def _nonfinite_leaf(seen: StepSeen) -> Any:
     return seen.nonfinite_leaf
+
+
+@step_metric("nonfinite_parameter", "of the first bad parameter after it; not in rows", None)
+def _nonfinite_parameter(seen: StepSeen) -> Any:
+    return first_nonfinite(seen.after.params)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,11 +7,15 @@ verifying, which is divided. Without several processes everything here is the id
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from occ.training.meeting import meet
 
 HEARTBEAT_SECONDS = 20
 """After so long without a sign of life from one process, the others end."""
@@ -26,7 +30,8 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> None:
       index: of this one, from 0; None likewise.
 
     Raises:
-      ValueError: some of the three are given, and not all.
+      ValueError: some of the three are given, and not all; or as `meeting.meet` says.
+      TimeoutError: not all of them came.
     """
     given = [value is not None for value in (coordinator, count, index)]
     if any(given) and not all(given):
@@ -34,6 +39,8 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> None:
             "join: expected coordinator, number of processes and index of this one together, or "
             f"none of them where the cluster knows, got {coordinator!r}, {count} and {index}."
         )
+    if coordinator is not None and count is not None and index is not None:
+        meet(coordinator, count, index)
     jax.distributed.initialize(
         coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
     )
@@ -109,6 +116,62 @@ def from_first(value: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return value
     return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
+def on_first(action: Callable[[], None]) -> None:
+    """Runs it on the first process; all go on when it has ended.
+
+    Raises:
+      OSError, ValueError, RuntimeError: as the action does; on the other processes a RuntimeError
+        with its words, so that none waits for ever for one that has ended.
+    """
+    error: Exception | None = None
+    if is_first():
+        try:
+            action()
+        except (OSError, ValueError, RuntimeError) as raised:
+            error = raised
+    words = texts_of_all("" if error is None else f"{type(error).__name__}: {error}")[0]
+    if error is not None:
+        raise error
+    if words:
+        raise RuntimeError(f"the first process ended: {words}")
+
+
+def texts_of_all(text: str) -> list[str]:
+    """The text of each process, on all."""
+    if jax.process_count() == 1:
+        return [text]
+    content = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([content.size], np.int32)).ravel()
+    padded = np.zeros(int(sizes.max()) + 1, np.uint8)
+    padded[: content.size] = content
+    gathered = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [row[:size].tobytes().decode() for row, size in zip(gathered, sizes, strict=True)]
+
+
+def check_alike(what: str, fields: dict[str, Any]) -> None:
+    """Ends all processes where one was started with something else than the first.
+
+    Args:
+      what: the fields describe.
+      fields: JSON-like values by name.
+
+    Raises:
+      ValueError: on all of them; names the processes and the fields, with their values.
+    """
+    first, *others = (json.loads(text) for text in texts_of_all(json.dumps(fields)))
+    differences = [
+        f"{name} is {first.get(name)!r} on process 0 and {other.get(name)!r} on process {index}"
+        for index, other in enumerate(others, 1)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"the processes of a run must have the same {what}: {'; '.join(differences[:20])}. "
+            "Start all of them with the same command."
+        )
 
 
 def key_on_mesh(seed: int, fold: int) -> jax.Array:

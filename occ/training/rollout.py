@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -243,7 +244,7 @@ def collect(
         prompt_mask, sampled.lengths, programs.sample.rows_at_a_time
     )
     examples = [
-        (problems[i].prompt, completions[i], float(rewards[i]))
+        (problems[i].prompt, completions[i], float(rewards[i]) if valid[i] else math.nan)
         for i in range(0, len(problems), rollout.samples)
     ][:4]
     return Rollout(batch, metrics, examples)
@@ -303,9 +304,8 @@ def _batch(programs, policy, sampled, prompt_mask, counted) -> Minibatch:
 def _metrics(batch, sampled, rewards, valid, kept) -> dict[str, float]:
     mask = np.asarray(sampled.response_mask)
     mismatch = np.abs(np.asarray(batch.old_log_prob) - np.asarray(batch.rollout_log_prob))
-    judged = max(int(valid.sum()), 1)
     return {
-        "reward": float(rewards[valid].sum() / judged),
+        "reward": float(rewards[valid].mean()) if valid.any() else math.nan,
         "rollout/invalid": float(1 - valid.mean()),
         "rollout/zero_variance_groups": float(1 - np.asarray(kept).mean()),
         "rollout/response_length": float(np.asarray(sampled.lengths).mean()),

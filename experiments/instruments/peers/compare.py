@@ -212,7 +212,7 @@ def main() -> int:
         named = [f"{name}: {d['versions']}, {d['threads']} threads" for name, d in details.items()]
         text.append(f"Vocabulary {vocab}.\n\n{table(rows)}\n\n" + "\n".join(named) + "\n")
         print("\n" + text[-1])
-    (arguments.folder / "table.md").write_text("\n".join(text))
+    runs.replace(arguments.folder / "table.md", "\n".join(text))
     runs.write_json(arguments.folder / "result.json", result)
     return 0
 

@@ -7,11 +7,11 @@ field. Attention dropout is ignored: none of these models was trained with it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from occ import json_files
 from occ.models.config import DTYPES, ModelConfig, MoEConfig, MTPConfig, RopeScaling
 
 EXTRA = "occ"
@@ -85,12 +85,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """config.json of a folder.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it is no JSON object.
     """
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} holds no config.json: expected a folder of a published model.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json_files.read_object(file)
 
 
 def from_json(raw: dict[str, Any]) -> ModelConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from occ import json_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -125,7 +126,9 @@ def _files(path: pathlib.Path) -> dict[str, str]:
             "config.json and .safetensors files, downloaded beforehand."
         )
     if (path / INDEX).exists():
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        index = json_files.read_object(path / INDEX, "weight_map")["weight_map"]
+        if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
+            raise ValueError(f"{path / INDEX}: weight_map must give each tensor's file.")
         outside = sorted({file for file in index.values() if pathlib.PurePath(file).name != file})
         absent = sorted({file for file in index.values() if not (path / file).is_file()})
         if outside or absent:

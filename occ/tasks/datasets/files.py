@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
+from occ import json_files
 from occ.tasks.datasets.answers import counted
 from occ.tasks.datasets.published import Published
 
@@ -99,20 +99,11 @@ def _begins_like_a_page(file: pathlib.Path) -> bool:
 
 
 def _lines(file: pathlib.Path) -> Iterator[Any]:
-    """The value of each line; a byte-order mark before the first is no part of it."""
+    """The value of each line that is not blank."""
     with file.open("rb") as lines:
-        for number, line in enumerate(lines):
-            if number == 0:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line.decode("utf-8"))
-            except ValueError as error:  # of the encoding too
-                raise ValueError(
-                    f"{file}, line {number + 1}: expected JSON in UTF-8, got {line[:80]!r} "
-                    f"({error}). The file may be cut off: download it again."
-                ) from error
+        for number, line in enumerate(lines, 1):
+            if line.removeprefix(codecs.BOM_UTF8).strip():
+                yield json_files.parse(line, f"{file}, line {number}")
 
 
 def _paths(published: Published) -> list[str]:

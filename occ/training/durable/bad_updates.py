@@ -1,4 +1,4 @@
-"""Updates that are left out because a loss or gradient was not finite: found, counted, named."""
+"""Losses, gradients and parameters that are not finite: found, counted, named."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from occ.training.processes import to_host
+
 LEAF = "nonfinite_leaf"
 """Metric of a train step: where `first_nonfinite` found something; kept out of metrics.jsonl."""
+
+PARAMETER = "nonfinite_parameter"
+"""Likewise, among the parameters after the update."""
 
 
 def first_nonfinite(tree: Any) -> jax.Array:
@@ -30,10 +35,31 @@ def leaf_name(params: Any, index: int) -> str:
       params: a tree of the gradient's structure.
       index: as returned, not -1.
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if index == len(paths):
+    names = _names(params)
+    if index == len(names):
         return "the RL loss, though its gradient is finite"
-    return f"the gradient of {jax.tree_util.keystr(paths[index], simple=True, separator='.')}"
+    return f"the gradient of {names[index]}"
+
+
+def check_finite(params: Any, what: str) -> None:
+    """Refuses parameters that no update could mend.
+
+    Raises:
+      FloatingPointError: one has a NaN or an infinity; says which.
+    """
+    if not jax.tree.leaves(params):
+        return
+    index = int(to_host(jax.jit(first_nonfinite)(params)))
+    if index >= 0:
+        raise FloatingPointError(
+            f"{what} is not finite: the first such parameter is {_names(params)[index]}. A lower "
+            "learning rate, or parameters in float32, would help."
+        )
+
+
+def _names(params: Any) -> list[str]:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
 
 
 class BadUpdates:
@@ -59,11 +85,22 @@ class BadUpdates:
         """Counts those among the updates of one rollout, and warns of each.
 
         Args:
-          steps: metrics of the updates in their order, with `LEAF` and the losses.
+          steps: metrics of the updates in their order, with `LEAF`, `PARAMETER` and the losses.
           params: a tree of the gradient's structure.
           rollout: for the texts.
+
+        Raises:
+          FloatingPointError: an update that was taken led to a parameter that is not finite.
         """
         for minibatch, metrics in enumerate(steps):
+            broken = int(metrics[PARAMETER])
+            if broken >= 0:
+                raise FloatingPointError(
+                    f"an update with a finite gradient made {_names(params)[broken]} infinite or "
+                    f"NaN (rollout {rollout}, minibatch {minibatch}). Nothing of it is saved; the "
+                    "newest checkpoint is from before. A lower learning rate, or parameters in "
+                    "float32, needs a new folder."
+                )
             if self.too_many:
                 return
             index = int(metrics[LEAF])

@@ -20,14 +20,13 @@ from occ.training.durable import disk
 from occ.training.durable.fingerprint import fingerprint
 from occ.training.durable.history import History
 from occ.training.processes import is_first, wait_for_all
-from occ.training.state import TrainState
 
 UNREADABLE = (ValueError, LookupError, TypeError, FileNotFoundError)
 """What Orbax, TensorStore and JSON raise for files that are missing, cut or changed."""
 
 
 class DamagedError(ValueError):
-    """A checkpoint that cannot be read, or that is not what was saved."""
+    """A checkpoint that cannot be read, or is not what was saved, or not where it was saved."""
 
 
 class Restored(NamedTuple):
@@ -35,12 +34,12 @@ class Restored(NamedTuple):
 
     Attributes:
       number: rollouts that were finished.
-      state: the state after them.
+      state: a tree of arrays, of a run its `TrainState`.
       history: what the run remembered.
     """
 
     number: int
-    state: TrainState
+    state: Any
     history: History
 
 
@@ -48,19 +47,23 @@ class Checkpoints:
     """Checkpoints in one folder, numbered by the rollouts that were finished.
 
     A folder with a number for its name is a whole checkpoint: Orbax writes beside it and renames.
-    Each holds the state and, as JSON, a record: the history, a fingerprint of every array of the
-    state, and a digest of both. A changed bit in an array is an error that neither Orbax nor
-    TensorStore would notice.
+    Each holds the state and, as JSON, a record: its number, whose it is, the history, a fingerprint
+    of every array of the state, and a digest of them all. A changed bit in an array is an error
+    that neither Orbax nor TensorStore would notice, and so is a copy of another checkpoint.
 
     Args:
       folder: where they are, inside the run's folder; made if missing.
       keep: how many of the newest to keep, beside the best by sampled accuracy.
+      owner: whose they are, in a word; "" saves none, and reads those of all.
       read_only: nothing in the folder is made, deleted or renamed, so that a run which is writing
         there is not disturbed; for `read`.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int = 2, *, read_only: bool = False):
+    def __init__(
+        self, folder: pathlib.Path, keep: int = 2, *, owner: str = "", read_only: bool = False
+    ):
         self._folder = folder.absolute()
+        self._owner = owner
         self._policy = _NewestAndBest(keep)
         self._read_only = read_only
         self._bytes = 0  # of the last state that was given to save
@@ -74,7 +77,7 @@ class Checkpoints:
         with self._full_disk_explained():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, number: int, state: TrainState, history: History) -> None:
+    def save(self, number: int, state: Any, history: History) -> None:
         """Starts to save the state after `number` finished rollouts.
 
         Returns when the state is copied, and may then be donated; writing goes on behind.
@@ -87,6 +90,8 @@ class Checkpoints:
         leaves = _as_dict(state)
         prints = jax.device_get(fingerprint(leaves))
         record: dict[str, Any] = {
+            "number": number,
+            "owner": self._owner,
             "history": dataclasses.asdict(history),
             "fingerprint": {name: int(value) for name, value in prints.items()},
         }
@@ -102,13 +107,24 @@ class Checkpoints:
                 force=True,  # when to save is the loop's decision
             )
 
-    def restore(self, like: TrainState) -> Restored | None:
+    def wait(self) -> None:
+        """Returns when all that was given to `save` is whole.
+
+        Raises:
+          DiskFullError: it could not be written.
+        """
+        with self._full_disk_explained():
+            self._manager.wait_until_finished()
+
+    def restore(self, like: Any, most: int | None = None) -> Restored | None:
         """The newest checkpoint that can be read; None if there are none at all.
 
         Newer ones that are damaged are reported and renamed, so that their numbers are free.
 
         Args:
           like: a state of the shapes, dtypes and shardings wanted.
+          most: finished rollouts that the run's rows know of, where some were lost; a checkpoint
+            of more cannot be used.
 
         Raises:
           DamagedError: there are checkpoints, and none can be read. All stay where they are.
@@ -116,6 +132,8 @@ class Checkpoints:
         damaged: dict[int, DamagedError] = {}
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
+                if most is not None and number > most:
+                    raise DamagedError(f"metrics.jsonl was cut after the rows of {most} rollouts")
                 restored = self._read(number, like)
             except DamagedError as error:
                 damaged[number] = error
@@ -132,7 +150,7 @@ class Checkpoints:
             "to start from scratch, delete this folder."
         )
 
-    def read(self, like: TrainState, which: Literal["newest", "best"] = "newest") -> Restored:
+    def read(self, like: Any, which: Literal["newest", "best"] = "newest") -> Restored:
         """A checkpoint to look at; the folder stays as it is.
 
         Args:
@@ -203,7 +221,7 @@ class Checkpoints:
     def _full_disk_explained(self) -> contextlib.AbstractContextManager[None]:
         return disk.explained(self._folder.parent, self._bytes)
 
-    def _read(self, number: int, like: TrainState) -> Restored:
+    def _read(self, number: int, like: Any) -> Restored:
         wanted = _as_dict(like)
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -221,6 +239,10 @@ class Checkpoints:
             history, saved = History(**record["history"]), record["fingerprint"]
         if digest != _digest(record):
             raise DamagedError("its record is not what was saved")
+        if record.get("number") != number:
+            raise DamagedError(f"it was saved as checkpoint {record.get('number')}")
+        if self._owner and record["owner"] not in ("", self._owner):
+            raise DamagedError("it was saved by a run of another configuration")
         for name, leaf in wanted.items():
             if leaves[name].dtype != leaf.dtype:
                 raise DamagedError(f"{name} is {leaves[name].dtype}, not {leaf.dtype}")
@@ -234,21 +256,27 @@ class Checkpoints:
 
     def _set_aside(self, number: int, reason: DamagedError, used: int) -> None:
         source = self._folder / str(number)
-        target, copies = self._folder / f"{number}.damaged", 1
-        while target.exists():
-            copies += 1
-            target = self._folder / f"{number}.damaged-{copies}"
-        wait_for_all(f"{source} is damaged")
-        if is_first():
-            source.rename(target)
-        wait_for_all(f"{source} is set aside")
+        target = set_aside(source)
         self._manager.reload()
         warnings.warn(
-            f"checkpoint {source} is damaged ({reason}); it is now {target.name}, and the run "
+            f"checkpoint {source} cannot be used ({reason}); it is now {target.name}, and the run "
             f"goes on from checkpoint {used}.",
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def set_aside(source: pathlib.Path) -> pathlib.Path:
+    """Renames a damaged folder to `NAME.damaged`, or `.damaged-2` and so on; returns the path."""
+    target, copies = source.with_name(f"{source.name}.damaged"), 1
+    while target.exists():
+        copies += 1
+        target = source.with_name(f"{source.name}.damaged-{copies}")
+    wait_for_all(f"{source} is damaged")
+    if is_first():
+        source.rename(target)
+    wait_for_all(f"{source} is set aside")
+    return target
 
 
 @dataclasses.dataclass
@@ -283,7 +311,7 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
+def _as_dict(state: Any) -> dict[str, Any]:
     """The leaves by path: a form that does not change with the classes around them."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     width = len(str(len(leaves)))

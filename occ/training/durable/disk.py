@@ -17,11 +17,12 @@ class DiskFullError(OSError):
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def replace_text(file: pathlib.Path, text: str) -> None:
-    """Writes beside the file, then renames: whatever happens, it holds the old text or the new."""
+def replace(file: pathlib.Path, content: str | bytes) -> None:
+    """Writes beside the file, then renames: whatever happens, it holds the old or the new."""
     beside = file.with_name(file.name + ".new")
-    with beside.open("w") as out:
-        out.write(text)
+    with beside.open("wb") as out:
+        out.write(content.encode() if isinstance(content, str) else content)
+        out.flush()
         _to_disk(out.fileno())
     beside.replace(file)
     folder = os.open(file.parent, os.O_RDONLY)
@@ -71,7 +72,8 @@ def explained(run: pathlib.Path, needed: int) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if not is_full(error):
             raise
-        free = shutil.disk_usage(run).free
+        there = next(part for part in (run, *run.parents) if part.exists())
+        free = shutil.disk_usage(there).free
         raise DiskFullError(
             errno.ENOSPC,
             f"no space left for {run}: {needed:,} bytes and their index were to be written, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -10,22 +11,37 @@ import subprocess
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from occ import json_files
 from occ.training.config import TrainConfig
 from occ.training.durable import disk
-from occ.training.processes import is_first
+from occ.training.durable.lock import FolderLock
+from occ.training.processes import from_first, is_first, on_first
 
 FREE = ("layout.", "checkpoint_every", "keep_checkpoints", "max_bad_updates")
 """Fields, or beginnings of their names, that a resumed run may change: they change no result."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 
 
+class Recorded(NamedTuple):
+    """What metrics.jsonl holds.
+
+    Attributes:
+      rollouts: n, when its rows are those of the rollouts 0 to n - 1.
+      cut: whether a last line follows that is no row.
+    """
+
+    rollouts: int
+    cut: bool
+
+
 class RunFolder:
-    """One run's folder.
+    """One run's folder, which nobody else has until it is closed.
 
         config.json        the resolved configuration; a run is only ever resumed with the same
                            (but for `FREE`: another mesh may go on)
@@ -34,6 +50,7 @@ class RunFolder:
         samples.jsonl      sample completions
         result.json        written once, at the end
         checkpoints/       Orbax
+        lock.json          the process that works here, while it does
 
     Of several processes the first writes, and all read.
 
@@ -42,49 +59,85 @@ class RunFolder:
       config: the run's configuration.
 
     Raises:
-      ValueError: the folder holds a run with another configuration; the fields are named.
+      ValueError: the folder holds a run with another configuration; the fields are named. Or there
+        is a file in its place.
+      LockedError: another process works here.
     """
 
     def __init__(self, path: pathlib.Path, config: TrainConfig):
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        resolved = json.loads(json.dumps(dataclasses.asdict(config)))
-        self._check_same(resolved)
-        self._write_json("config.json", resolved)
-        if not (path / "environment.json").exists():
+        self._lock: FolderLock | None = None
+        self._resolved = as_json(config)
+        try:
+            on_first(self._open)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        check_usable(self.path, self._resolved)
+        with disk.explained(self.path, 0):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.path)
+        self._write_json("config.json", self._resolved)
+        if not (self.path / "environment.json").exists():
             self._write_json("environment.json", environment())
 
-    def _check_same(self, resolved: dict[str, Any]) -> None:
-        file = self.path / "config.json"
-        if not file.exists():
-            return
-        before, now = _flatten(json.loads(file.read_text())), _flatten(resolved)
-        different = sorted(
-            name
-            for name in before.keys() | now.keys()
-            if before.get(name) != now.get(name) and not name.startswith(FREE)
-        )
-        if different:
-            changes = ", ".join(
-                f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in different
-            )
-            raise ValueError(
-                f"run folder {self.path} holds a run with another configuration ({changes}). "
-                "Resume it with the same one, or choose another folder."
-            )
+    def close(self) -> None:
+        """Lets others work here."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def result(self) -> dict[str, Any] | None:
         """The result of a finished run; None while there is none."""
-        file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_result(self.path) if (self.path / "result.json").exists() else None
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the result; the end of a run, after its last checkpoint is whole."""
         self._write_json("result.json", result)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl."""
-        return read_rows(self.path / "metrics.jsonl")
+    def rows(self, rollouts: int) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl, which are those of so many rollouts.
+
+        Raises:
+          ValueError: they are not.
+        """
+        file = self.path / "metrics.jsonl"
+        rows = read_rows(file)
+        if [row.get("rollout") for row in rows] != list(range(rollouts)):
+            raise ValueError(
+                f"{file} should hold one row for each of {rollouts} rollouts, in order, and holds "
+                f"{len(rows)} rows. Has another process written to it? Without its result this run "
+                "is not finished: put the file back, or start again in another folder."
+            )
+        return rows
+
+    def recorded(self) -> Recorded:
+        """What metrics.jsonl holds, as the first process sees it.
+
+        Raises:
+          ValueError: a line before the last is not the row that belongs there.
+        """
+        found = Recorded(0, False)
+
+        def look() -> None:
+            nonlocal found
+            found = _recorded(self.path / "metrics.jsonl")
+
+        on_first(look)
+        rollouts, cut = from_first(np.array(found, np.int32)).tolist()
+        return Recorded(rollouts, bool(cut))
 
     def keep_rows_before(self, rollout: int) -> None:
         """Drops rows from `rollout` on, which a resumed run writes again, and lines cut short.
@@ -92,17 +145,25 @@ class RunFolder:
         Raises:
           ValueError: of the rollouts before, not each has its row.
         """
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            file = self.path / name
-            kept = [row for row in read_rows(file) if row["rollout"] < rollout]
-            if name == "metrics.jsonl" and [row["rollout"] for row in kept] != list(range(rollout)):
+
+        def keep() -> None:
+            file = self.path / "metrics.jsonl"
+            kept = [row for row in _rows_of_rollouts(file) if row["rollout"] < rollout]
+            if [row["rollout"] for row in kept] != list(range(rollout)):
                 raise ValueError(
                     f"{file} should hold a row for each of the {rollout} rollouts before the "
                     f"newest checkpoint, and holds {len(kept)}. Put the file back, or start the "
                     "run again in another folder."
                 )
-            if file.exists():
-                self._replace(name, _lines(kept))
+            samples = _rows_of_rollouts(self.path / "samples.jsonl")
+            for name, rows in (
+                ("metrics.jsonl", kept),
+                ("samples.jsonl", [row for row in samples if row["rollout"] < rollout]),
+            ):
+                if (self.path / name).exists():
+                    self._replace(name, _lines(rows))
+
+        on_first(keep)
 
     def append(self, *rows: dict[str, Any], name: str = "metrics.jsonl") -> None:
         """Adds rows, all in one write."""
@@ -112,12 +173,59 @@ class RunFolder:
                 disk.append_text(self.path / name, text)
 
     def _write_json(self, name: str, value: Any) -> None:
-        self._replace(name, json.dumps(value, indent=2) + "\n")
+        self._replace(name, json_files.dump(value, indent=2) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
         if is_first():
             with disk.explained(self.path, len(text)):
-                disk.replace_text(self.path / name, text)
+                disk.replace(self.path / name, text)
+
+
+def check_usable(path: pathlib.Path, resolved: dict[str, Any]) -> None:
+    """Whether a run may work in a folder, without touching it.
+
+    Args:
+      path: the folder.
+      resolved: from `as_json`.
+
+    Raises:
+      ValueError: it, or a folder above it, is a file; or it holds a run with another configuration,
+        whose fields are named.
+    """
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"run folder {path}: {part} is a file. Choose another folder.")
+    file = path / "config.json"
+    if not file.exists():
+        return
+    before, now = flatten(json_files.read_object(file)), flatten(resolved)
+    different = sorted(
+        name
+        for name in before.keys() | now.keys()
+        if before.get(name) != now.get(name) and not name.startswith(FREE)
+    )
+    if different:
+        changes = ", ".join(
+            f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in different
+        )
+        raise ValueError(
+            f"run folder {path} holds a run with another configuration ({changes}). "
+            "Resume it with the same one, or choose another folder."
+        )
+
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as config.json has it."""
+    return json.loads(json_files.dump(dataclasses.asdict(config)))
+
+
+def identity(config: TrainConfig) -> str:
+    """A digest of all fields that decide a run's results: whose a checkpoint is."""
+    decides = {
+        name: value for name, value in flatten(as_json(config)).items() if not name.startswith(FREE)
+    }
+    text = json.dumps(decides, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def read_config(folder: pathlib.Path) -> TrainConfig:
@@ -130,11 +238,28 @@ def read_config(folder: pathlib.Path) -> TrainConfig:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder} holds no run: it has no config.json.")
+    values = json_files.read_object(file)
     try:
-        return _as_declared(TrainConfig, json.loads(file.read_text()))
-    except TypeError as error:
+        return _as_declared(TrainConfig, values)
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{file}: {error}. It was written by another version; environment.json has its commit."
+        ) from error
+
+
+def read_result(folder: pathlib.Path) -> dict[str, Any]:
+    """The result of a finished run, from its folder.
+
+    Raises:
+      ValueError: result.json is not what a run writes; says what to do.
+    """
+    file = folder / "result.json"
+    try:
+        return json_files.read_object(file, "final", "reward_area")
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Or delete it: the run's command then writes it again, from the newest "
+            "checkpoint."
         ) from error
 
 
@@ -154,14 +279,29 @@ def _as_declared(kind: Any, value: Any) -> Any:
 
 
 def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a last line that was cut off by a crash is left out."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The rows of a .jsonl file; a last line that was cut off by a crash is left out.
+
+    Raises:
+      ValueError: a line before the last is no row; it is named.
+    """
+    return json_files.read_lines(file, cut=True) if file.exists() else []
+
+
+def _rows_of_rollouts(file: pathlib.Path) -> list[dict[str, Any]]:
+    return json_files.read_lines(file, "rollout", cut=True) if file.exists() else []
+
+
+def _recorded(file: pathlib.Path) -> Recorded:
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    rows = _rows_of_rollouts(file)
+    for place, row in enumerate(rows):
+        if row["rollout"] != place:
+            raise ValueError(
+                f"{file}: expected the row of rollout {place}, got that of {row['rollout']!r:.20}. "
+                "Has another process written to it? Put the file back, or start the run again in "
+                "another folder."
+            )
+    return Recorded(len(rows), sum(bool(line.strip()) for line in lines) > len(rows))
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -188,14 +328,19 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested fields by dotted names.
+
+    >>> flatten({"mtp": {"rule": "detach"}})
+    {'mtp.rule': 'detach'}
+    """
     if not isinstance(tree, dict):
         return {prefix: tree}
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{name}" if prefix else name)
+        flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
     return flat
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(json_files.dump(row) + "\n" for row in rows)

@@ -13,6 +13,7 @@ from occ.models.parameters import partition
 from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training.config import TrainConfig
+from occ.training.durable.bad_updates import check_finite
 from occ.training.programs import Programs, init_policy
 from occ.training.start.demonstrations import learn_from_demonstrations
 from occ.training.start.own_samples import warm_up_modules
@@ -44,6 +45,7 @@ def starting_point(
     """The policy after the warm start, from the folder if it was made there before.
 
     The cache is keyed on everything that decides it, so a changed setting never finds a stale one.
+    What is not finite is neither kept nor returned.
 
     Args:
       config: of the run.
@@ -51,6 +53,10 @@ def starting_point(
       programs: of the run.
       folder: where starting points are kept.
       on_step: called with the step and the cross-entropies of the warm start now and then.
+
+    Raises:
+      FloatingPointError: a parameter is not finite; says which.
+      DiskFullError: the starting point could not be kept.
     """
     decides = what_decides(config)
     like = programs.state.policy(config.model)
@@ -114,4 +120,5 @@ def _warm_start(
             start = Start(warmed.policy, "MTP acceptance on own samples {} to {}".format(*shares))
         else:
             start = Start(learn_from_demonstrations(fresh, config, task, on_step))
+        check_finite(start.policy.params, "the model after the warm start")
     return jax.block_until_ready(start)

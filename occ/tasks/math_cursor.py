@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 from occ.tasks.math_tokens import Token, UnreadableError
@@ -11,7 +12,7 @@ Node = Any
 END = Token("end", "")
 
 
-class Cursor:
+class Cursor(abc.ABC):
     """A place among tokens.
 
     Args:
@@ -62,26 +63,26 @@ class Cursor:
 
     # -- what `math_parser.Parser` adds -------------------------------------------------------
 
+    @abc.abstractmethod
     def items(self) -> tuple[list[Node], list[str]]:
         """Items and what stands between them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def listed(self) -> Node:
         """Items as one value."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sum(self) -> Node:
         """A sum."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def power(self) -> Node:
         """An atom with its exponent."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def argument(self) -> Node:
         """What an exponent, an index or a command applies to."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def begins_factor(self) -> bool:
         """Whether a factor follows."""
-        raise NotImplementedError

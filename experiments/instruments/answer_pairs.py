@@ -6,6 +6,7 @@ import pathlib
 from typing import NamedTuple
 
 FILE = pathlib.Path(__file__).with_name("answer_pairs.txt")
+HELD_OUT = pathlib.Path(__file__).with_name("answer_pairs_held_out.txt")
 
 
 class Pair(NamedTuple):

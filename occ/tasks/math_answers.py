@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+_EMPTY = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{\s*\}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _LINE = re.compile(
     # "Answer: 12", "**Answer**: 12", "_Final answer:_ 12", and a heading "## Final Answer" alone.
@@ -15,6 +16,8 @@ _LINE = re.compile(
 _BLANK = re.compile(r"[\s*_`}]*")
 _DISPLAY = {"$$": "$$", r"\[": r"\]"}
 _FORMULA = re.compile(r"[0-9=+*/^<>|&]|\\(?![()\[\],;!: ]|text|quad)")
+_UNIT = re.compile(r"[A-Za-z]+(?:\^[23])?(?:/[A-Za-z]+(?:\^[23])?)?\.?")
+_BOLD = re.compile(r"(?<![\w)}])\*\*(?=[^\s*])|(?<=[^\s*])\*\*(?=[\s.,;:)]|$)")
 
 
 def extract_answer(text: str) -> str | None:
@@ -31,8 +34,10 @@ def extract_answer(text: str) -> str | None:
     Of both, the one that comes last counts. A box in an answer line is the answer if only words
     stand around it, and a unit or a word after it stays; otherwise the line is read as it is,
     without the box: in `x = \boxed{5}` it is 5, and `\boxed{2}9` is no number. A box that never
-    closes, or has digits right beside it, is none, and an empty last line is none either.
-    Delimiters, Markdown and a final dot are left for `math_reading` to drop.
+    closes, holds nothing, or has digits right beside it, is none, and an empty last line is none
+    either. Outside of formulas `~12` says "about 12", in an answer line, and gives no final answer
+    (in a box `~` is LaTeX's space). Delimiters, Markdown and a final dot are left for
+    `math_reading` to drop.
 
     >>> extract_answer(r"\boxed{1}, no: \boxed{\frac{1}{2}}."), extract_answer("**Answer:** 7\n")
     ('\\frac{1}{2}', '7')
@@ -41,11 +46,12 @@ def extract_answer(text: str) -> str | None:
     >>> extract_answer("The answer is 12.") is None
     True
     """
+    text = _EMPTY.sub(" ", text)
     line, box = _last_line(text), _last_box(text)
     if line is not None and (box is None or box[0] < line[1]):
         if box is not None and box[0] >= line[0]:
             return _line_with_boxes(text, line)
-        return text[slice(*line)].strip(" \t\r*`") or None
+        return _content(text, line)
     if box is None or box[2] is None:
         return None
     return _inside(text, box)
@@ -70,6 +76,7 @@ def extract_answer_line(text: str) -> str | None:
     >>> extract_answer_line("Answer: 7? Let me see.\n**Answer:** $12$\n")
     '$12$'
     """
+    text = _EMPTY.sub(" ", text)
     line = _last_line(text)
     return None if line is None else _line_with_boxes(text, line)
 
@@ -127,11 +134,16 @@ def _in_box(text: str, place: int) -> bool:
     return box is not None and box[2] is None
 
 
+def _content(text: str, line: tuple[int, int]) -> str | None:
+    content = _BOLD.sub("", text[slice(*line)].strip(" \t\r*`"))
+    return None if content.startswith("~") else content or None
+
+
 def _line_with_boxes(text: str, line: tuple[int, int]) -> str | None:
-    content = text[slice(*line)].strip(" \t\r*`")
-    box = _last_box(content)
-    if box is None:
-        return content or None
+    content = _content(text, line)
+    box = None if content is None else _last_box(content)
+    if content is None or box is None:
+        return content
     start, first, last = box
     if last is None:
         return None
@@ -140,7 +152,10 @@ def _line_with_boxes(text: str, line: tuple[int, int]) -> str | None:
         return content
     if re.match(r"\s*[$*]*\s*[,;.(]\s*[A-Za-z]{3}", after) and not _BOX.search(after):
         return content[first:last]  # "\\boxed{5}, since 2 + 3 = 5"
-    trailing = re.split(r"[,;.:(\n]|\\[)\]]|\$", after, maxsplit=1)[0].strip(" *`_")
+    behind = re.sub(r"^(?:\s|[$*]|\\[)\]])+", " ", after)
+    trailing = re.split(r"[,;.:(\n]|\\[)\]]|\$", behind, maxsplit=1)[0].strip(" *`_")
+    if _UNIT.fullmatch(trailing):  # of which the "/" is no sign of a formula
+        return f"{content[first:last]} {trailing.rstrip('.')}"
     if after[:1].isalnum() or _FORMULA.search(after):
         return content
     return f"{content[first:last]} {trailing}".rstrip()

@@ -27,6 +27,11 @@ _NO_SOLUTION = frozenset(
 )
 
 
+def _same_words(one: str, other: str) -> bool:
+    """Equal but for a plural; or both say that there is nothing."""
+    return one.removesuffix("s") == other.removesuffix("s") or {one, other} <= _NO_SOLUTION
+
+
 def compare(expected: Sequence[Node], found: Sequence[Node], equal: Equal) -> bool | None:
     """Whether one reading of the answer is one of the reference; None where `equal` leaves it open.
 
@@ -103,7 +108,7 @@ class _Comparison:
         if one[0] != "words":
             one, other = other, one
         if other[0] == "words":
-            return bool(one[1] == other[1])
+            return _same_words(one[1], other[1])
         if other[0] == "sym":
             return bool(one[1] == other[1].replace(" ", "").lower() and len(one[1]) > 1)
         if other[0] == "mul" and all(len(part) < 3 for part in other[1:]):

@@ -304,13 +304,15 @@ class Parser(Atoms):
 
     def is_unit_letter(self) -> bool:
         """Whether the next letter is a unit rather than a variable."""
-        token = self.peek()
+        token, end = self.peek(), 1
+        while self.peek(end).text in ("^", "/") and end < 5:  # "m/s^2"
+            end += 2
         return (
             self.letters_are_units
             and token.spaced
             and token.text in math_units.SINGLE
             and self.tokens[self.place - 1].kind == "num"
-            and (self.ends_after(1) or (self.peek(1).text in ("^", "/") and self.ends_after(3)))
+            and self.ends_after(end)
         )
 
     def no_digits_before(self) -> bool:

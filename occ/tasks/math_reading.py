@@ -22,6 +22,8 @@ A value is never changed by tidying. What is written down here, since it could b
 - `a/bc` is (a/b)c. `\sqrt12` and `2^10` take all digits, `\frac12` one each.
 - `f(x)`, `I(0)` and `u(t)` are functions of unknown form, `n(n+1)` is a product.
 - `e` and `i` are the constants; `E`, `I` and letters with an index are variables. Case counts.
+- A sign of approximation in front (`\approx 56`, `\sim 56`) is dropped: the number is judged, as
+  exactly as any other. A word ("about 56") is not an answer.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ _STYLE = re.compile(
     r"\\(?:text(?:bf|rm|it)?|mathrm|mathbf|mbox|boldsymbol|operatorname)\s*\{([^{}]*)\}"
 )
 _CHOICE = re.compile(
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s+is\s+)?"
     r"(?:\(?(?:option|choice)\s+)?(?:\(\s*([A-J])\s*\)\s*[.:]?|([A-J])\s*[).](?=\s|\\|$|\d))(.*)",
     re.DOTALL | re.IGNORECASE,
 )

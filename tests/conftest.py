@@ -6,11 +6,21 @@ computes `decay ** count` with an integer count, which strict dtype promotion fo
 runs it carries the mark `standard_promotion`.
 """
 
+import atexit
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
+
+# What several tests compile, or the processes that a test starts, is compiled once a session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="occ-compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # Programs of tests run once, so compiling them is what they cost; without the newer code generator
 # for CPUs that takes a quarter of the time. A later XLA may not know the flag, and would abort.

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,7 +51,6 @@ def at(monkeypatch, tmp_path):
     claims._SAMPLERS.clear()
     yield tmp_path
     claims._setting.cache_clear()
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_a_cell_leaves_a_row_a_seed_and_repeats_none(at):

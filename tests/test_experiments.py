@@ -102,7 +102,6 @@ def at(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(CONFIGS, "laptop", small)
     yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_a_comparison_leaves_table_figure_and_results(at, capsys):

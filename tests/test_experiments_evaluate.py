@@ -313,7 +313,6 @@ def test_a_published_model_is_evaluated(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_demonstration_comes_to_its_table(tmp_path, capsys):
     text = evaluate.fixtures(evaluate.Fixtures(tmp_path, k=2))
-    jax.config.update("jax_compilation_cache_dir", None)
     lines = text.splitlines()
     assert lines[0].startswith(
         "| regime | AIME 2024 | AIME 2025 | AMC | MATH-500 | Minerva Math | "

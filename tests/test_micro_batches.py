@@ -57,7 +57,18 @@ MTP = {
 }
 
 
-SLOW = ("fixed_fused", "every", "every_fused", "layers", "distill", "readout", "row_subset")
+SLOW = (
+    "rl_only",
+    "detach",
+    "exact",
+    "fixed_fused",
+    "every",
+    "every_fused",
+    "layers",
+    "distill",
+    "readout",
+    "row_subset",
+)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +90,7 @@ def test_micro_batches_under_other_aggregations_and_two_heads(x64, aggregation):
         assert_same(parts, whole, 1e-9)
 
 
+@pytest.mark.slow
 def test_micro_batches_in_float32():
     whole = result(MTP["exact"], LayoutConfig(), dtype="float32")
     parts = result(MTP["exact"], LayoutConfig(micro_batches=4), dtype="float32")
@@ -100,7 +112,14 @@ def test_a_mean_of_micro_batch_coefficients_would_be_another(x64):
     assert abs(np.mean(each) - whole) > 0.01 * abs(whole)
 
 
-@pytest.mark.parametrize("name", ["proxy_fused", "detach", "exact"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "proxy_fused",
+        pytest.param("detach", marks=pytest.mark.slow),
+        pytest.param("exact", marks=pytest.mark.slow),
+    ],
+)
 def test_a_non_finite_micro_batch_takes_its_head_out_and_is_counted_once(x64, name):
     """Its own old log-prob of one token is broken: the MTP loss alone is not finite."""
     mtp = dataclasses.replace(MTP[name], loss="policy", reference="own")
@@ -119,7 +138,14 @@ def test_a_non_finite_micro_batch_takes_its_head_out_and_is_counted_once(x64, na
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk"), [("exact", 1), ("exact", 4), ("proxy_fused", 5), ("distill", 4)]
+    ("name", "chunk"),
+    [
+        ("exact", 4),
+        *(
+            pytest.param(name, chunk, marks=pytest.mark.slow)
+            for name, chunk in (("exact", 1), ("proxy_fused", 5), ("distill", 4))
+        ),
+    ],
 )
 def test_logits_in_chunks_give_the_same_step(x64, name, chunk):
     objective = ObjectiveConfig(entropy_coefficient=0.01)
@@ -128,6 +154,7 @@ def test_logits_in_chunks_give_the_same_step(x64, name, chunk):
     assert_same(chunked, whole, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion  # jax.nn.dot_product_attention mixes dtypes
 def test_chunks_add_gradients_of_the_head_up_in_float32():
     """Under bfloat16 they differ by rounding of sums alone; bfloat16 sums would by 1e-3."""

@@ -95,7 +95,7 @@ MTP = {
         measure="row_subset", placement="fused", measure_options={"fraction": 0.3}
     ),
 }
-SLOW = ("cross_fitted", "row_subset")
+SLOW = ("exact", "cross_fitted", "row_subset")
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,13 @@ def test_packing_under_what_is_counted_by_sequence(x64):
         assert_same(padded, packed, 1e-9)
 
 
+@pytest.mark.slow
 def test_packing_in_float32():
     for padded, packed in steps(MTP["exact"], dtype="float32"):
         assert_same(padded, packed, 1e-5)
 
 
+@pytest.mark.slow
 def test_packing_and_micro_batches_of_halves(x64):
     layout = dataclasses.replace(PACKED, micro_batches=2)
     for padded, packed in steps(MTP["cross_fitted"], layout=layout):

@@ -1,17 +1,10 @@
 """The benchmark of padding, on a run of a few seconds."""
 
-import jax
 import pytest
 
 from experiments.configs import CONFIGS
 from experiments.instruments import padding
 from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def _no_compiled_programs_kept():
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.mark.standard_promotion

@@ -105,11 +105,10 @@ def single(name):
     ("mtp", "layout"),
     [
         ("occ", "fsdp-tensor"),
-        ("occ", "micro-batches"),
         ("occ_paper", "micro-batches"),
         *(
             pytest.param("occ", name, marks=pytest.mark.slow)
-            for name in ("data", "fsdp", "data-fsdp-tensor")
+            for name in ("data", "fsdp", "data-fsdp-tensor", "micro-batches")
         ),
     ],
 )
@@ -221,7 +220,7 @@ def single_moe():
     "layout",
     [
         pytest.param("fsdp-expert-tensor", marks=pytest.mark.slow),
-        "data-expert",
+        pytest.param("data-expert", marks=pytest.mark.slow),
         pytest.param("expert", marks=pytest.mark.slow),
         pytest.param("fsdp", marks=pytest.mark.slow),
     ],
@@ -244,6 +243,7 @@ def test_tokens_travel_to_experts_and_are_never_gathered():
     assert gathered and max(gathered) < tokens
 
 
+@pytest.mark.slow
 def test_a_bounded_capacity_drops_and_counts(x64):
     """One pair a device and expert group: most of the tokens find no room."""
     tight = dataclasses.replace(MOE, capacity_factor=0.01)

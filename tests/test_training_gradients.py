@@ -51,8 +51,8 @@ def autodiff(config, model, batch, weights, own_weight=1.0):
     ("tied", "loss", "placement"),
     [
         (True, "ce", "fused"),
-        (False, "ce", "fused"),
-        (True, "policy", "fused"),
+        pytest.param(False, "ce", "fused", marks=pytest.mark.slow),
+        pytest.param(True, "policy", "fused", marks=pytest.mark.slow),
         (False, "policy", "exact"),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_detached_mtp_loss_does_not_depend_on_shared_parameters(tied, own):
     ("loss", "heads", "kind"),
     [
         pytest.param("ce", 1, SEQUENTIAL, marks=pytest.mark.slow, id="ce-1-sequential"),
-        pytest.param("policy", 2, SEQUENTIAL, id="policy-2-sequential"),
+        pytest.param("policy", 2, SEQUENTIAL, marks=pytest.mark.slow, id="policy-2-sequential"),
         pytest.param("ce", 2, PARALLEL, id="ce-2-parallel"),
         pytest.param("ce", 2, OWN, marks=pytest.mark.slow, id="ce-2-own"),
     ],
@@ -120,6 +120,7 @@ def test_fused_equals_exact_equals_plain_autodiff(x64, heads, kind, loss):
     tiny.close(gradients["exact"], expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_a_modules_own_head_says_the_same_in_chunks(x64):
     model_config = tiny.model_config(1, "float64", mtp=OWN)
     model = tiny.build_model(model_config)
@@ -132,6 +133,7 @@ def test_a_modules_own_head_says_the_same_in_chunks(x64):
     tiny.close([s.log_prob for s in chunked], [s.log_prob for s in whole], 1e-12)
 
 
+@pytest.mark.slow
 def test_fused_equals_exact_in_float32():
     model_config = tiny.model_config(2, mtp=SEQUENTIAL, qkv_bias=True, qk_norm=True)
     model = tiny.build_model(model_config)
@@ -143,7 +145,7 @@ def test_fused_equals_exact_in_float32():
     tiny.close(*got, 1e-5)
 
 
-@pytest.mark.parametrize("scale_own", [False, True])
+@pytest.mark.parametrize("scale_own", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_own_parameters_are_unscaled_unless_asked(x64, scale_own):
     model_config = tiny.model_config(1, "float64")
     model = tiny.build_model(model_config)
@@ -248,7 +250,12 @@ def packed(config, sequences):
 
 
 @pytest.mark.parametrize(
-    ("name", "objective"), [("occ", "full"), ("occ_paper", "dapo"), ("occ_paper", "gspo")]
+    ("name", "objective"),
+    [
+        pytest.param("occ", "full", marks=pytest.mark.slow),
+        ("occ_paper", "dapo"),
+        pytest.param("occ_paper", "gspo", marks=pytest.mark.slow),
+    ],
 )
 def test_layout_changes_nothing(x64, name, objective):
     """Padding, order of rows and packing: coefficient to 1e-9, gradients to 1e-9."""
@@ -270,6 +277,7 @@ def test_layout_changes_nothing(x64, name, objective):
         tiny.close(got.gradient, plain.gradient, 1e-9)
 
 
+@pytest.mark.slow
 def test_layout_changes_nothing_in_float32():
     model_config = tiny.model_config(1)
     model = tiny.build_model(model_config)
@@ -318,7 +326,8 @@ def test_every_target_masked_is_zero_and_finite():
         assert np.isfinite(float(got.heads[0].metrics["loss/mtp"]))
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_mixture_of_experts_goes_through_both_placements(x64, remat):
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
     model_config = tiny.model_config(1, "float64", moe=moe, remat=remat)
@@ -419,7 +428,7 @@ def config_of_rl(config):
     return dataclasses.replace(config, mtp=regime("rl_only"))
 
 
-@pytest.mark.parametrize("placement", ["fused", "exact"])
+@pytest.mark.parametrize("placement", ["fused", pytest.param("exact", marks=pytest.mark.slow)])
 def test_modules_may_learn_from_a_loss_of_their_own(x64, placement):
     """Shared parameters see the policy loss alone, the modules' own the detached cross-entropy."""
     model_config = tiny.model_config(1, "float64")

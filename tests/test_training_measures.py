@@ -92,6 +92,7 @@ def test_the_readout_is_head_and_final_norm(x64):
     assert got[1, 1] > expected[1, 1]
 
 
+@pytest.mark.slow
 def test_first_layer_and_embedding_are_parts_of_the_whole(x64):
     grams = {}
     for measure in ("gradients", "first_layer", "last_layer", "embedding"):
@@ -106,7 +107,7 @@ def test_first_layer_and_embedding_are_parts_of_the_whole(x64):
     assert len({float(part[0, 1]) for part in parts}) == 3
 
 
-@pytest.mark.parametrize("placement", ["exact", "fused"])
+@pytest.mark.parametrize("placement", ["exact", pytest.param("fused", marks=pytest.mark.slow)])
 def test_only_every_second_step_measures(x64, placement):
     """A step in between takes the held weight, and is a fused one: it has no true matrix."""
     mtp = MTPTrainingConfig(
@@ -150,7 +151,14 @@ def test_the_second_moment_is_adams_without_its_bias():
     assert optax.tree.norm(got) > 0
 
 
-@pytest.mark.parametrize("measure", ["preconditioned", "preconditioned_euclidean", "sketched"])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        "preconditioned",
+        pytest.param("preconditioned_euclidean", marks=pytest.mark.slow),
+        pytest.param("sketched", marks=pytest.mark.slow),
+    ],
+)
 def test_the_other_measures_run_in_the_train_step(x64, measure):
     config, model, batch = setup(MTPTrainingConfig(measure=measure, smoothing=0.5))
     _, params, _ = model

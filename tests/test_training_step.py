@@ -70,6 +70,7 @@ def shared(params):
     return {name: tree for name, tree in params.items() if is_shared(name)}
 
 
+@pytest.mark.slow
 def test_coefficient_zero_is_training_the_modules_alone_for_50_steps(optimized):
     zero = dataclasses.replace(regime("occ_paper"), scale=0.0)
     alone = MTPTrainingConfig(loss="policy", rule="detach", placement="fused")
@@ -100,7 +101,13 @@ def test_one_norm_for_all_lets_the_modules_shrink_the_policys_step():
         chex.assert_trees_all_equal(shared(detached), shared(alone))
 
 
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("rl_only", "occ", "drafter")))
+        for name in REGIMES
+    ],
+)
 def test_metrics_are_there_and_finite(name):
     _, metrics = trajectory(regime(name), 1)
     expected = {
@@ -336,7 +343,7 @@ def test_configurations_that_cannot_work_are_refused(unchecked, build, message):
     ("mtp", "logits_chunk"),
     [
         pytest.param(regime("occ"), 0, marks=pytest.mark.slow),
-        (dataclasses.replace(regime("ce"), loss="distill"), 2),
+        pytest.param(dataclasses.replace(regime("ce"), loss="distill"), 2, marks=pytest.mark.slow),
     ],
 )
 def test_columns_that_hold_prompts_alone_can_be_left_out_of_the_head(mtp, logits_chunk):

@@ -233,8 +233,8 @@ def sampling_config(model: Model, settings: Settings) -> SamplingConfig:
 def sampler(model: Model, config: SamplingConfig) -> Sampler:
     """What samples from the model; models of one architecture share what is compiled."""
     program = _compiled(config, model.config)
-    return lambda prompts, prompt_mask, key, numbers: program(
-        model.policy, prompts, prompt_mask, key, rows=numbers
+    return lambda prompts, prompt_mask, key, numbers, prompt_of: program(
+        model.policy, prompts, prompt_mask, key, rows=numbers, prompt_of=prompt_of
     )
 
 
@@ -242,7 +242,7 @@ _PROGRAMS: dict[str, Any] = {}
 
 
 def _compiled(sampling: SamplingConfig, config: TrainConfig) -> Any:
-    key = repr((sampling, config.model))
+    key = repr((sampling, config.model, config.layout))
     if key not in _PROGRAMS:
         _PROGRAMS[key] = jax.jit(rollout_sampler(sampling, config))
     return _PROGRAMS[key]
@@ -275,7 +275,8 @@ def measure_acceptance(
         size = min(settings.rows, len(problems) - start)
         rows = np.minimum(np.arange(start, start + settings.rows), len(problems) - 1)
         key = benchmark_key(settings.seed, name)
-        made = to_host(greedy(tokens[rows], mask[rows], key, rows.astype(np.int32)))
+        each = np.arange(len(rows), dtype=np.int32)
+        made = to_host(greedy(tokens[rows], mask[rows], key, rows.astype(np.int32), each))
         segment_ids = segments_of(mask[rows], made.response_mask)
         agrees = to_host(model.score(model.policy, made.tokens, segment_ids)).mtp_agrees
         counts = acceptance.count(agrees[:, :size], made.response_mask[:size])

@@ -143,8 +143,10 @@ class _Lines:
 
 
 def summary(row: dict[str, Any]) -> str:
-    """Reward and coefficient of a row, in a few characters."""
+    """Reward, coefficient and tokens a pass of a row, in a few characters."""
     text = f"reward {row['reward']:.3f}"
     if "occ/coefficient" in row:
         text += ", coefficient " + ", ".join(f"{x:+.2f}" for x in row["occ/coefficient"])
+    if "rollout/tokens_a_pass" in row:
+        text += f", {row['rollout/tokens_a_pass']:.2f} tokens a pass"
     return text

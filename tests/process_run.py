@@ -23,7 +23,7 @@ def main():
     parser.add_argument("--processes", type=int)
     parser.add_argument("--index", type=int)
     parser.add_argument("--rollouts", type=int, default=4)
-    parser.add_argument("--packed", action="store_true", help="and generated in portions")
+    parser.add_argument("--packed", action="store_true", help="and generated in slots, with drafts")
     parser.add_argument("--evaluate", metavar="NAME")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -49,7 +49,9 @@ def main():
         return 0
     layout = LayoutConfig(data=2, fsdp=2)
     if given.packed:
-        layout = dataclasses.replace(layout, pack=True, sequences_per_row=2, generation_rows=8)
+        layout = dataclasses.replace(
+            layout, pack=True, sequences_per_row=2, generation_rows=8, draft_depth=1
+        )
     config = dataclasses.replace(CONFIG, layout=layout, rollouts=given.rollouts, checkpoint_every=2)
     return train.train(train.Arguments(config, folder=given.folder, **group))
 

@@ -237,11 +237,12 @@ def test_invalid_samples_stay_invalid(tmp_path):
         tasks.load("arithmetic", digits=1, train_size=40, test_size=10), verifier=verifier
     )
 
-    def sampler(prompts, mask, key, numbers):
+    def sampler(prompts, mask, key, numbers, prompt_of):
+        prompts, mask = prompts[prompt_of], mask[prompt_of]
         tokens = np.concatenate([prompts, 2 + (numbers[:, None] % 2)], axis=1)
         response = np.concatenate([np.zeros_like(mask), np.ones((len(numbers), 1), bool)], axis=1)
         ones = np.ones(len(numbers), int)
-        return completions.Generation(tokens, response, None, ones > 0, ones)
+        return completions.Generation(tokens, response, None, ones > 0, ones, None)
 
     settings = Settings(samples=2, max_prompt_tokens=4, max_response_tokens=1, rows=3)
     completions.open_folder(tmp_path, settings)

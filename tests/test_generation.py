@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from occ.generation.bucketing import COLUMN_RUNGS, Bucketed, padding_waste, portions
+from occ.evaluation.portions import portions
 from occ.generation.decoding import generate
 from occ.generation.drafting import check_depth, judge
+from occ.generation.sampler import COLUMN_RUNGS, Sampler, padding_waste
 from occ.generation.sampling import (
     SamplingConfig,
     check_fits,
@@ -465,30 +466,26 @@ def test_bad_settings_raise(settings, match):
         SamplingConfig(**({"max_new_tokens": 3} | settings))
 
 
-# -- portions ---------------------------------------------------------------------------------
+# -- as the host calls it ---------------------------------------------------------------------
 
 
-def portioned(model, config, rows_at_a_time):
-    program = jax.jit(functools.partial(generate, config=config))
-    return Bucketed(program, rows_at_a_time, config.pad_token)
-
-
-@pytest.mark.parametrize("rows_at_a_time", [1, 3, 4, 99])
-def test_portions_sample_the_same_tokens(rows_at_a_time):
-    """Seven prompts of very different length, some of whose responses stop."""
-    config = small_config(dtype="float32")
-    model = random_model(config)
-    tokens, mask = prompts(config, (5, 1, 8, 3, 1, 8, 2), columns=8)
+def test_a_sampler_leaves_out_columns_and_samples_the_same(x64):
+    """Three samples of four prompts in twelve columns, of which the longest prompt takes five."""
+    config = small_config(1)
+    policy = Policy(config, *random_model(config)[1:])
+    tokens, mask = prompts(config, (5, 1, 4, 2), columns=12)
     sampling = SamplingConfig(NEW, stop_tokens=(3, 5), pad_token=12)
-    expected = sample(Policy(config, *model[1:]), tokens, mask, KEY, config=sampling)
-    bucketed = portioned(model, sampling, rows_at_a_time)
-    got = bucketed(Policy(config, *model[1:]), tokens, mask, KEY)
+    each = jnp.repeat(jnp.arange(4), 3)
+    expected = sample(policy, tokens[each], mask[each], KEY, config=sampling)
+    program = jax.jit(functools.partial(generate, config=sampling, slots=2))
+    got = Sampler(program, True, 12)(policy, tokens, mask, KEY, 3)
     for name in ("tokens", "response_mask", "finished", "lengths"):
         assert getattr(got, name).dtype == getattr(expected, name).dtype
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
-    np.testing.assert_allclose(got.log_prob, expected.log_prob, atol=1e-5)
-    assert len(set(np.asarray(expected.lengths).tolist())) > 1
-    assert bucketed.program._cache_size() <= COLUMN_RUNGS
+    np.testing.assert_allclose(got.log_prob, expected.log_prob, atol=1e-6)
+    assert len(set(got.lengths.tolist())) > 1
+    places = 4 * 6 + 2 * int(got.work.steps)
+    assert padding_waste(mask, got.work) == pytest.approx(1 - (12 + got.lengths.sum()) / places)
 
 
 def test_portions_are_sorted_whole_and_narrow():
@@ -504,21 +501,3 @@ def test_portions_are_sorted_whole_and_narrow():
             assert longest <= portion.columns <= min(longest + step - 1, columns)
         widths = [portion.columns for portion in cut]
         assert widths == sorted(widths) and len(set(widths)) <= COLUMN_RUNGS
-
-
-def test_padding_waste_counts_what_is_computed():
-    """By hand: four prompts of eight columns, in portions of two or at once."""
-    lengths = np.array([8, 2, 7, 1])
-    mask = np.arange(8)[None] >= 8 - lengths[:, None]
-    responses = np.array([4, 1, 2, 3])
-    real = 8 + 2 + 7 + 1 + 4 + 1 + 2 + 3
-    assert padding_waste(mask, responses, 0) == pytest.approx(1 - real / (4 * (8 + 4)))
-    computed = 2 * (2 + 3) + 2 * (8 + 4)  # rows 3 and 1 in two columns, rows 2 and 0 in eight
-    assert padding_waste(mask, responses, 2) == pytest.approx(1 - real / computed)
-    computed = 3 * (8 + 3) + 3 * (8 + 4)  # rows 3, 1 and 2; row 0, twice more to fill up
-    assert padding_waste(mask, responses, 3) == pytest.approx(1 - real / computed)
-
-
-def test_a_negative_number_of_rows_is_refused():
-    with pytest.raises(ValueError, match="rows_at_a_time >= 0.*got -1"):
-        Bucketed(sample, -1, 0)

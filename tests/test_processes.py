@@ -100,8 +100,8 @@ def test_two_processes_are_one_run_and_end_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_packing_portions_and_evaluation_are_the_same_in_two_processes(tmp_path):
-    """Every process packs all rows alike, and fills up portions of all prompts, not of its own."""
+def test_packing_slots_and_evaluation_are_the_same_in_two_processes(tmp_path):
+    """Every process packs all rows alike, and refills slots with all samples, not with its own."""
     one = start(tmp_path / "one", 4, "--packed")
     assert one.wait(300) == 0, said(tmp_path)
     two = start_two(tmp_path / "two", "--packed")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from occ import tasks
+from occ.generation.sampling import Work
 from occ.objectives.advantages import group_advantages
 from occ.tasks import VerifierError
 from occ.training import loop
@@ -101,14 +102,14 @@ def test_what_a_minibatch_holds(model, programs):
     assert not mask[:, :COLUMNS].any() and not mask[segment_ids == 0].any()
 
 
-def test_portions_make_the_same_rollout(model):
-    """Prompts of two lengths in many more columns than they need."""
+def test_slots_and_drafts_make_the_same_rollout(model):
+    """Prompts of two lengths in many more columns than they need, each run once for its samples."""
     task = dataclasses.replace(
         tasks.load("arithmetic", digits=2, train_size=40, test_size=10), verifier=by_length
     )
     config = config_for(max_prompt_tokens=16)
     whole = collect(build_programs(config, task), policy_of(model), config, task, 0)
-    layout = LayoutConfig(generation_rows=4)
+    layout = LayoutConfig(generation_rows=4, draft_depth=1)
     config = dataclasses.replace(config, layout=layout)
     programs = build_programs(config, task)
     parts = collect(programs, policy_of(model), config, task, 0)
@@ -117,13 +118,29 @@ def test_portions_make_the_same_rollout(model):
     np.testing.assert_allclose(
         parts.batch.rollout_log_prob, whole.batch.rollout_log_prob, atol=1e-5
     )
-    waste = "rollout/padding_waste"
+    waste, (acceptance,) = "rollout/padding_waste", parts.metrics["rollout/acceptance"]
+    assert 0 < acceptance < 1 < parts.metrics["rollout/tokens_a_pass"] <= 1 + acceptance
+    assert not parts.metrics["alarm/drafts_refused"] and "rollout/acceptance" not in whole.metrics
     assert 0 < parts.metrics[waste] < whole.metrics[waste] < 1
     present, steps = np.asarray(whole.batch.segment_ids) > 0, task.max_response_tokens
     assert np.asarray(whole.batch.response_mask)[:, -1].any()  # some response went on to the end
-    assert whole.metrics[waste] == pytest.approx(1 - present.sum() / (16 * (16 + steps)))
-    accuracy = evaluate(programs, policy_of(model), config, task)
-    assert 0 <= accuracy["greedy"] <= 1
+    present[:, :16] &= (np.arange(16) % 4 == 0)[:, None]  # each prompt once
+    assert whole.metrics[waste] == pytest.approx(1 - present.sum() / (4 * 16 + 16 * steps))
+
+
+def test_drafts_that_are_all_refused_sound_an_alarm(programs, model):
+    work = Work(*map(np.asarray, (4, 9, [7, 0], [0, 0], 20)))
+
+    def program(*inputs, **options):
+        return programs.sample.program(*inputs, **options)._replace(work=work)
+
+    stale = dataclasses.replace(
+        programs, sample=dataclasses.replace(programs.sample, program=program)
+    )
+    with pytest.warns(RuntimeWarning, match=r"All 7 drafts .* \(rollout 3\)"):
+        rollout = collect(stale, policy_of(model), config_for(), TASK, 3)
+    assert rollout.metrics["alarm/drafts_refused"] == 1
+    assert rollout.metrics["rollout/acceptance"] == [0, 0]
 
 
 def test_groups_without_variance_are_counted_and_dropped_if_asked(model, programs):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 WIDTHS = {"pred": 1, "token": 0, "opaque": 0, "f8e4m3fn": 1, "f8e5m2": 1}
 
@@ -351,7 +351,7 @@ def matrix_flops(jaxpr: Any, while_trips: int = 1) -> float:
 
     Args:
       jaxpr: `jax.make_jaxpr(f)(...)`, or `jax.jit(f).trace(...).jaxpr`.
-      while_trips: iterations of loops of unknown length (generation's).
+      while_trips: iterations of loops whose condition compares with no constant.
 
     Of branches the dearer one counts; of a kernel every block, also those that a mask skips.
     """
@@ -371,7 +371,7 @@ def matrix_flops(jaxpr: Any, while_trips: int = 1) -> float:
             if name == "scan":
                 times = eqn.params["length"]
             elif name == "while":
-                times = while_trips
+                times = _bound(eqn) or while_trips
             elif name == "shard_map":
                 times = eqn.params["mesh"].size
             elif name == "pallas_call":
@@ -386,6 +386,18 @@ def _inner(eqn: Any) -> Iterator[Any]:
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr | Jaxpr):
                 yield item
+
+
+def _bound(loop: Any) -> int:
+    """The constant that a loop's condition compares with, as `Program` reads it; else 0."""
+    compared = [
+        int(operand.val)
+        for eqn in loop.params["cond_jaxpr"].jaxpr.eqns
+        if eqn.primitive.name == "lt"
+        for operand in eqn.invars
+        if isinstance(operand, Literal)
+    ]
+    return max(compared, default=0)
 
 
 def _ragged_flops(eqn: Any) -> float:

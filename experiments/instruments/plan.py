@@ -96,7 +96,7 @@ def trace_train_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
 
 
 def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """The traced sampling of a whole rollout, and the shapes of the parameters."""
+    """The traced sampling of as many rows as decode at one time; shapes of the parameters."""
     policy = abstract_policy(config.model)
     state = abstract_state(config, policy, mesh)
     sampling = SamplingConfig(
@@ -109,7 +109,8 @@ def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
     rows = config.rollout.prompts * config.rollout.samples
     if config.layout.generation_rows:
         rows = min(rows, config.layout.generation_rows)
-    shape = (rows, config.max_prompt_tokens or 0)
+    prompts = max(rows // config.rollout.samples, 1)
+    shape = (prompts, config.max_prompt_tokens or 0)
     sharding = rows_sharding(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -118,6 +119,7 @@ def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
         jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
+        prompt_of=jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=replicated(mesh)),
     )
     return traced, state.params
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from occ import json_files
-from occ.generation.bucketing import Portion, portions
+from occ.evaluation.portions import Portion, portions
 from occ.generation.sampling import Generation
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts
@@ -33,8 +33,8 @@ from occ.training.processes import from_first, is_first, key_on_mesh, to_host
 MAX_SAMPLES = 4096
 """Of a problem: its samples have numbers, and after so many begin those of the next problem."""
 
-Sampler = Callable[[np.ndarray, np.ndarray, jax.Array, np.ndarray], Generation]
-"""`(prompts [R, P], prompt_mask, key, numbers [R]) -> Generation`; as `sampling.generate`."""
+Sampler = Callable[[np.ndarray, np.ndarray, jax.Array, np.ndarray, np.ndarray], Generation]
+"""`(prompts [N, P], prompt_mask, key, numbers [R], prompt_of [R]) -> Generation`; as `generate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,8 @@ def complete(
     """All samples of a benchmark; those in its file are not made again.
 
     Args:
-      sampler: of the model; called with the same R and few different P, so that it is compiled
-        for few shapes.
+      sampler: of the model; called with the same N and R and few different P, so that it is
+        compiled for few shapes.
       task: judges, and has the tokenizer.
       name: of the benchmark.
       problems: of the benchmark.
@@ -136,11 +136,13 @@ def complete(
     for number in np.flatnonzero(~from_first(finished)).tolist():
         portion = cut[number]
         which, sample = portion.rows // k, portion.rows % k
+        asked, prompt_of = _distinct(which, k)
         generation = sampler(
-            prompts[which, columns - portion.columns :],
-            mask[which, columns - portion.columns :],
+            prompts[asked, columns - portion.columns :],
+            mask[asked, columns - portion.columns :],
             key,
             (which * MAX_SAMPLES + sample).astype(np.int32),
+            prompt_of,
         )
         generation = to_host(generation)
         if not is_first():
@@ -152,6 +154,20 @@ def complete(
         rows += made
         on_portion(len(rows), len(lengths))
     return rows
+
+
+def _distinct(which: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The problems of a portion, each once, and which of them each row asks.
+
+    As many as R rows can ask when the k samples of a problem follow each other: one shape for all.
+
+    >>> _distinct(np.array([5, 5, 7, 7]), 3)
+    (array([5, 7]), array([0, 0, 1, 1], dtype=int32))
+    """
+    asked, prompt_of = np.unique(which, return_inverse=True)
+    most = min(len(which), (max(len(which), 2) - 2) // k + 2)
+    padded = np.pad(asked, (0, max(most - len(asked), 0)), mode="edge")
+    return padded, prompt_of.astype(np.int32)
 
 
 def benchmark_key(seed: int, name: str) -> jax.Array:

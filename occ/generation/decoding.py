@@ -18,7 +18,7 @@ from occ.generation.sampling import Generation, SamplingConfig, Work, choose, gu
 from occ.models.attention import StackCache
 from occ.models.decoder import Cache, Decoder
 from occ.models.layers import at_least_float32
-from occ.models.partitioning import ROWS, constrain
+from occ.models.partitioning import ROWS, constrain, several_devices
 from occ.models.policy import Policy
 
 
@@ -105,7 +105,7 @@ def generate(
         rows = jnp.arange(count, dtype=jnp.int32)
     size = min(slots, count) if slots else count
     empty = _empty(model, size, count, prompts.shape[1], config, draft_depth)
-    begin = _begin(model, prompts, prompt_mask, draft_depth)
+    begin = _begin(model, prompts, prompt_mask, size, draft_depth)
 
     def refill(progress: _Progress) -> _Progress:
         return _refill(progress, begin, prompt_of, config)
@@ -113,18 +113,23 @@ def generate(
     def step(progress: _Progress) -> _Progress:
         return _step(model, progress, key, rows, config, draft_depth)
 
-    def decode(progress: _Progress) -> _Progress:
-        def goes_on(progress: _Progress):
-            running = progress.slots.running
-            nobody_waits = jnp.all(running) | (progress.begun >= count)
-            return jnp.any(running) & nobody_waits
+    def goes_on(progress: _Progress):
+        return jnp.any(progress.slots.running) & (progress.work.steps < config.max_new_tokens)
 
-        return jax.lax.while_loop(goes_on, step, refill(progress))
+    def nobody_waits(progress: _Progress):
+        running = progress.slots.running
+        return jnp.any(running) & (jnp.all(running) | (progress.begun >= count))
 
     def unfinished(progress: _Progress):
         return (progress.begun < count) | jnp.any(progress.slots.running)
 
-    end = decode(empty) if size == count else jax.lax.while_loop(unfinished, decode, empty)
+    def decode(progress: _Progress) -> _Progress:
+        return jax.lax.while_loop(nobody_waits, step, refill(progress))
+
+    if size == count:
+        end = jax.lax.while_loop(goes_on, step, refill(empty))
+    else:
+        end = jax.lax.while_loop(unfinished, decode, empty)
     responses = _collect(end.slots, end.responses, config)
     mask = prompt_mask[prompt_of]
     nothing = jnp.zeros(mask.shape, bool)
@@ -137,7 +142,7 @@ def generate(
         log_prob=jnp.concatenate([nothing.astype(jnp.float32), responses.log_prob], 1),
         finished=responses.stopped,
         lengths=responses.lengths,
-        work=end.work,
+        work=end.work._replace(places=end.work.steps * size + prompts.size),
     )
 
 
@@ -146,8 +151,34 @@ def _modules(model: Decoder, depth: int) -> int:
     return model.config.mtp.num_modules if depth else 1
 
 
-def _begin(model: Decoder, prompts, prompt_mask, depth: int) -> _Prompts:
-    """Runs the prompts through the trunk and, for drafts, the modules."""
+def _begin(model: Decoder, prompts, prompt_mask, rows: int, depth: int) -> _Prompts:
+    """Runs the prompts through the trunk and, for drafts, the modules; so many at one time."""
+    count = prompts.shape[0]
+    parts = -(-count // rows)
+    if parts == 1:
+        return _begin_all(model, prompts, prompt_mask, depth)
+
+    def cut(values):
+        padded = jnp.pad(values, ((0, parts * rows - count), (0, 0)), mode="edge")
+        return padded.reshape(parts, rows, -1)
+
+    begun = jax.lax.map(
+        lambda part: _begin_all(model, part[0], part[1], depth), (cut(prompts), cut(prompt_mask))
+    )
+
+    def join(values, axis=0):
+        moved = jnp.moveaxis(values, 0, axis)
+        return moved.reshape(*moved.shape[:axis], parts * rows, *moved.shape[axis + 2 :])
+
+    stacks, modules = jax.tree.map(
+        lambda values: join(values, 1), (begun.cache.stacks, begun.modules)
+    )
+    return _Prompts(
+        Cache(stacks, join(begun.cache.lengths)), modules, jax.tree.map(join, begun.window)
+    )
+
+
+def _begin_all(model: Decoder, prompts, prompt_mask, depth: int) -> _Prompts:
     columns = prompts.shape[1]
     lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
     # From the left to the right end of the padding, so that token t is in column t.
@@ -191,7 +222,8 @@ def _empty(
         stopped=jnp.zeros((count,), bool),
     )
     nothing, at_depths = jnp.zeros((), jnp.int32), jnp.zeros((depth,), jnp.int32)
-    return _Progress(slots, nothing, responses, Work(nothing, nothing, at_depths, at_depths))
+    work = Work(nothing, nothing, at_depths, at_depths, nothing)
+    return _Progress(slots, nothing, responses, work)
 
 
 def _refill(progress: _Progress, begin: _Prompts, prompt_of, config: SamplingConfig) -> _Progress:
@@ -202,24 +234,18 @@ def _refill(progress: _Progress, begin: _Prompts, prompt_of, config: SamplingCon
     fresh = idle & (number < count)
     prompt = prompt_of[jnp.minimum(number, count - 1)]
 
-    def take(old, of_prompts, axis=0):
-        new = jnp.take(of_prompts, prompt, axis=axis)
-        shape = [1] * new.ndim
-        shape[axis] = -1
-        return jnp.where(fresh.reshape(shape), new, old)
-
-    def take_columns(old, of_prompts, first=0):
-        columns = slice(first, first + of_prompts.shape[3])
-        return old.at[:, :, :, columns].set(take(old[:, :, :, columns], of_prompts, axis=1))
+    def take(old, of_prompts):
+        new = of_prompts[prompt]
+        return jnp.where(fresh.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     modules = slots.modules
     if modules is not None and begin.modules is not None:
-        offset = modules.keys.shape[0]
-        modules = jax.tree.map(
-            lambda old, new: take_columns(old, new, offset), modules, begin.modules
-        )
+        modules = _copy(modules, begin.modules, fresh, prompt, modules.keys.shape[0])
     cache = Cache(
-        jax.tree.map(take_columns, slots.cache.stacks, begin.cache.stacks),
+        tuple(
+            _copy(old, new, fresh, prompt)
+            for old, new in zip(slots.cache.stacks, begin.cache.stacks, strict=True)
+        ),
         take(slots.cache.lengths, begin.cache.lengths),
     )
     return progress._replace(
@@ -235,6 +261,31 @@ def _refill(progress: _Progress, begin: _Prompts, prompt_of, config: SamplingCon
         begun=jnp.minimum(progress.begun + jnp.sum(idle, dtype=jnp.int32), count),
         responses=_collect(slots, progress.responses, config),
     )
+
+
+def _copy(old: StackCache, of_prompts: StackCache, fresh, prompt, first: int = 0) -> StackCache:
+    """With the columns of each fresh slot's prompt, from column `first` on."""
+
+    def row(number, old):
+        slot = order[number]
+        zero = jnp.zeros_like(slot)
+
+        def one(old, new):
+            columns = jax.lax.dynamic_slice_in_dim(new, prompt[slot], 1, axis=1)
+            start = (zero, slot, zero, zero + first, zero)
+            return jax.lax.dynamic_update_slice(old, columns, start)
+
+        return jax.tree.map(one, old, of_prompts)
+
+    def rows(old, new):
+        columns = slice(first, first + new.shape[3])
+        new = jnp.where(fresh[None, :, None, None, None], new[:, prompt], old[:, :, :, columns])
+        return old.at[:, :, :, columns].set(new)
+
+    if several_devices() is not None:  # where one row at a time would travel to all devices
+        return jax.tree.map(rows, old, of_prompts)
+    order = jnp.argsort(~fresh, stable=True).astype(jnp.int32)
+    return jax.lax.fori_loop(0, jnp.sum(fresh, dtype=jnp.int32), row, old)
 
 
 def _collect(slots: _Slots, responses: _Responses, config: SamplingConfig) -> _Responses:
@@ -286,7 +337,7 @@ def _step(
         tokens=_write(slots.tokens, tokens, slots.made),
         log_prob=_write(slots.log_prob, log_prob, slots.made),
     )
-    work = Work(
+    work = work._replace(
         steps=work.steps + 1,
         passes=work.passes + jnp.sum(running, dtype=jnp.int32),
         judged=work.judged + jnp.sum(verdict.judged, axis=0, dtype=jnp.int32),

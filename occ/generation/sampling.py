@@ -48,12 +48,14 @@ class Work(NamedTuple):
       passes: int32 [], places with a running row in them, over all steps.
       judged: int32 [D], drafts that were compared with the trunk's token: those before were kept.
       kept: int32 [D], those among them that were the trunk's token.
+      places: int32 [], of tokens: those of prompts with their padding, and the steps' of all slots.
     """
 
     steps: jax.Array
     passes: jax.Array
     judged: jax.Array
     kept: jax.Array
+    places: jax.Array
 
 
 class Generation(NamedTuple):

@@ -213,8 +213,12 @@ def attend_to_past(
     maximum = jnp.max(found, axis=-1, keepdims=True)
     weights = jnp.exp(found - maximum)
     own = maximum, jnp.sum(weights, axis=-1, keepdims=True), mixed(weights, value)
-    blocks = jnp.minimum(-(-(jnp.max(past.lengths) + past.first) // block), size // block)
-    _, total, sums = jax.lax.fori_loop(jnp.zeros_like(blocks), blocks, read, own)
+    blocks = -(-(jnp.max(past.lengths) + past.first) // block)
+    _, (_, total, sums) = jax.lax.while_loop(
+        lambda state: (state[0] < size // block) & (state[0] < blocks),
+        lambda state: (state[0] + 1, read(*state)),
+        (jnp.zeros_like(blocks), own),
+    )
     result = (sums / total).reshape(batch, kv_heads, heads // kv_heads, time, head_dim)
     return jnp.moveaxis(result, 3, 1).reshape(query.shape).astype(query.dtype)
 

@@ -42,9 +42,7 @@ def evaluate(
     greedy = programs.greedy(policy, prompts, mask, key)
     _, greedy_rewards, greedy_valid = judge(task, problems, greedy, columns)
     repeated = [problem for problem in problems for _ in range(k)]
-    sampled = programs.evaluation(
-        policy, np.repeat(prompts, k, axis=0), np.repeat(mask, k, axis=0), key
-    )
+    sampled = programs.evaluation(policy, prompts, mask, key, k)
     _, rewards, valid = judge(task, repeated, sampled, columns)
     return {
         "greedy": _share(greedy_rewards, greedy_valid),

@@ -20,8 +20,8 @@ class LayoutConfig:
       logits_chunk: columns of a batch whose logits exist at one time; 0 is all of them.
       pack: lay several sequences into one row for training.
       sequences_per_row: the most that one row takes when packed.
-      generation_rows: rows that are generated at one time, sorted by length of prompt; best a
-        divisor of prompts x samples, since the last portion is filled up. 0 is all at once.
+      generation_rows: slots in which rows are generated; a row that ends gives its own to the next,
+        so that short responses wait for no long ones. 0 is one for each row.
       draft_depth: tokens that the MTP modules draft for every pass of the trunk in generation, of
         which those are kept that it samples itself. 0 is none.
     """

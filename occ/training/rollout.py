@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occ.generation.bucketing import Bucketed, padding_waste
 from occ.generation.decoding import generate
 from occ.generation.drafting import check_depth
-from occ.generation.sampling import Generation, SamplingConfig, check_fits
+from occ.generation.sampler import Sampler, padding_waste
+from occ.generation.sampling import Generation, SamplingConfig, Work, check_fits
 from occ.models.policy import Policy
 from occ.objectives import advantages
 from occ.tasks import Problem, Task
@@ -47,16 +48,16 @@ class RolloutPrograms:
     """The compiled programs of a rollout; they are the same in every regime and for every seed.
 
     Attributes:
-      sample: `(policy, prompts, prompt_mask, key) -> Generation` as in training, on the host; in
-        portions if the layout says so.
+      sample: `(policy, prompts, prompt_mask, key, samples) -> Generation` as in training, on the
+        host.
       greedy: the same with the most likely tokens.
       evaluation: the same as `EvaluationConfig` says, at temperature 1.
       score: `(policy, tokens, segment_ids) -> Scores`.
     """
 
-    sample: Bucketed
-    greedy: Bucketed
-    evaluation: Bucketed
+    sample: Sampler
+    greedy: Sampler
+    evaluation: Sampler
     score: Callable[..., Scores]
 
 
@@ -89,7 +90,8 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
 
     def program(sampling):
         compiled = jax.jit(sampler(sampling, config))
-        return Bucketed(compiled, config.layout.generation_rows, task.tokenizer.pad_id, to_host)
+        narrow = config.layout.generation_rows > 0
+        return Sampler(compiled, narrow, task.tokenizer.pad_id, to_host)
 
     score = functools.partial(
         score_sequences,
@@ -101,13 +103,13 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
 
 
 def sampler(sampling: SamplingConfig, config: TrainConfig) -> Callable[..., Generation]:
-    """`(policy, prompts, prompt_mask, key, rows=None) -> Generation`, as a run generates: to jit.
+    """A run's `(policy, prompts, prompt_mask, key, rows, prompt_of) -> Generation`, to be jitted.
 
     Parameters are gathered over the mesh once for all new tokens. Whoever plans, times or
     evaluates generation takes this one, and so that of production.
     """
 
-    def sample(policy, prompts, prompt_mask, key, rows=None):
+    def sample(policy, prompts, prompt_mask, key, rows=None, prompt_of=None):
         policy = policy.replace(params=for_generation(policy.params, config.model.compute))
         return generate(
             policy,
@@ -116,6 +118,8 @@ def sampler(sampling: SamplingConfig, config: TrainConfig) -> Callable[..., Gene
             key,
             config=sampling,
             rows=rows,
+            prompt_of=prompt_of,
+            slots=config.layout.generation_rows,
             draft_depth=config.layout.draft_depth,
         )
 
@@ -167,12 +171,12 @@ class Rollout(NamedTuple):
 
     Attributes:
       batch: all its sequences, [prompts x samples] rows, the samples of a prompt together.
-      metrics: what was measured, as Python numbers.
+      metrics: what was measured, as Python numbers and lists of them.
       examples: (prompt, completion, reward) of the first sample of a few prompts, for the log.
     """
 
     batch: Minibatch
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     examples: list[tuple[str, str, float]]
 
 
@@ -201,9 +205,10 @@ def collect(
     columns, response = lengths(config, task)
     indices = prompt_indices(config.seed, step, rollout.prompts, len(task.train))
     problems = [task.train[i] for i in indices for _ in range(rollout.samples)]
-    prompts, prompt_mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
+    texts = [task.train[i].prompt for i in indices]
+    prompts, prompt_mask = encode_prompts(task.tokenizer, texts, columns)
     key = key_on_mesh(config.seed, step)
-    sampled = programs.sample(policy, prompts, prompt_mask, key)
+    sampled = programs.sample(policy, prompts, prompt_mask, key, rollout.samples)
     completions, rewards, valid = judge(task, problems, sampled, columns)
 
     grouped = (rollout.prompts, rollout.samples)
@@ -216,14 +221,15 @@ def collect(
     if rollout.overlong_filter:
         counted &= sampled.finished
 
-    batch = _batch(programs, policy, sampled, prompt_mask, counted)
+    each_mask = np.repeat(prompt_mask, rollout.samples, axis=0)
+    batch = _batch(programs, policy, sampled, each_mask, counted)
     if reference is not None:
         scores = programs.score(reference, batch.tokens, batch.segment_ids)
         batch = batch.replace(reference_log_prob=to_host(scores.log_prob))
     greedy, comparable = None, valid
     if config.objective.advantage == "remax":
         each = slice(None, None, rollout.samples)
-        most_likely = programs.greedy(policy, prompts[each], prompt_mask[each], key)
+        most_likely = programs.greedy(policy, prompts, prompt_mask, key)
         _, baseline, judged = judge(task, problems[each], most_likely, columns)
         greedy = jnp.asarray(baseline + _length_penalty(most_likely, config, response))
         comparable = valid & np.repeat(judged, rollout.samples)
@@ -240,9 +246,8 @@ def collect(
         advantages=np.where(batch.response_mask, np.asarray(advantage), np.float32(0))
     )
     metrics = _metrics(batch, sampled, rewards, valid, kept)
-    metrics["rollout/padding_waste"] = padding_waste(
-        prompt_mask, sampled.lengths, programs.sample.rows_at_a_time
-    )
+    metrics["rollout/padding_waste"] = padding_waste(prompt_mask, sampled.work)
+    metrics |= _draft_metrics(sampled.work, sampled.lengths, step)
     examples = [
         (problems[i].prompt, completions[i], float(rewards[i]) if valid[i] else math.nan)
         for i in range(0, len(problems), rollout.samples)
@@ -311,4 +316,25 @@ def _metrics(batch, sampled, rewards, valid, kept) -> dict[str, float]:
         "rollout/response_length": float(np.asarray(sampled.lengths).mean()),
         "rollout/finished": float(np.asarray(sampled.finished).mean()),
         "rollout/log_prob_mismatch": float(mismatch[mask].mean()),
+    }
+
+
+def _draft_metrics(work: Work, tokens: Any, step: int) -> dict[str, Any]:
+    """How the drafts fared; nothing without any. Warns where not one was kept."""
+    judged, kept = np.asarray(work.judged), np.asarray(work.kept)
+    if not judged.size:
+        return {}
+    refused = bool(judged[0] > 0 and not kept[0])
+    if refused:
+        warnings.warn(
+            f"All {judged[0]} drafts of the MTP modules were refused (rollout {step}). Their "
+            "weights are stale or untrained: check that the modules are trained and that "
+            "generation has the policy's newest parameters, or set layout.draft_depth=0.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return {
+        "rollout/acceptance": (kept / np.maximum(judged, 1)).tolist(),
+        "rollout/tokens_a_pass": float(np.asarray(tokens).sum() / max(int(work.passes), 1)),
+        "alarm/drafts_refused": int(refused),
     }

@@ -31,7 +31,7 @@ def begin(folder, config):
     """A run of which there are two checkpoints, the first the best; nothing is trained."""
     task = tasks.load(config.task, **config.task_options)
     programs = loop.build(config, task)
-    RunFolder(folder, config)
+    RunFolder(folder, config).close()
     with jax.set_mesh(programs.mesh), Checkpoints(folder / "checkpoints") as checkpoints:
         state = programs.begin(loop.init_policy(config))
         checkpoints.save(1, state, History().evaluated(1, 0.5))

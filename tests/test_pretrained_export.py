@@ -24,7 +24,7 @@ pytestmark = pytest.mark.standard_promotion
 
 def begin(folder, config, policy):
     """A run of which there are two checkpoints, the first the best; nothing is trained."""
-    RunFolder(folder, config)
+    RunFolder(folder, config).close()
     mesh = make_mesh(config.layout)
     state = fresh_state(config, policy)
     shapes = abstract_state(config, abstract_policy(config.model), mesh)
@@ -47,6 +47,12 @@ def test_a_checkpoint_becomes_a_folder_that_loads(tmp_path, monkeypatch, capsys)
     model = pretrained.load(target)
     assert model.config.mtp == config.model.mtp
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), model.params, params)
+    weights = target / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-7] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is not the file that was written"):
+        pretrained.load(target)
     best = export.Arguments(tmp_path / "run", tmp_path / "best", which="best")
     assert export.export(best) == 1
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path / "best").params, params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from occ import json_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DIGESTS = "occ_digests.json"
+"""Of the weight files of a folder that `save` wrote."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -148,6 +151,33 @@ def _files(path: pathlib.Path) -> dict[str, str]:
             "save_pretrained(..., safe_serialization=True))."
         )
     raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}.")
+
+
+def write_digests(path: pathlib.Path) -> None:
+    """Writes a digest of each weight file of a folder."""
+    digests = {file.name: _digest(file) for file in sorted(path.glob("*.safetensors"))}
+    (path / DIGESTS).write_text(json_files.dump(digests, indent=2) + "\n", encoding="utf-8")
+
+
+def check_digests(path: pathlib.Path) -> None:
+    """Compares the weight files of a folder with the digests that it was written with, if any.
+
+    Raises:
+      ValueError: a file is not what was written; it is named.
+    """
+    if not (path / DIGESTS).exists():
+        return
+    for name, digest in json_files.read_object(path / DIGESTS).items():
+        if not (path / name).is_file() or _digest(path / name) != digest:
+            raise ValueError(
+                f"{path / name} is not the file that was written with the folder. Write or copy "
+                f"the folder again; if it was changed on purpose, delete its {DIGESTS}."
+            )
+
+
+def _digest(file: pathlib.Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "blake2b").hexdigest()[:32]
 
 
 def listed(names: list[str], most: int = 20) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from occ.models.config import ModelConfig
 from occ.models.policy import Policy, abstract_policy
 from occ.models.pretrained import architectures, names
-from occ.models.pretrained.folder import WeightFolder, listed
+from occ.models.pretrained.folder import WeightFolder, check_digests, listed
 from occ.models.pretrained.model import PretrainedWarning
 from occ.models.pretrained.names import Stored
 from occ.sources import resolve
@@ -69,7 +69,8 @@ def load(
         `occ.training.sharding.tree_shardings` makes them; None is the default device.
 
     Raises:
-      ValueError: tensors are missing, left over or of another shape; all are listed.
+      ValueError: tensors are missing, left over or of another shape, and all are listed; or a file
+        of a folder that `save` wrote has changed.
     """
     packaged = str(path).startswith("package:")
     source = resolve(str(path)) if packaged else pathlib.Path(path)
@@ -78,6 +79,8 @@ def load(
 
         return gguf.load(source, config, shardings=shardings)
     folder = WeightFolder(source)
+    if jax.process_index() == 0:
+        check_digests(source)
     if config is None:
         config = _config(folder)
     _check_counts(folder, config)

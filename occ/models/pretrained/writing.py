@@ -15,7 +15,14 @@ from jax.experimental import multihost_utils
 from occ.models.config import ModelConfig
 from occ.models.policy import Policy
 from occ.models.pretrained import architectures, names
-from occ.models.pretrained.folder import INDEX, PICKLED, SINGLE, WeightFolder
+from occ.models.pretrained.folder import (
+    DIGESTS,
+    INDEX,
+    PICKLED,
+    SINGLE,
+    WeightFolder,
+    write_digests,
+)
 from occ.models.pretrained.names import Stored
 from occ.trees import path_string
 
@@ -49,7 +56,8 @@ def save(
 ) -> None:
     """Writes a model as a folder that `load` and other tools read.
 
-    The folder appears when it is whole. Of several processes all take part and the first writes.
+    The folder appears when it is whole, with digests that `load` compares. Of several processes all
+    take part and the first writes.
 
     Args:
       path: the folder, which must not exist.
@@ -88,6 +96,7 @@ def save(
         _write_json(beside / "config.json", raw)
     _write_shards(beside, tensors, _gather(variables), shard_bytes, first)
     if first:
+        write_digests(beside)
         beside.rename(target)
 
 
@@ -182,7 +191,7 @@ def _write_shards(
 def _copy_other_files(source: pathlib.Path, target: pathlib.Path) -> None:
     """Tokenizer, chat template, licence: all but the weights and what describes them."""
     for file in source.iterdir():
-        described = file.name == "config.json" or file.name.endswith(".index.json")
+        described = file.name in ("config.json", DIGESTS) or file.name.endswith(".index.json")
         if file.is_file() and not described and file.suffix not in WEIGHTS:
             shutil.copyfile(file, target / file.name)
 

@@ -78,12 +78,12 @@ def explained(run: pathlib.Path, needed: int) -> Iterator[None]:
             errno.ENOSPC,
             f"no space left for {run}: {needed:,} bytes and their index were to be written, "
             f"{free:,} are free. What was saved before is whole: make space, and give the same "
-            f"command again. In this folder the run can do without {_dispensable(run)}.",
+            f"command again.{_dispensable(run)}",
         ) from error
 
 
 def _dispensable(run: pathlib.Path) -> str:
-    """What is not needed to go on, the largest first."""
+    """A sentence on what is not needed to go on, the largest first; "" where there is nothing."""
     checkpoints = [
         path
         for path in (run / "checkpoints").glob("*")
@@ -94,7 +94,7 @@ def _dispensable(run: pathlib.Path) -> str:
     candidates += [path for path in (run / "tensorboard", run / "samples.jsonl") if path.exists()]
     sizes = sorted(((_size(path), path) for path in candidates), reverse=True)
     listed = [f"{path.relative_to(run)} ({size:,} bytes)" for size, path in sizes]
-    return ", ".join(listed) if listed else "nothing"
+    return f" In this folder the run can do without {', '.join(listed)}." if listed else ""
 
 
 def _size(path: pathlib.Path) -> int:

@@ -61,7 +61,7 @@ def load_start(
     if not target.is_dir():
         return None
     try:
-        with Checkpoints(target, owner=key, read_only=True) as checkpoints:
+        with Checkpoints(target, owner=key) as checkpoints:
             saved = checkpoints.read({"params": like[0], "rest": like[1]}).state
     except ValueError as error:
         renamed = set_aside(target)

@@ -17,6 +17,7 @@ _BLANK = re.compile(r"[\s*_`}]*")
 _DISPLAY = {"$$": "$$", r"\[": r"\]"}
 _FORMULA = re.compile(r"[0-9=+*/^<>|&]|\\(?![()\[\],;!: ]|text|quad)")
 _UNIT = re.compile(r"[A-Za-z]+(?:\^[23])?(?:/[A-Za-z]+(?:\^[23])?)?\.?")
+_REASON = re.compile(r"\s\((?:since|because|as|which|that|i\.e)\b")
 _BOLD = re.compile(r"(?<![\w)}])\*\*(?=[^\s*])|(?<=[^\s*])\*\*(?=[\s.,;:)]|$)")
 
 
@@ -36,7 +37,8 @@ def extract_answer(text: str) -> str | None:
     without the box: in `x = \boxed{5}` it is 5, and `\boxed{2}9` is no number. A box that never
     closes, holds nothing, or has digits right beside it, is none, and an empty last line is none
     either. Outside of formulas `~12` says "about 12", in an answer line, and gives no final answer
-    (in a box `~` is LaTeX's space). Delimiters, Markdown and a final dot are left for
+    (in a box `~` is LaTeX's space). A reason in brackets behind ("7 (since ...)") and check marks
+    are no part of it. Delimiters, Markdown and a final dot are left for
     `math_reading` to drop.
 
     >>> extract_answer(r"\boxed{1}, no: \boxed{\frac{1}{2}}."), extract_answer("**Answer:** 7\n")
@@ -135,7 +137,10 @@ def _in_box(text: str, place: int) -> bool:
 
 
 def _content(text: str, line: tuple[int, int]) -> str | None:
-    content = _BOLD.sub("", text[slice(*line)].strip(" \t\r*`"))
+    content = _BOLD.sub("", text[slice(*line)].strip(" \t\r*`").rstrip(" ✓✔✅☑"))
+    reason = _REASON.search(content)
+    if reason is not None and content.rstrip(" .").endswith(")"):
+        content = content[: reason.start()].rstrip()
     return None if content.startswith("~") else content or None
 
 

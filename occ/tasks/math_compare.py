@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from occ.tasks import math_units
-from occ.tasks.math_names import assigned_names, has_variables, is_name, is_sought
+from occ.tasks.math_names import assigned_names, by_name, has_variables, is_name, is_sought
 from occ.tasks.math_nodes import INFINITY, SCALAR, negative, number
 from occ.tasks.math_numeric import exact, nodes
 from occ.tasks.math_regions import Region, describes, flattened, rational, reals
@@ -73,6 +73,8 @@ class _Comparison:
         one, other = flattened(one), flattened(other)
         if one == other:
             return True
+        if one[0] == "list" or other[0] == "list":
+            one, other = by_name(one), by_name(other)
         regions = (reals(one), reals(other)) if describes(one) or describes(other) else (None,)
         if None not in regions:
             return self.regions(*regions)

@@ -22,6 +22,17 @@ def is_name(value: Node) -> bool:
     return value[0] in ("sym", "app")
 
 
+def by_name(value: Node) -> Node:
+    """A tuple of names and values as a list, "a = 2, b = 5"; else the value as it is."""
+    if value[0] != "rel" or value[1] != ("=",) or len(value) != 4:
+        return value
+    names, values = value[2:]
+    if not names[0] == values[0] == "tuple" or len(names) != len(values) or not is_name(names):
+        return value
+    pairs = zip(names[2:], values[2:], strict=True)
+    return ("list", (",",) * (len(names) - 3), *(("rel", ("=",), *pair) for pair in pairs))
+
+
 def has_variables(value: Node) -> bool:
     """Whether a formula depends on anything."""
     return any(node[0] in ("sym", "app") for node in nodes(value))

@@ -127,7 +127,7 @@ def _read(text: str, letters_are_units: bool) -> tuple[Node, ...]:
     choice = _choice(text)
     if choice is not None:
         return choice
-    words = _words(text)
+    words = _words(_said_twice(text))
     if words is not None:
         return (words,)
     text = _MERIDIEM.sub(r"\1m", _DERIVATIVE.sub(r"\\frac{d\1}{d\2}", text))
@@ -214,6 +214,15 @@ def _words(text: str) -> Node | None:
     if {run.lower() for run in runs} & {"sin", "cos", "tan", "log", "exp", "sqrt", "arctan"}:
         return None
     return ("words", joined)
+
+
+def _said_twice(text: str) -> str:
+    """The words alone of "Sixty (60)", where both say the same."""
+    match = re.fullmatch(r"([A-Za-z][A-Za-z -]*?)\s*\(\$?(\d+)\$?\)", text)
+    if match is None:
+        return text
+    value = _counted(re.findall("[a-z]+", match[1].lower()))
+    return match[1] if value == int(match[2]) else text
 
 
 def _counted(words: list[str]) -> int | None:

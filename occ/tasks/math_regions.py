@@ -36,6 +36,9 @@ def reals(value: Node) -> Region | None:
     if head == "rel":
         return _of_relation(value)
     if head == "list" and all(part[0] == "rel" for part in value[2:]):
+        left_out = [part for part in value[2:] if part[1] == ("!=",)]
+        if left_out and len(left_out) >= len(value) - 3 and "or" not in value[1]:
+            return _without_names(value[2:], left_out)
         return _of_relations(value[1], [reals(part) or _equated(part) for part in value[2:]])
     if head == "union":
         parts = [_points(part) or reals(part) for part in value[1:]]
@@ -151,6 +154,15 @@ def rational(value: Node) -> Fraction | None:
         return exact(value)
     except TooLargeError:
         return None
+
+
+def _without_names(parts: Sequence[Node], left_out: Sequence[Node]) -> Region | None:
+    """One set, or all numbers, but for points: 0 < x < 2, x != 1."""
+    line = Region([("interval", False, False, negative(INFINITY), INFINITY)], left_out[0][2])
+    (whole,) = [reals(part) for part in parts if part not in left_out] or [line]
+    if whole is None or any(part[2] != whole.variable for part in left_out):
+        return None
+    return _without_points(whole, ("set", *(part[3] for part in left_out)))
 
 
 def _without_points(region: Region | None, points: Node) -> Region | None:

@@ -41,7 +41,7 @@ def test_verdicts_are_those_of_a_careful_marker(verifier, kind):
 
 
 def test_pairs_that_were_written_before_they_were_judged(verifier):
-    """No more misses than when they were judged first (9) less those that were mended then (3)."""
+    """No more misses than when they were judged first (14) less those that were mended then (8)."""
     pairs = answer_pairs.load(answer_pairs.HELD_OUT)
     assert not {pair[:3] for pair in pairs} & {pair[:3] for pair in PAIRS}
     verdicts = verifier.judge([p.reference for p in pairs], [p.completion for p in pairs])

@@ -93,18 +93,23 @@ class Calibration:
                 f"{self.measure.name!r} yields the ratio c / v^2 alone. Use log_ratios('paper') "
                 "or gradients(), or a rule that takes a ratio, such as optimal()."
             )
+        if self.rule.takes_signal and not self.measure.yields_signal:
+            raise ValueError(
+                f"calibrate: rule {self.rule.name!r} needs inner products of expected gradients, "
+                f"which measure {self.measure.name!r} does not have. Use past_gradients()."
+            )
 
     def init(self, params: Any) -> CalibrationState:
         """State for gradients shaped like `params`."""
         trees.refuse_masked(params)
-        shared = trees.selected(params, self._shared_mask(params)).values()
+        shared = trees.selected(params, self._shared_mask(params))
         # optax.tree.map_params calls with a placeholder that has no leaves.
         if not shared and jax.tree.leaves(params):
             raise ValueError(
                 "calibrate: `shared` selects no leaf, so there is no gradient to measure. Pass the "
                 "mask of the leaves that both losses reach, or None for all of them."
             )
-        dtype = _real(measures_lib.accumulation_dtype(*shared))
+        dtype = _real(measures_lib.accumulation_dtype(*shared.values()))
         size = self.num_auxiliary + 1
         return CalibrationState(
             count=jnp.zeros((), jnp.int32),
@@ -114,7 +119,7 @@ class Calibration:
             nonfinite=jnp.zeros((self.num_auxiliary,), jnp.int32),
             overflowed=jnp.zeros((size,), jnp.int32),
             age=jnp.zeros((), jnp.int32),
-            measure=self.measure.init(self.num_auxiliary),
+            measure=self.measure.init(self.num_auxiliary, shared),
             rule=self.rule.init(self.num_auxiliary),
         )
 

@@ -68,7 +68,10 @@ def check(
     gram = jnp.where(kept[:, None] & kept[None, :] & jnp.isfinite(gram), gram, 0)
     if sampled is not None:
         sampled = jnp.where(ok & main_ok, sampled, 0).astype(dtype)
-    return Checked(Measurement(gram, None, sampled), main_ok, ok, lost & evidence_finite)
+    signal = measurement.signal
+    if signal is not None:
+        signal = jnp.where(kept & main_ok & jnp.isfinite(signal), signal, 0).astype(dtype)
+    return Checked(Measurement(gram, None, sampled, signal), main_ok, ok, lost & evidence_finite)
 
 
 def _check_ratio(measurement: Measurement, ok: jax.Array, dtype: Any) -> Checked:

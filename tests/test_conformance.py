@@ -65,6 +65,11 @@ MEASURES = {
     "row_subset": (measures.row_subset, one_of_its_own("row_subset")),
     "readout": (measures.readout, one_of_its_own("readout")),
     "sketched": (lambda: measures.sketched(2), none),
+    "past_gradients": (measures.past_gradients, none),
+    "past_gradients(preconditioned)": (
+        lambda: measures.past_gradients(norm="preconditioned"),
+        second_moment,
+    ),
     "smoothed": (lambda: measures.smoothed(measures.gradients()), none),
     "smoothed(cross_fitted)": (lambda: measures.smoothed(measures.cross_fitted()), halves),
     "log_ratios(paper)": (measures.log_ratios, log_ratios),
@@ -84,8 +89,10 @@ RULES = {
     "pcgrad(asymmetric)": lambda: rules.pcgrad(symmetric=False),
 }
 
+NEEDED = {"signal_to_noise": measures.past_gradients}  # by a rule that cannot do with any measure
 CASES = {f"measure {name}": (*row, rules.optimal) for name, row in MEASURES.items()} | {
-    f"rule {name}": (measures.gradients, none, factory) for name, factory in RULES.items()
+    f"rule {name}": (NEEDED.get(name, measures.gradients), none, factory)
+    for name, factory in RULES.items()
 }
 
 
@@ -294,6 +301,8 @@ def test_rules_agree_in_float64_and_float32(name):
     with jax.enable_x64(True):
         gram = jnp.asarray(state.gram, jnp.float64)
         measurement, key = measures.Measurement(gram), jax.random.fold_in(jax.random.key(0), 0)
+        if rule.takes_signal:  # there is nothing past at the first update
+            measurement = measures.Measurement(gram, None, gram[0, 1:], jnp.zeros_like(gram[0]))
         weights, _ = rule.update(measurement, rule.init(2), key)
         close(weights.astype(jnp.float32), state.weights)
 

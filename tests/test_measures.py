@@ -20,7 +20,7 @@ def evidence(seed=0, heads=2, rows=3, time=5):
 
 def measured(measure, heads, arrays):
     statistics = measure.reduce({k: jnp.asarray(v) for k, v in arrays.items()}, heads)
-    return measure.update(statistics, measure.init(heads), None)[0]
+    return measure.update(statistics, measure.init(heads, {}), None)[0]
 
 
 def reference_gram(main_log_ratio, auxiliary_log_ratios, response_mask):

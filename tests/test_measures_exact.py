@@ -53,7 +53,7 @@ def test_cross_fitting_in_closed_form(x64):
     g, m = (jax.tree.map(lambda a, b: (a + b) / 2, first[i], second[i]) for i in (0, 1))
     measure = measures.cross_fitted()
     statistics = measure.reduce({"gradients": (g, m), "gradient_halves": (first, second)}, 1)
-    got, _ = measure.update(statistics, measure.init(1), None)
+    got, _ = measure.update(statistics, measure.init(1, {}), None)
     cross = (flat(first[0]) @ flat(second[1]) + flat(second[0]) @ flat(first[1])) / 2
     np.testing.assert_allclose(got.gram[0, 1], cross, rtol=1e-13)
     np.testing.assert_allclose(got.gram[1, 0], cross, rtol=1e-13)
@@ -131,7 +131,7 @@ def test_sketches_are_unbiased_and_new_at_every_step(x64):
         got, state = measure.update((measures_dict(g), measures_dict(m)), state, None)
         return state, got.gram
 
-    _, grams = jax.lax.scan(step, measure.init(1), length=4000)
+    _, grams = jax.lax.scan(step, measure.init(1, {}), length=4000)
     grams = np.asarray(grams)
     exact = np.asarray(measures.gram_matrix((g, m)))
     error = grams.std(axis=0) / np.sqrt(len(grams))

@@ -138,6 +138,17 @@ def test_parameters_are_born_where_they_live_and_do_not_depend_on_it():
     tiny.close(born, alone, 1e-6)
 
 
+def test_what_a_measure_remembers_of_gradients_lies_where_the_parameters_lie():
+    config, model, _ = setting("worth", "float32", LAYOUTS["data-fsdp-tensor"])
+    mesh = sharding.make_mesh(config.layout)
+    with jax.set_mesh(mesh):
+        shapes = programs.abstract_state(config, tiny.policy(config, model), mesh)
+    for past in shapes.calibration.measure.gradients:
+        place = past["layers/mlp/up/kernel"].sharding
+        assert place == shapes.params["layers"]["mlp"]["up"]["kernel"].sharding
+        assert place.spec == jax.P(None, ("fsdp", "expert"), "tensor")
+
+
 # ---------------------------------------------------------------------------------------------
 # What the calibration adds to the communication
 # ---------------------------------------------------------------------------------------------

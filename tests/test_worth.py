@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from occ import theory
+import occ
+from occ import measures, rules, theory
 from occ.theory import SampledGram
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -158,3 +159,112 @@ def test_no_signal_is_nan_and_another_number_of_coefficients_is_refused():
     assert theory.relative_gain(SampledGram(jnp.eye(2), jnp.array([[1.0, -9], [-9, 1]])), 1) == -1
     with pytest.raises(ValueError, match=r"K=1 coefficients, got shape \(2,\)"):
         theory.relative_gain(sampled, jnp.zeros(2))
+
+
+# ---------------------------------------------------------------------------------------------
+# Estimated while training
+# ---------------------------------------------------------------------------------------------
+
+
+def stream(count, seed=0):
+    """Minibatch gradients of `gaussian`, as trees of two leaves."""
+    mean, mix, exact = gaussian(seed=3, batch=1.0)
+    rng = np.random.default_rng(seed)
+    values = mean[:, None] + np.einsum("ij,tjd->itd", mix, rng.normal(size=(count, 2, SIZE)))
+    return values, exact
+
+
+def as_tree(vector):
+    return {"a": jnp.asarray(vector[:4].reshape(2, 2)), "b": jnp.asarray(vector[4:])}
+
+
+@pytest.mark.parametrize("norm", ["euclidean", "preconditioned"])
+def test_past_gradients_are_the_loops(norm):
+    """Averages of past gradients with the fresh one, and both averages' corrections."""
+    values, _ = stream(6)
+    decay, smoothing, eps = 0.8, 0.6, 1e-8
+    nu = np.random.default_rng(1).uniform(1, 2, SIZE)
+    P = 1 / (np.sqrt(nu) + eps) if norm == "preconditioned" else np.ones(SIZE)
+    measure = measures.past_gradients(decay, smoothing, norm=norm)
+    state = measure.init(1, as_tree(values[0, 0]))
+    past, c, V, weight_past, weight_c, weight_V = np.zeros((2, SIZE)), 0, 0, 0, 0, 0
+    for t in range(values.shape[1]):
+        g, m = values[:, t]
+        evidence = {"gradients": (as_tree(g), as_tree(m)), "second_moment": as_tree(nu)}
+        got, state = measure.update(measure.reduce(evidence, 1), state, None)
+        if t:
+            before = past / weight_past
+            fresh = np.array([before[0] @ (P * g), (before[0] @ (P * m) + before[1] @ (P * g)) / 2])
+            c, weight_c = smoothing * c + (1 - smoothing) * fresh, smoothing * weight_c + 0.4
+        V = smoothing * V + (1 - smoothing) * (values[:, t] * P) @ values[:, t].T
+        weight_V = smoothing * weight_V + (1 - smoothing)
+        past = decay * past + (1 - decay) * values[:, t]
+        weight_past = decay * weight_past + (1 - decay)
+        expected = c / weight_c if t else np.zeros(2)
+        np.testing.assert_allclose(got.signal, expected, rtol=1e-12)
+        same = V / weight_V
+        np.testing.assert_allclose(got.sampled_correlation, same[0, 1:], rtol=1e-12)
+        np.testing.assert_allclose(got.gram[0, 1:], expected[1:], rtol=1e-12)
+        np.testing.assert_allclose(jnp.diagonal(got.gram), np.diagonal(same), rtol=1e-12)
+
+
+def test_the_rule_finds_the_coefficient_of_the_largest_signal_to_noise():
+    """Through the transformation: from the prior, in steps, to what the theory says."""
+    values, exact = stream(3000)
+    lam = float(theory.worth(exact).coefficients[0])
+    assert 0.1 < lam < 2
+    tx = occ.calibrate(
+        measures.past_gradients(0.98, 0.999),
+        rules.signal_to_noise(0.2, 20.0, bounds=(0.0, 3.0), largest_change=0.02),
+    )
+    state = tx.init(as_tree(values[0, 0]))
+
+    def step(state, gradients):
+        g, m = (as_tree_traced(x) for x in gradients)
+        _, state = tx.update(g, state, auxiliary=m)
+        return state, state.weights[1]
+
+    _, coefficients = jax.lax.scan(step, state, jnp.asarray(values.transpose(1, 0, 2)))
+    assert coefficients[0] == pytest.approx(0.2)  # nothing is past
+    assert np.max(np.abs(np.diff(coefficients))) <= 0.02 + 1e-6
+    assert np.mean(coefficients[-500:]) == pytest.approx(lam, abs=0.1)
+
+
+def as_tree_traced(vector):
+    return {"a": vector[:4].reshape(2, 2), "b": vector[4:]}
+
+
+def measured(c, V):
+    gram = jnp.asarray(V, jnp.float64)
+    c = jnp.asarray(c, jnp.float64)
+    expected = gram.at[0, 1:].set(c[1:]).at[1:, 0].set(c[1:])
+    return measures.Measurement(expected, None, gram[0, 1:], c)
+
+
+def test_the_rule_weighs_prior_and_measurements_and_holds_what_it_cannot_measure():
+    rule = rules.signal_to_noise(0.2, 3.0, bounds=(0.0, 0.5), largest_change=1.0)
+    state = rule.init(1)
+    sees = measured([1.0, 1.0], [[9.0, 0.0], [0.0, 9.0]])  # lambda 1
+    weights, state = rule.update(sees, state, None)
+    np.testing.assert_allclose(weights, [1, (1 * 1.0 + 3 * 0.2) / 4], rtol=1e-6)
+    held, state = rule.update(sees._replace(signal=-sees.signal), state, None)
+    np.testing.assert_allclose(held, weights)
+    assert state.count == 1
+    for _ in range(20):
+        weights, state = rule.update(sees, state, None)
+    assert weights[1] == 0.5  # its bound
+    # A head without a gradient neither counts nor disturbs the other.
+    two = measured([1.0, 1.0, 0.0], [[9.0, 0, 0], [0, 9.0, 0], [0, 0, 0]])
+    weights, _ = rule.update(two, rule.init(2), None)
+    np.testing.assert_allclose(weights, [1, 0.4, 0], rtol=1e-6)
+
+
+def test_rule_and_measure_must_fit():
+    with pytest.raises(ValueError, match="needs inner products of expected gradients"):
+        occ.calibrate(rule=rules.signal_to_noise())
+    with pytest.raises(ValueError, match="averages over updates by itself"):
+        measures.smoothed(measures.past_gradients())
+    with pytest.raises(ValueError, match="prior within bounds"):
+        rules.signal_to_noise(2.0)
+    with pytest.raises(ValueError, match="norm must be"):
+        measures.past_gradients(norm="adam")

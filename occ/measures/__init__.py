@@ -9,6 +9,7 @@ A main gradient g and K auxiliary gradients m_1..m_K have one Gram matrix of sha
     base.py        what a measure is; inner products
     exact.py       from gradients: all, some leaves, some rows, halves, preconditioned, sketched
     log_ratios.py  the paper's proxy, and the forms of its released code
+    past.py        present gradients against averages of past ones
     smoothing.py   moving averages of another measure
 
 A new measure is one file: a factory under `@register("name")`, every argument with a
@@ -39,6 +40,7 @@ from occ.measures.exact import (
     sketched,
 )
 from occ.measures.log_ratios import LOG_RATIO_EVIDENCE, LOG_RATIO_FORMS, log_ratios
+from occ.measures.past import PastState, past_gradients
 from occ.measures.smoothing import SmoothedState, smoothed
 
 by_name = REGISTRY.build
@@ -51,6 +53,7 @@ __all__ = [
     "Evidence",
     "Measure",
     "Measurement",
+    "PastState",
     "SmoothedState",
     "accumulation_dtype",
     "by_name",
@@ -62,6 +65,7 @@ __all__ = [
     "layer",
     "log_ratios",
     "named",
+    "past_gradients",
     "preconditioned",
     "readout",
     "register",

@@ -31,11 +31,14 @@ class Measurement(NamedTuple):
         which belong to the perturbation, where the matrix holds another first-order correlation:
         one free of the common sampling noise (`cross_fitted`), or one in another norm
         (`preconditioned`).
+      signal: None, or float [K+1]: inner products of the expected main gradient with every expected
+        gradient, itself first (`past_gradients`).
     """
 
     gram: Any
     ratio: jax.Array | None = None
     sampled_correlation: jax.Array | None = None
+    signal: jax.Array | None = None
 
 
 class Measure(NamedTuple):
@@ -46,12 +49,13 @@ class Measure(NamedTuple):
       evidence: keyword arguments of `tx.update` that it reads. `"gradients"` stands for the
         gradients themselves, which `calibrate` always has; every other name is the caller's to
         pass.
-      init: `(num_auxiliary) -> state`.
+      init: `(num_auxiliary, leaves) -> state`; leaves: the shared parameters by their paths.
       zero: `(num_auxiliary, dtype) -> statistics` of an empty minibatch; None where the statistics
         are the gradients, which have accumulators of their own.
       reduce: `(evidence, num_auxiliary) -> statistics`, additive over micro-batches.
       update: `(statistics, state, axis_name) -> (Measurement, state)`.
       yields_ratio: the measurement holds a ratio and no Gram matrix.
+      yields_signal: the measurement holds a `signal`, of averages over updates.
       leading_rows: from the rows of a minibatch to how many at its top are looked at apart from
         the others; None for measures that do not cut a minibatch.
       partial: it looks at some of the leaves, so that a group of leaves may have none for it.
@@ -59,11 +63,12 @@ class Measure(NamedTuple):
 
     name: str
     evidence: tuple[str, ...]
-    init: Callable[[int], MeasureState]
+    init: Callable[[int, Mapping[str, Any]], MeasureState]
     zero: Callable[[int, Any], Statistics] | None
     reduce: Callable[[Mapping[str, Any], int], Statistics]
     update: Callable[[Statistics, MeasureState, Any], tuple[Measurement, MeasureState]]
     yields_ratio: bool = False
+    yields_signal: bool = False
     leading_rows: Callable[[int], int] | None = None
     partial: bool = False
 
@@ -111,9 +116,9 @@ def accumulation_dtype(*dtypes: Any) -> Any:
         return jnp.result_type(jnp.float32, *dtypes)
 
 
-def stateless(num_auxiliary: int) -> MeasureState:
+def stateless(num_auxiliary: int, leaves: Mapping[str, Any]) -> MeasureState:
     """`init` of a measure that remembers nothing."""
-    del num_auxiliary
+    del num_auxiliary, leaves
     return ()
 
 

@@ -312,7 +312,7 @@ def sketched(rank: int = 8, *, seed: int = 0) -> Measure:
     return Measure(
         f"sketched({rank})",
         ("gradients",),
-        lambda num_auxiliary: jnp.zeros((), jnp.int32),
+        lambda num_auxiliary, leaves: jnp.zeros((), jnp.int32),
         None,
         reduce,
         update,

@@ -40,22 +40,27 @@ def smoothed(inner: Measure, decay: float = 0.9) -> Measure:
       decay: in [0, 1).
 
     Raises:
-      ValueError: decay outside [0, 1), or a measure that yields a ratio alone.
+      ValueError: decay outside [0, 1), or a measure that yields a ratio alone or averages already.
 
     Reference: the bias correction of Kingma and Ba, Adam, arXiv 1412.6980.
     """
     if not 0 <= decay < 1:
         raise ValueError(f"smoothed: decay must be in [0, 1), got {decay}.")
+    if inner.yields_signal:
+        raise ValueError(
+            f"smoothed: measure {inner.name!r} averages over updates by itself; set its own "
+            "`decay` and `smoothing`."
+        )
     if inner.yields_ratio:
         raise ValueError(
             f"smoothed: measure {inner.name!r} yields c / v^2 alone, and an average of ratios is "
             "another estimator than a ratio of averages. Smooth one that has c and v^2."
         )
 
-    def init(num_auxiliary):
+    def init(num_auxiliary, leaves):
         size = num_auxiliary + 1
         return SmoothedState(
-            inner=inner.init(num_auxiliary),
+            inner=inner.init(num_auxiliary, leaves),
             gram=jnp.zeros((size, size)),
             sampled_correlation=jnp.zeros((num_auxiliary,)),
             weight=jnp.zeros(()),

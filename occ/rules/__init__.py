@@ -6,6 +6,7 @@ that yield it directly, the ratio c_k / v_k^2).
     base.py          what a rule is; norms, cosines, fallbacks
     fixed.py         rules that look at nothing: fixed, detach, replay
     optimal.py       OCC, and its form for noisy gradients
+    signal_to_noise.py  where a step of free length gains most, with a prior
     projection.py    angles: cosine_gating, pcgrad, gradvac
     minimum_norm.py  the convex hull of the gradients: mgda, cagrad
     balancing.py     equal shares: imtl_g, nash_mtl, aligned_mtl, metabalance
@@ -31,6 +32,7 @@ from occ.rules.fixed import detach, fixed, replay
 from occ.rules.minimum_norm import cagrad, mgda
 from occ.rules.optimal import NONNEGATIVE, PAPER_EPS, noisy_optimal, optimal
 from occ.rules.projection import GradVacState, cosine_gating, gradvac, pcgrad
+from occ.rules.signal_to_noise import SignalState, signal_to_noise
 
 by_name = REGISTRY.build
 
@@ -42,6 +44,7 @@ __all__ = [
     "MetaBalanceState",
     "Rule",
     "RuleState",
+    "SignalState",
     "aligned_mtl",
     "by_name",
     "cagrad",
@@ -58,4 +61,5 @@ __all__ = [
     "pcgrad",
     "register",
     "replay",
+    "signal_to_noise",
 ]

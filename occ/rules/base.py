@@ -27,6 +27,7 @@ class Rule(NamedTuple):
       init: `(num_auxiliary) -> state`.
       update: `(measurement, state, key) -> (weights [K+1], state)`; `key` is a PRNG key that is
         new at every step, for rules that draw.
+      takes_signal: it needs `measurement.signal`.
       takes_ratio: it can also work from `measurement.ratio`, without a Gram matrix.
       data_dependent: False where the weights are the same whatever is measured, so that they are
         known before anything is.
@@ -37,6 +38,7 @@ class Rule(NamedTuple):
     update: Callable[[Measurement, RuleState, jax.Array], tuple[jax.Array, RuleState]]
     takes_ratio: bool = False
     data_dependent: bool = True
+    takes_signal: bool = False
 
 
 REGISTRY = Registry("rule")

@@ -78,6 +78,19 @@ REGIMES: dict[str, Regime] = {
         "learn from detached cross-entropy and stay good drafters",
         _fused(own_loss="ce", reference="own", rule="fixed"),
     ),
+    "worth": Regime(
+        "Own ratio, by worth",
+        "as drafter, with the coefficient of the largest signal to noise, w = V^-1 c, from "
+        "averages of past gradients at every fifth step, and 0.2 as its prior",
+        MTPTrainingConfig(
+            own_loss="ce",
+            reference="own",
+            measure="past_gradients",
+            measure_options={"decay": 0.9, "smoothing": 0.95, "norm": "preconditioned"},
+            rule="signal_to_noise",
+            every=5,
+        ),
+    ),
 }
 """Every named regime."""
 

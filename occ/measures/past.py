@@ -1,0 +1,148 @@
+"""Correlations of expected gradients, from the present gradients and averages of past ones."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from occ.measures.base import (
+    Measure,
+    Measurement,
+    accumulation_dtype,
+    gram_matrix,
+    inner_product,
+    psum,
+    register,
+)
+
+
+class PastState(NamedTuple):
+    """Moving averages, before the correction of their start at zero.
+
+    Attributes:
+      gradients: K+1 trees like the shared leaves, in at least float32.
+      weight: float [], sum of the weights in them.
+      expected: float [K+1], inner products of averages with fresh gradients.
+      expected_weight: float [], sum of the weights in it.
+      same: float [K+1, K+1], Gram matrices of one minibatch.
+      same_weight: float [], sum of the weights in it.
+    """
+
+    gradients: tuple[Any, ...]
+    weight: jax.Array
+    expected: jax.Array
+    expected_weight: jax.Array
+    same: jax.Array
+    same_weight: jax.Array
+
+
+@register("past_gradients")
+def past_gradients(
+    decay: float = 0.95, smoothing: float = 0.97, *, norm: str = "euclidean", eps: float = 1e-8
+) -> Measure:
+    """What expected gradients have in common, which one minibatch cannot tell.
+
+        c_0 = <A(g), P g>,   c_k = (<A(g), P m_k> + <A(m_k), P g>) / 2,   V_ij = <m_i, P m_j>
+
+    A(.) is the moving average of the gradients of updates before this one: it shares no sample with
+    the fresh gradient, and its own noise is that of many minibatches. c and V are averaged once
+    more over updates. Both are what `rules.signal_to_noise` needs. For other rules the matrix holds
+    c_k in its first row and V elsewhere, as `cross_fitted` does at the price of two backward passes
+    on halves; here the price is K+1 trees of memory like the shared parameters.
+
+    **Bias**: A(.) is the mean of gradients at parameters up to about 1 / (1 - decay) measured
+    updates old. Where the expected gradients turn within that time, c is too small.
+
+    Evidence: `second_moment` with norm="preconditioned", as in `preconditioned`.
+
+    Args:
+      decay: of the averages of gradients, in [0, 1).
+      smoothing: decay of the averages of c and V, in [0, 1).
+      norm: "euclidean" (P = 1), or "preconditioned": Adam's, P = diag(1 / (sqrt(nu) + eps)).
+      eps: Adam's, > 0.
+
+    Raises:
+      ValueError: decays outside [0, 1), eps <= 0, or another norm.
+    """
+    if not (0 <= decay < 1 and 0 <= smoothing < 1 and eps > 0):
+        raise ValueError(
+            f"past_gradients: expected decay and smoothing in [0, 1) and eps > 0, got {decay}, "
+            f"{smoothing} and {eps}."
+        )
+    if norm not in ("euclidean", "preconditioned"):
+        raise ValueError(
+            f"past_gradients: norm must be 'euclidean' or 'preconditioned', got {norm!r}."
+        )
+
+    def init(num_auxiliary, leaves):
+        def zeros(leaf):
+            return jnp.zeros_like(leaf, dtype=accumulation_dtype(leaf.dtype))
+
+        size = num_auxiliary + 1
+        return PastState(
+            gradients=tuple(
+                {path: zeros(leaf) for path, leaf in leaves.items()} for _ in range(size)
+            ),
+            weight=jnp.zeros(()),
+            expected=jnp.zeros((size,)),
+            expected_weight=jnp.zeros(()),
+            same=jnp.zeros((size, size)),
+            same_weight=jnp.zeros(()),
+        )
+
+    def reduce(evidence, num_auxiliary):
+        del num_auxiliary
+        return evidence["gradients"], evidence.get("second_moment")
+
+    def update(statistics, state, axis_name):
+        gradients, second_moment = statistics
+        fresh = tuple(jax.tree.map(_widen, gradient) for gradient in gradients)
+        moved = fresh
+        if norm == "preconditioned":
+            scale = jax.tree.map(lambda nu: 1 / (jnp.sqrt(_widen(nu)) + eps), second_moment)
+            moved = tuple(jax.tree.map(jnp.multiply, scale, gradient) for gradient in fresh)
+        main, *auxiliary = state.gradients
+        along = [inner_product(main, step) for step in moved]
+        across = [inner_product(past, moved[0]) for past in auxiliary]
+        both = [along[0], *((a + b) / 2 for a, b in zip(along[1:], across, strict=True))]
+        known = state.weight > 0
+        expected = jnp.stack(both) / jnp.where(known, state.weight, 1).astype(both[0].dtype)
+        same = _between(fresh, moved)
+        expected, same = psum((expected, same), axis_name)
+
+        def average(old, new, rate=smoothing):
+            return rate * old + (1 - rate) * jnp.asarray(new, old.dtype)
+
+        new = PastState(
+            gradients=jax.tree.map(lambda a, g: average(a, g, decay), state.gradients, fresh),
+            weight=average(state.weight, 1.0, decay),
+            expected=jnp.where(known, average(state.expected, expected), state.expected),
+            expected_weight=jnp.where(
+                known, average(state.expected_weight, 1.0), state.expected_weight
+            ),
+            same=average(state.same, same),
+            same_weight=average(state.same_weight, 1.0),
+        )
+        V = new.same / new.same_weight
+        signal = new.expected / jnp.where(new.expected_weight > 0, new.expected_weight, 1)
+        gram = V.at[0, 1:].set(signal[1:]).at[1:, 0].set(signal[1:])
+        return Measurement(gram, None, V[0, 1:], signal), new
+
+    evidence = ("gradients",) if norm == "euclidean" else ("gradients", "second_moment")
+    return Measure("past_gradients", evidence, init, None, reduce, update, yields_signal=True)
+
+
+def _between(left: tuple[Any, ...], right: tuple[Any, ...]) -> jax.Array:
+    """[<left_i, right_j>], symmetric."""
+    if left is right:
+        return gram_matrix(left)
+    size = len(left)
+    upper = {(i, j): inner_product(left[i], right[j]) for i in range(size) for j in range(i, size)}
+    rows = [jnp.stack([upper[min(i, j), max(i, j)] for j in range(size)]) for i in range(size)]
+    return jnp.stack(rows)
+
+
+def _widen(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(accumulation_dtype(leaf.dtype))

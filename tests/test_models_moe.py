@@ -208,11 +208,11 @@ def test_repeated_updates_balance_the_load():
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"experts_per_token": 0}, "experts_per_token must be between 1 and num_experts=6"),
+        ({"experts_per_token": 0}, "experts_per_token must be > 0, got 0"),
         ({"experts_per_token": 7}, "experts_per_token must be between 1 and num_experts=6"),
         ({"num_groups": 4}, "do not fall into 4 equal groups"),
         ({"num_groups": 3, "top_groups": 4}, "of which 4 are chosen"),
-        ({"num_groups": 3, "top_groups": 0}, "of which 0 are chosen"),
+        ({"num_groups": 3, "top_groups": 0}, "top_groups must be > 0, got 0"),
         (
             {"num_groups": 3, "top_groups": 1, "experts_per_token": 3},
             "exceeds the 2 experts in the chosen groups",

@@ -238,6 +238,7 @@ def test_worth_from_minibatches_is_that_of_their_gram_matrices():
     assert 0 < found["worth"]["error"][0] < 1 and found["joint"]["value"] > 0.9
 
 
+@pytest.mark.slow
 def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, capsys):
     config = CONFIGS[claims_grid.MAIN]()
     rollout = dataclasses.replace(config.rollout, prompts=8, minibatches=4)
@@ -271,6 +272,7 @@ def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, 
     assert "| filtering_easy | policy_own | 1 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_step_is_predicted_and_taken(at):
     config = CONFIGS[claims_grid.MAIN]()
     warm = dataclasses.replace(config.warm_start, steps=150, batch_size=32, wrong_fraction=0.3)

@@ -306,6 +306,7 @@ def test_the_transformation_alone_needs_jax_and_optax_alone():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_the_benchmark_counts_what_is_expected():
     """By the compiler's count: fused OCC costs what joint training costs, exact a backward more."""
     arguments = step_cost.Arguments(

@@ -276,9 +276,9 @@ WAITING = {"top_k": 2, "top_p": 0.9, "temperature": 0.7}
 @pytest.mark.parametrize(
     ("heads", "depth", "slots", "settings"),
     [
-        (1, 3, 0, WAITING),
+        pytest.param(1, 3, 0, WAITING, marks=pytest.mark.slow),
         (2, 3, 2, {"stop_tokens": (2,)}),
-        (2, 1, 3, {"temperature": 0.0}),
+        pytest.param(2, 1, 3, {"temperature": 0.0}, marks=pytest.mark.slow),
         ("parallel", 2, 2, {"temperature": 1.5, "stop_tokens": (2,)}),
     ],
     ids=str,

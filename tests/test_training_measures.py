@@ -34,9 +34,8 @@ def only_shared(tree):
     return {name: tree[name] for name in tree if is_shared(name)}
 
 
-@pytest.mark.parametrize(
-    "aggregation", ["token-mean", pytest.param("seq-mean-token-mean", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 def test_halves_make_up_the_whole(x64, aggregation):
     """Gradient, matrix and metrics from two halves of unequal token counts are the minibatch's."""
     objective = ObjectiveConfig(aggregation=aggregation)

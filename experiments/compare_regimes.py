@@ -18,6 +18,7 @@ import pathlib
 import sys
 import time
 
+import jax
 import tyro
 
 from experiments import report, runs
@@ -96,6 +97,8 @@ def compare(arguments: Arguments) -> int:
     """
     began = time.perf_counter()
     folder = arguments.folder / "smoke" if arguments.smoke else arguments.folder
+    if arguments.smoke:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of it
     ended = None
     try:
         status = _run_all(arguments, folder)

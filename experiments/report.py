@@ -103,6 +103,8 @@ def words(results: Runs) -> str:
 
 def _verdict(estimate: Estimate, other: str) -> str:
     """`3.9 ± 0.3 points below Detach`, or that the interval leaves it open."""
+    if estimate.mean == 0 and np.isnan(estimate.half_width):
+        return f"equal to {other}"
     if estimate.low <= 0 <= estimate.high:
         bound = np.ceil(1000 * max(-estimate.low, estimate.high)) / 10
         shown = percent(estimate, signed=True)

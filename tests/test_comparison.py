@@ -60,6 +60,8 @@ def test_one_start_has_no_interval_and_no_baseline_no_words():
         "1 warm start, so without intervals): Cross-entropy, coefficient 3 is 7.0 points below "
         "Detach."
     )
+    same = {"detach": one["detach"], "occ": one["detach"]}
+    assert report.words(same).endswith("OCC on policy loss is equal to Detach.")
     del one["detach"]
     assert "Without Detach" in report.words(one)
     assert "| cross-entropy, coefficient 3 | 23.0 |" in report.table(one)

@@ -47,6 +47,7 @@ from occ import theory
 from occ.theory import SampledGram
 from occ.training.batch import Minibatch, split
 from occ.training.config import MTPTrainingConfig
+from occ.training.durable.run_folder import environment
 from occ.training.gradient.placement import loss_gradients
 from occ.training.optimizer import second_moment
 from occ.training.regimes import regime
@@ -278,9 +279,14 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
         others = further_minibatches(run, state, number, count)
         for index, minibatch in enumerate(split(rollout.batch, config.rollout.minibatches)):
             if index == steps:
-                row = {"rollout": number, "minibatch": index, "minibatches": len(others)}
-                row["objectives"] = list(AUXILIARIES)
-                row["reward"] = rollout.metrics["reward"]
+                row = {
+                    "rollout": number,
+                    "minibatch": index,
+                    "minibatches": len(others),
+                    "objectives": list(AUXILIARIES),
+                    "reward": rollout.metrics["reward"],
+                    "commit": environment()["commit"],
+                }
                 rows.append(row | _measured([measure(state, other) for other in others]))
             state, _ = programs.train_step(state, minibatch)
     runs.write_rows(file, runs.rounded(rows))

@@ -19,7 +19,7 @@ class SignalState(NamedTuple):
     """
 
     coefficients: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 @register("signal_to_noise")

@@ -34,7 +34,7 @@ from occ.training.durable.lock import LockedError
 from occ.training.regimes import REGIMES, RegimeName, regime
 
 STORY: tuple[RegimeName, ...] = ("detach", "ce_3", "policy_3", "occ_ce", "occ", "drafter")
-SMOKE: tuple[RegimeName, ...] = ("detach", "policy_3", "occ")
+SMOKE: tuple[RegimeName, ...] = ("detach", "occ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Arguments:
       exact: measure the true c and v^2 in every regime, at the price of a second backward pass.
       folder: for all files.
       smoke: the shortest form: two rollouts of one layer, from one warm start of twenty steps, in
-        three of the default's regimes, compiled in haste. It shows that all works, and no
+        two of the default's regimes, compiled in haste. It shows that all works, and no
         difference.
     """
 

@@ -168,7 +168,7 @@ def test_the_story_is_told_by_default():
     compare_regimes.base_config(arguments)
     short = compare_regimes.base_config(compare_regimes.Arguments(smoke=True))
     assert (short.rollouts, short.warm_start.steps) == (2, 20)
-    assert compare_regimes.Arguments(smoke=True).regimes == ("detach", "policy_3", "occ")
+    assert compare_regimes.Arguments(smoke=True).regimes == ("detach", "occ")
     with pytest.raises(ValueError, match="starts >= 1, got 0"):
         compare_regimes.Arguments(starts=0)
 

@@ -15,7 +15,10 @@ KEY = jax.random.key(0)
 def weigh(rule, gram=None, ratio=None, heads=1, key=KEY, sampled=None):
     gram = jnp.full((heads + 1, heads + 1), jnp.nan) if gram is None else jnp.asarray(gram)
     heads = gram.shape[0] - 1
-    weights, _ = rule.update(Measurement(gram, ratio, sampled), rule.init(heads), key)
+    signal = None
+    if rule.takes_signal:
+        sampled, signal = gram[0, 1:] / 2 if sampled is None else sampled, gram[0]
+    weights, _ = rule.update(Measurement(gram, ratio, sampled, signal), rule.init(heads), key)
     return np.asarray(weights)
 
 

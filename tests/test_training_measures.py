@@ -174,6 +174,9 @@ def test_a_measure_that_comes_too_late_is_refused():
     for measure in ("first_layer", "cross_fitted", "sketched"):
         with pytest.raises(ValueError, match=r"placement='fused'.*row_subset"):
             MTPTrainingConfig(measure=measure, placement="fused")
+    for measure in ("readout", "row_subset"):
+        with pytest.raises(ValueError, match=r"has no need of. Use placement='fused'"):
+            MTPTrainingConfig(measure=measure)
     with pytest.raises(ValueError, match="measure must be one of"):
         MTPTrainingConfig(measure="exact")
     with pytest.raises(ValueError, match="every must be > 0"):

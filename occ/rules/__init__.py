@@ -1,7 +1,8 @@
 """Rules: Gram matrix -> weights (w_0, w_1, .., w_K) of the combined gradient.
 
-The combined gradient is w_0 g + sum_k w_k m_k. A rule sees the Gram matrix alone (or, for measures
-that yield it directly, the ratio c_k / v_k^2).
+The combined gradient is w_0 g + sum_k w_k m_k. A rule sees what was measured: the Gram
+matrix, or the ratio c_k / v_k^2 of measures that yield it directly, and of some measures the
+correlations of what the step takes or of expected gradients.
 
     base.py          what a rule is; norms, cosines, fallbacks
     fixed.py         rules that look at nothing: fixed, detach, replay

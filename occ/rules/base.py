@@ -1,8 +1,7 @@
 """What a rule is, and what several rules read off a Gram matrix.
 
-The combined gradient is w_0 g + sum_k w_k m_k. A rule sees the Gram matrix alone (or, for measures
-that yield it directly, the ratio c_k / v_k^2), so a new rule is one small function of a matrix of
-shape [K+1, K+1].
+The combined gradient is w_0 g + sum_k w_k m_k. A rule sees a `Measurement`, as a rule its Gram
+matrix alone, so a new one is one small function of a matrix of shape [K+1, K+1].
 """
 
 from __future__ import annotations

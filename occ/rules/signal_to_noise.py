@@ -36,8 +36,9 @@ def signal_to_noise(
         used       (n lambda_k + n_0 prior) / (n + n_0), within bounds, and at most
                    `largest_change` from the last one
 
-    V is the Gram matrix of one minibatch and c the inner products of expected gradients
-    (`occ.theory.worth` derives it). Without noise lambda is 0, and so it is where the auxiliary
+    V [K+1, K+1] is the Gram matrix of one minibatch and c [K+1] the inner products of expected
+    gradients, both with the main gradient's own, unlike those of `optimal` (`occ.theory.worth`
+    derives it). Without noise lambda is 0, and so it is where the auxiliary
     gradient shares all its noise with the main one. Early on little is known, and early steps are
     where there is something to gain: hence the prior, which counts as n_0 measurements. A
     measurement in which the main gradient shows no signal (c_0 <= 0, w_0 <= 0) counts nothing.

@@ -111,8 +111,10 @@ class MTPTrainingConfig:
       rule_options: further keyword options of the rule.
       measure: a name in `occ.measures.REGISTRY`, where rules that depend on data have c and v^2
         from: the exact "gradients"; those of some leaves; "cross_fitted" between halves of the
-        minibatch; in Adam's norm ("preconditioned"); of a "row_subset"; of the "readout" (output
-        head and final norm); the paper's "log_ratios" and its release's forms.
+        minibatch; against averages of "past_gradients"; in Adam's norm ("preconditioned");
+        "sketched"; in the placement "fused" also of a "row_subset", or of the "readout" (output
+        head, final norm, and the embedding as far as it is known there); the paper's "log_ratios"
+        and its release's forms.
       measure_options: keyword options of the measure.
       smoothing: decay of moving averages of c and v^2; 0 is none.
       every: measure at every n-th step, and keep the weights in between. Choose an n that shares no
@@ -165,6 +167,13 @@ class MTPTrainingConfig:
                 f"and a measure that is not in {early + partial}; got {self.placement!r}, "
                 f"{self.every}, {self.rule!r} and {self.measure!r}."
             )
+        beforehand = [n for n in measures.REGISTRY if _is_of_early_gradients(measures.by_name(n))]
+        if self.placement == "exact" and self.data_dependent and self.measure in beforehand:
+            raise ValueError(
+                f"MTPTrainingConfig: measure={self.measure!r} is of gradients taken before "
+                "the backward pass through the trunk, which placement='exact' has no need of. Use "
+                f"placement='fused', or a measure that is not in {beforehand}."
+            )
         if self.placement == "fused" and self.data_dependent and not measure.early:
             raise ValueError(
                 "MTPTrainingConfig: placement='fused' must know the coefficient before the "
@@ -210,6 +219,11 @@ class MTPTrainingConfig:
         """Rows at the top of a minibatch that the measure takes apart from the others; else all."""
         leading = self.make_measure().leading_rows
         return rows if leading is None else leading(rows)
+
+
+def _is_of_early_gradients(measure: measures.Measure) -> bool:
+    known = measures.EVIDENCE
+    return any(known[n].early and known[n].trees for n in measure.evidence if n in known)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,7 @@ RANGES = {
         "relative_ridge": NOT_NEGATIVE,
         "smoothing": BELOW_ONE,
         "every": ABOVE_ZERO,
+        "distilled_tokens": ABOVE_ZERO,
     },
     "OptimizerConfig": {
         "learning_rate": NOT_NEGATIVE,

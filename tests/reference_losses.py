@@ -47,7 +47,7 @@ def losses(logits, batch, config, held=None, mtp_loss=None):
       batch: the minibatch; nothing is read where it has no response token.
       config: the run's `TrainConfig`.
       held: like `logits`, the constants of differentiation; default the logits themselves.
-      mtp_loss: "ce", "policy" or "distill".
+      mtp_loss: "ce", "policy" or a divergence.
     """
     batch = {name: np.asarray(value) for name, value in vars(batch).items()}
     held = logits if held is None else held
@@ -163,7 +163,7 @@ def rl(sequences, objective, shape, config):
 
 
 def of_module(sequences, kind, objective, shape, config):
-    """Cross-entropy, the main head's policy loss, or KL(main head || module)."""
+    """Cross-entropy, the main head's policy loss, or a divergence from the main head."""
     value, cotangent, clips = 0.0, np.zeros(shape), []
     for sequence in sequences:
         weight = weight_of(sequence, sequences, objective)
@@ -175,6 +175,20 @@ def of_module(sequences, kind, objective, shape, config):
                 pairs = zip(token.target, token.log_probs, strict=True)
                 loss = sum(q * (math.log(q) - lp) for q, lp in pairs)
                 on_logits = probability - token.target
+            elif kind == "total_variation":
+                signs = np.sign(probability - token.target)
+                loss = sum(abs(p - q) for p, q in zip(probability, token.target, strict=True)) / 2
+                on_logits = probability * (signs - signs @ probability) / 2
+            elif kind == "distill_top_k":
+                target, k = token.target, config.mtp.distilled_tokens
+                order = sorted(range(len(target)), key=lambda v: -target[v])
+                best, others = order[:k], order[k:]
+                rest, its = (sum(x[v] for v in others) for x in (target, probability))
+                loss = rest * math.log(rest / its)
+                loss += sum(target[v] * math.log(target[v] / probability[v]) for v in best)
+                on_logits = (1 - rest) * probability
+                on_logits[best] -= token.target[best]
+                on_logits -= rest / its * (np.isin(range(len(order)), others) - its) * probability
             else:
                 loss, slope, clip = policy(token, sequence, objective.policy)
                 loss, slope = token.importance * loss, token.importance * slope

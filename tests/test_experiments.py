@@ -20,7 +20,7 @@ import tyro
 from experiments import compare_regimes, report_figure, runs, train
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
-from experiments.instruments import sampling_speed, step_cost
+from experiments.instruments import rollout_speed, step_cost
 from experiments.progress import interrupt
 from occ.models.policy import create_policy
 from occ.training import loop
@@ -325,11 +325,24 @@ def test_the_benchmark_counts_what_is_expected():
     assert "| occ |" in step_cost.table(costs)
 
 
-def test_the_speed_of_sampling_is_of_all_tokens():
-    arguments = sampling_speed.Arguments(
-        layers=1, width=64, vocab=8, rows=2, prompt=2, response=3, repeats=1
+@pytest.mark.slow
+def test_rollout_speed_samples_the_same_tokens_each_way(tmp_path):
+    arguments = rollout_speed.Arguments(
+        quick=True,
+        warm_up=2,
+        rows=(2,),
+        depth=2,
+        tokens=4,
+        slots=2,
+        prompt=8,
+        samples=2,
+        repeats=1,
+        folder=tmp_path,
     )
-    found = sampling_speed.measure(arguments)
-    assert found["tokens"] == 2 * 3
-    assert found["cache_bytes"] == 2 * (2 * 5 * 64) * 4  # keys and values of 5 columns a row
-    assert found["temporary_bytes"] > found["cache_bytes"]
+    found = rollout_speed.measure(arguments)
+    text = rollout_speed.table(found)
+    assert text.splitlines()[-1].startswith("rollout_speed: speculation")
+    assert text.endswith("same tokens yes")
+    (drafts,) = found["speculation"]
+    assert len(drafts["acceptance"]) == 2 and len(drafts["seconds_a_step"]) == 3
+    assert found["slots"]["steps"][0] > found["slots"]["steps"][1]

@@ -237,6 +237,10 @@ STEPS = {
 }
 SLOW = {
     "rl_only": config_of(regime("rl_only"), "ppo", ONE, **cut(logits_chunk=5)),
+    "drafter_tv": config_of(regime("drafter_tv"), "ppo", **cut(2, 5)),
+    "drafter_top_k": config_of(
+        dataclasses.replace(regime("drafter_top_k"), distilled_tokens=3), "ppo", **SHARP
+    ),
     "occ_released": config_of(regime("occ_released"), "reinforce", ONE),
     "detach for two": config_of(regime("detach"), "gspo", **SHARP),
     "ce": config_of(regime("ce"), "cispo", **cut(2, 5)),
@@ -347,13 +351,13 @@ def test_the_minibatch_has_tokens_in_every_branch(x64):
     assert 0 < np.mean(beyond) < 1
 
 
-@pytest.mark.parametrize("loss", ["policy", "ce", "distill"])
+@pytest.mark.parametrize("loss", ["policy", "ce", "distill", "distill_top_k", "total_variation"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_slopes_of_the_reference_by_central_differences(x64, name, loss):
     """Along random directions of all logits; constants of differentiation are held."""
     batch = minibatch(TWO)
     logits = logits_of(TWO, batch)
-    mtp = MTPTrainingConfig(loss=loss, reference="own")
+    mtp = MTPTrainingConfig(loss=loss, reference="own", distilled_tokens=3)
     config = config_of(mtp, name, **SHARP)
     slopes = reference_losses.losses(logits, batch, config)
     rng, step = np.random.default_rng(1), 1e-6

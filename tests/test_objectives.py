@@ -1,6 +1,7 @@
 """Losses and advantages against token-by-token references, hand cases and finite differences."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -459,7 +460,7 @@ def test_kl_clamps_and_refuses():
         divergences.kl(far, far, estimator="k4")
 
 
-@pytest.mark.parametrize("loss", ["entropy", "distillation"])
+@pytest.mark.parametrize("loss", ["entropy", "distillation", "top k", "variation"])
 def test_a_logit_of_minus_infinity_is_probability_zero(loss):
     """In values and gradients: as a logit of -50, but for what float32 does not see."""
     inf = jnp.inf
@@ -468,9 +469,12 @@ def test_a_logit_of_minus_infinity_is_probability_zero(loss):
 
     def value_and_gradient(logits, targets):
         def tokens(x):
-            return (
-                divergences.token_entropy(x) if loss == "entropy" else mtp.distillation(x, targets)
-            )
+            if loss == "entropy":
+                return divergences.token_entropy(x)
+            if loss == "top k":
+                return mtp.top_k_distillation(x, targets, 2)
+            between = mtp.distillation if loss == "distillation" else mtp.total_variation
+            return between(x, targets)
 
         return tokens(logits), jax.grad(lambda x: jnp.sum(tokens(x)))(logits)
 
@@ -478,6 +482,34 @@ def test_a_logit_of_minus_infinity_is_probability_zero(loss):
     near = value_and_gradient(jnp.maximum(logits, -50), jnp.maximum(targets, -50))
     for one, other in zip(got, near, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 9])
+def test_top_k_distillation_and_total_variation_by_loops(x64, k):
+    """Values and gradients; with k of all five tokens it is the whole divergence."""
+    rng = np.random.default_rng(k)
+    logits, targets = (jnp.asarray(rng.normal(size=(2, 3, 5)) * 2) for _ in range(2))
+    p, q = (np.asarray(jax.nn.softmax(x)) for x in (targets, logits))
+    top = functools.partial(mtp.top_k_distillation, k=k)
+    for row, time in np.ndindex(2, 3):
+        a, b = p[row, time], q[row, time]
+        best = sorted(range(5), key=lambda v: -a[v])[:k]
+        rest, its = 1 - a[best].sum(), 1 - b[best].sum()
+        expected = sum(a[v] * np.log(a[v] / b[v]) for v in best)
+        expected += rest * np.log(rest / its) if k < 5 else 0
+        np.testing.assert_allclose(top(logits, targets)[row, time], expected, atol=1e-12)
+        variation = sum(abs(x - y) for x, y in zip(a, b, strict=True)) / 2
+        got = mtp.total_variation(logits, targets)[row, time]
+        np.testing.assert_allclose(got, variation, atol=1e-12)
+    for loss in (top, mtp.total_variation):
+        total = functools.partial(lambda x, y, loss: jnp.sum(loss(x, y)), loss=loss)
+        slope, towards = jax.grad(total, (0, 1))(logits, targets)
+        assert not towards.any()
+        direction, step = jnp.asarray(rng.normal(size=logits.shape)), 1e-6
+        ends = [total(logits + sign * step * direction, targets) for sign in (1, -1)]
+        assert abs(jnp.sum(slope * direction) - (ends[0] - ends[1]) / (2 * step)) < 1e-8
+    if k >= 5:
+        np.testing.assert_allclose(top(logits, targets), mtp.distillation(logits, targets))
 
 
 def test_what_the_head_alone_excludes_is_infinitely_far():

@@ -13,6 +13,8 @@ the window holds.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -158,6 +160,36 @@ def draft(
             tokens, window.last + 1 + number, token
         )
     return jnp.stack(drafts, axis=1), cache
+
+
+def expected_tokens(acceptance: Sequence[float]) -> float:
+    """Tokens that a pass of the trunk decides, with drafts as deep as there are shares.
+
+        1 + sum_d prod_{j <= d} acceptance_j
+
+    Args:
+      acceptance: of each depth, the share of drafts kept of those whose predecessors were.
+
+    >>> expected_tokens([0.5, 0.5])
+    1.75
+    """
+    return 1.0 + sum(math.prod(acceptance[:depth]) for depth in range(1, len(acceptance) + 1))
+
+
+def best_depth(acceptance: Sequence[float], seconds: Sequence[float]) -> int:
+    """The depth at which most tokens are decided in a second; 0 is no drafts.
+
+    Args:
+      acceptance: of depths 1 to D, as of `expected_tokens`.
+      seconds: of a step with 0 to D drafts.
+
+    >>> best_depth([0.8, 0.7, 0.1], [1.0, 1.2, 1.4, 1.6])
+    2
+    >>> best_depth([0.1, 0.1, 0.1], [1.0, 1.2, 1.4, 1.6])
+    0
+    """
+    rates = [expected_tokens(acceptance[:d]) / taken for d, taken in enumerate(seconds)]
+    return max(range(len(rates)), key=rates.__getitem__)
 
 
 class Verdict(NamedTuple):

@@ -141,6 +141,66 @@ def distillation(
     return jnp.sum(probability * difference, axis=-1)
 
 
+def total_variation(
+    logits: Float[Array, "batch time vocab"], target_logits: Float[Array, "batch time vocab"]
+) -> Float[Array, "batch time"]:
+    """Half the distance of two distributions of the same token: what speculation refuses.
+
+        1/2 sum_v |p_head(v) - p_target(v)|
+
+    Rejection sampling keeps a draft with one minus that; with common random numbers it is kept with
+    (1 - TV) / (1 + TV) at least.
+
+    Args:
+      logits, target_logits: as of `distillation`; no gradient reaches the target.
+
+    Returns:
+      At least float32 [B, T], in [0, 1].
+
+    Reference: Leviathan et al., Fast Inference from Transformers via Speculative Decoding, arXiv
+    2211.17192, whose acceptance it is.
+    """
+    dtype = accumulation_dtype(logits.dtype)
+    target = jax.nn.softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
+    return 0.5 * jnp.sum(jnp.abs(jax.nn.softmax(logits.astype(dtype), axis=-1) - target), axis=-1)
+
+
+def top_k_distillation(
+    logits: Float[Array, "batch time vocab"],
+    target_logits: Float[Array, "batch time vocab"],
+    k: int,
+) -> Float[Array, "batch time"]:
+    """KL(target || head) over the target's k most likely tokens and, as one outcome, all others.
+
+        sum_{v in top k} p(v) log(p(v) / q(v)) + P log(P / Q),    P, Q: of all other tokens
+
+    At most `distillation`, with which it is equal where k is V: tokens that are hardly drafted do
+    not pull at a small module.
+
+    Args:
+      logits, target_logits: as of `distillation`; no gradient reaches the target.
+      k: at least 1.
+
+    Returns:
+      At least float32 [B, T].
+    """
+    dtype = accumulation_dtype(logits.dtype)
+    target = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
+    log_prob = jax.nn.log_softmax(logits.astype(dtype), axis=-1)
+    _, kept = jax.lax.top_k(target, min(k, target.shape[-1]))
+    others = jnp.put_along_axis(jnp.ones(target.shape, bool), kept, False, -1, inplace=False)
+
+    def outcomes(values):
+        rest = jnp.sum(jnp.where(others, jnp.exp(values), 0), axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(values, kept, axis=-1)
+        return jnp.concatenate([chosen, jnp.log(jnp.maximum(rest, jnp.finfo(dtype).tiny))], axis=-1)
+
+    expected = outcomes(target)
+    probability = jnp.exp(expected)
+    difference = jnp.where(probability > 0, expected - outcomes(log_prob), 0)
+    return jnp.sum(probability * difference, axis=-1)
+
+
 def _shift(values: jax.Array, by: int) -> jax.Array:
     """Moves columns to the right; zeros enter on the left, and nothing wraps around."""
     by = min(by, values.shape[1])

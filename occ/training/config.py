@@ -94,10 +94,12 @@ class MTPTrainingConfig:
 
     Attributes:
       loss: "ce" (cross-entropy on the sampled responses), "policy" (the main head's policy loss
-        on MTP log-probs), "distill" (divergence from the main head's distribution for the same
-        token, which is held fixed) or "none" (RL alone).
-      own_loss: what the modules' own parameters learn from: "same", or "ce" or "distill", detached,
-        so that they stay good drafters while `loss` acts on the shared parameters alone.
+        on MTP log-probs), a divergence from the main head's distribution for the same token, which
+        is held fixed ("distill", Kullback and Leibler's; "distill_top_k", that of its most likely
+        tokens; "total_variation", the share of drafts that it would refuse) or "none" (RL alone).
+      own_loss: what the modules' own parameters learn from: "same", or "ce" or a divergence,
+        detached, so that they stay good drafters while `loss` acts on the shared parameters alone.
+      distilled_tokens: k of "distill_top_k"; all others are one outcome.
       reference: old log-prob in the ratio of the policy loss, and in d_MTP of the log-ratio
         measures: the main head's for the same token, or the module's own.
       rule: coefficient on shared parameters: "detach" (0), "fixed", "optimal" (OCC), or another
@@ -128,8 +130,9 @@ class MTPTrainingConfig:
       scale_own: scale the modules' own gradient too, as the paper's released code does.
     """
 
-    loss: Literal["none", "ce", "policy", "distill"] = "policy"
-    own_loss: Literal["same", "ce", "distill"] = "same"
+    loss: Literal["none", "ce", "policy", "distill", "distill_top_k", "total_variation"] = "policy"
+    own_loss: Literal["same", "ce", "distill", "distill_top_k", "total_variation"] = "same"
+    distilled_tokens: int = 16
     reference: Literal["main", "own"] = "main"
     rule: RuleName = dataclasses.field(default="optimal", metadata={"one_of": rules.REGISTRY})
     coefficient: float = 0.2

@@ -91,6 +91,16 @@ REGIMES: dict[str, Regime] = {
             every=5,
         ),
     ),
+    "drafter_tv": Regime(
+        "Detach, TV",
+        "the modules alone learn to draft: total variation from the main head is what is refused",
+        _fused(loss="total_variation", rule="detach"),
+    ),
+    "drafter_top_k": Regime(
+        "Detach, top k",
+        "the modules alone learn the main head's most likely tokens, all others as one",
+        _fused(loss="distill_top_k", rule="detach"),
+    ),
 }
 """Every named regime."""
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from occ.models.parameters import Parts, join, substitute
 from occ.models.partitioning import in_order
 from occ.training.gradient.inputs import StepInputs
-from occ.training.gradient.losses import LossOutput, mtp_loss, rl_loss
+from occ.training.gradient.losses import LossOutput, mtp_loss, rl_loss, token_divergence
 from occ.training.sharding import cut_as_parameters
 
 HIDDEN = "hidden"
@@ -127,7 +127,7 @@ def _head_gradient(
 ) -> tuple[tuple[dict[str, Any], jax.Array], LossOutput]:
     """Gradient of the loss of the MTP head at `depth`, on `params` and on the head's input."""
     parts, config = inputs.parts, inputs.config
-    if config.mtp.loss == "distill":
+    if token_divergence(config.mtp) is not None:
 
         def composed(params, state):
             return _head_loss(inputs, substitute(parts, params), hidden, state, depth)
@@ -149,8 +149,9 @@ def _head_loss(
     """The loss of the MTP head at `depth`; `head_parts` are its parameters, `state` its input."""
     stages = inputs.stages
     divergence = None
-    if inputs.config.mtp.loss == "distill":
-        divergence = stages.divergence(head_parts, (inputs.parts, hidden), state, depth)
+    between = token_divergence(inputs.config.mtp)
+    if between is not None:
+        divergence = stages.divergence(head_parts, (inputs.parts, hidden), state, depth, between)
     scores = stages.head(head_parts, state, depth)
     return mtp_loss(scores, inputs.batch, depth, inputs.config, divergence)
 

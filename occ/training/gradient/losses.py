@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 
 from occ.objectives import divergences, masked, mtp, policy
 from occ.training.batch import Minibatch
-from occ.training.config import ObjectiveConfig, TrainConfig
+from occ.training.config import MTPTrainingConfig, ObjectiveConfig, TrainConfig
 from occ.training.gradient.stages import TokenScores
 
 
@@ -95,7 +96,7 @@ def mtp_loss(
 
     The policy loss has the main head's advantages, clipping and aggregation; its ratio is against
     the old log-prob that `config.mtp.reference` names. A minibatch in which every target is masked
-    has loss 0. `divergence` is the token loss of "distill".
+    has loss 0. `divergence` is the token loss where `token_divergence` names one.
     """
     own = config.mtp.reference == "own"
     old = batch.old_mtp_log_prob[depth - 1] if own else batch.old_log_prob
@@ -103,8 +104,7 @@ def mtp_loss(
     metrics: dict[str, Any] = {}
     if config.mtp.loss == "ce":
         token_loss = mtp.cross_entropy(scores.log_prob, mask)
-    elif config.mtp.loss == "distill":
-        assert divergence is not None
+    elif divergence is not None:
         token_loss = jnp.where(mask, divergence, 0)
     else:
         terms = policy.policy_loss(
@@ -128,6 +128,16 @@ def mtp_loss(
     }
     output = LossOutput(log_ratio, mask, aggregate.weight, metrics)
     return loss, jax.lax.stop_gradient(output)
+
+
+def token_divergence(config: MTPTrainingConfig) -> Callable[..., jax.Array] | None:
+    """`(logits, target_logits) -> [B, T]` of a loss that compares with the main head; else None."""
+    between: dict[str, Callable[..., jax.Array]] = {
+        "distill": mtp.distillation,
+        "distill_top_k": functools.partial(mtp.top_k_distillation, k=config.distilled_tokens),
+        "total_variation": mtp.total_variation,
+    }
+    return between.get(config.loss)
 
 
 def loss_weights(batch: Minibatch, config: TrainConfig) -> Float[Array, "losses"]:

@@ -175,6 +175,7 @@ class Stages:
         main: tuple[Parts, Float[Array, "batch time width"]],
         hidden: Float[Array, "batch time width"],
         depth: int,
+        between: Callable[..., jax.Array] = mtp.distillation,
     ) -> Float[Array, "batch time"]:
         """Divergence of MTP head `depth` from the main head, token by token; 0 where it has none.
 
@@ -183,13 +184,14 @@ class Stages:
           main: parameters and hidden state of the main head, the target: no gradient reaches it.
           hidden: the module's.
           depth: k >= 1.
+          between: of their logits, token by token.
         """
         parts, (main_parts, main_hidden) = self._with_heads_gathered(parts), main
         main_parts = self._with_heads_gathered(main_parts)
 
         def diverge(hidden, main_hidden):
             target = self._logits(main_parts, main_hidden, 0)
-            return mtp.distillation(self._logits(parts, hidden, depth), target)
+            return between(self._logits(parts, hidden, depth), target)
 
         target_hidden = jax.lax.stop_gradient(mtp.ahead(main_hidden, depth))
         values = mtp.align(self._in_chunks(diverge, depth, hidden, target_hidden), depth)

@@ -98,6 +98,7 @@ def generate(
     """
     model = policy.model
     check_depth(policy.config.mtp, draft_depth)
+    prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     if prompt_of is None:
         prompt_of = jnp.arange(prompts.shape[0], dtype=jnp.int32)
     count = prompt_of.shape[0]

@@ -28,6 +28,7 @@ from experiments.studies.claims_grid import (
 from experiments.studies.claims_rows import (
     Results,
     Rows,
+    by_start,
     difference,
     pooled,
     read,
@@ -267,6 +268,19 @@ def cosine_figure(results: Results, file: pathlib.Path) -> None:
     plt.close(figure)
 
 
+def by_start_table(results: Results, names: list[str]) -> str:
+    """What each warm start gave, and all of them together, to the hundredth of a point."""
+    lines = ["| setting | variant | all | by start |", "|---|---|---|---|"]
+    for setting, runs in results.items():
+        for name in names:
+            starts = by_start(runs, name, "area")
+            if starts:
+                each = ", ".join(f"{start}: {100 * gain:+.2f}" for start, gain in starts.items())
+                together = show(difference(runs, name, "area"), digits=2)
+                lines.append(f"| {setting} | {name} | {together} | {each} |")
+    return "\n".join(lines)
+
+
 def over_starts_sections(results: Results) -> dict[str, str]:
     """Claims over warm starts: accuracy, reward, when in training, and each setting."""
     names = [name for name in OVER_STARTS if name != "detach"]
@@ -278,6 +292,7 @@ def over_starts_sections(results: Results) -> dict[str, str]:
     }
     return {
         **{title: against_detach_table(results, names, name) for name, title in titles.items()},
+        "Mean reward minus Detach's, by warm start": by_start_table(results, names),
         "Correlation with the RL gradient on the same minibatch (claims 1, 2)": correlation_table(
             results
         ),

@@ -80,11 +80,13 @@ AUXILIARIES: dict[str, Auxiliary] = {
     "distill": Auxiliary(MTPTrainingConfig(loss="distill")),
 }
 """Policy loss against the module's own and the main head's old log-prob; cross-entropy on all
-samples and on the better ones; distillation from the main head."""
+samples and on the better ones; distillation from the main head. The RL gradient is taken beside the
+first, which must be on the whole minibatch."""
 
 POINTS = (0.07, 0.25, 0.5, 0.8)
 """Of a run; after one, two or three gradient steps of the rollout, in turn."""
 
+QUICK = pathlib.Path("runs/worth/quick")
 FOLLOWED_SEED = 50  # run of start s: 100 s + 50, apart from those whose gain is predicted
 
 
@@ -142,13 +144,13 @@ def gradients_of(run: Followed) -> Callable[..., Any]:
 
     @jax.jit
     def compute(state: TrainState, batch: Minibatch):
-        found = []
+        main, found = None, []
         for auxiliary in AUXILIARIES.values():
             config = dataclasses.replace(run.config, mtp=auxiliary.mtp)
             inputs = inputs_of(run._replace(config=config), state, auxiliary.batch(batch))
-            main, *heads = shared_gradients(loss_gradients(inputs))
+            own, *heads = shared_gradients(loss_gradients(inputs))
+            main = own if main is None else main
             found.append(_added(heads))
-        main = shared_gradients(loss_gradients(inputs_of(run, state, batch)))[0]
         moments = by_path(second_moment(state.opt_state, run.config.optimizer))
         roots = {path: (jnp.sqrt(moments[path]) + 1e-8) ** -0.5 for path in main}
         plain = [by_part(one) for one in (main, *found)]
@@ -299,16 +301,6 @@ def _measured(gradients: list[dict[str, dict[str, np.ndarray]]]) -> dict[str, An
 
 def run(arguments: Run) -> int:
     """Measures every run that has no rows yet."""
-    if arguments.quick:
-        folder = arguments.folder
-        arguments = dataclasses.replace(
-            arguments,
-            settings=arguments.settings[:1],
-            starts=arguments.starts[:1],
-            minibatches=16,
-            workers=1,
-            folder=pathlib.Path("runs/worth/quick") if folder == RESULTS else folder,
-        )
     # Every start once before any setting is done twice.
     pairs = [(s, start) for start, s in itertools.product(arguments.starts, arguments.settings)]
     if arguments.workers == 1:
@@ -327,10 +319,17 @@ def main() -> int:
     arguments = command_line(__doc__, Run, Report)
     if isinstance(arguments, Report):
         return worth_report.report(arguments.folder, arguments.gains, arguments.output)
-    status = run(arguments)
-    if arguments.quick and not status:
-        return worth_report.report(pathlib.Path("runs/worth/quick"), None, Report.output)
-    return status
+    if not arguments.quick:
+        return run(arguments)
+    few = dataclasses.replace(
+        arguments,
+        settings=arguments.settings[:1],
+        starts=arguments.starts[:1],
+        minibatches=16,
+        workers=1,
+        folder=QUICK if arguments.folder == RESULTS else arguments.folder,
+    )
+    return run(few) or worth_report.report(few.folder, None, QUICK.with_name("quick-report"))
 
 
 if __name__ == "__main__":

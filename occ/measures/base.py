@@ -116,6 +116,11 @@ def accumulation_dtype(*dtypes: Any) -> Any:
         return jnp.result_type(jnp.float32, *dtypes)
 
 
+def widen(leaf: jax.Array) -> jax.Array:
+    """The leaf in the dtype in which it is summed."""
+    return leaf.astype(accumulation_dtype(leaf.dtype))
+
+
 def stateless(num_auxiliary: int, leaves: Mapping[str, Any]) -> MeasureState:
     """`init` of a measure that remembers nothing."""
     del num_auxiliary, leaves

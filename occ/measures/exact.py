@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from occ.measures.base import (
     Measure,
     Measurement,
-    accumulation_dtype,
     declare_evidence,
     gram_matrix,
     inner_product,
     psum,
     register,
     stateless,
+    widen,
 )
 
 Select = Callable[[str], bool | int]
@@ -141,8 +141,8 @@ def preconditioned(eps: float = 1e-8, *, norm: str = "preconditioned") -> Measur
 
     def update(statistics, state, axis_name):
         gradients, second_moment = statistics
-        wide = tuple(jax.tree.map(_widen, gradient) for gradient in gradients)
-        scale = jax.tree.map(lambda nu: 1 / (jnp.sqrt(_widen(nu)) + eps), second_moment)
+        wide = tuple(jax.tree.map(widen, gradient) for gradient in gradients)
+        scale = jax.tree.map(lambda nu: 1 / (jnp.sqrt(widen(nu)) + eps), second_moment)
         moved = tuple(jax.tree.map(jnp.multiply, scale, gradient) for gradient in wide)
         if norm == "preconditioned":
             root = jax.tree.map(jnp.sqrt, scale)
@@ -162,10 +162,6 @@ def preconditioned(eps: float = 1e-8, *, norm: str = "preconditioned") -> Measur
 def preconditioned_euclidean(eps: float = 1e-8) -> Measure:
     """`preconditioned` with norm="euclidean"."""
     return preconditioned(eps, norm="euclidean")
-
-
-def _widen(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(accumulation_dtype(leaf.dtype))
 
 
 @register("cross_fitted")
@@ -322,7 +318,7 @@ def sketched(rank: int = 8, *, seed: int = 0) -> Measure:
 def _sketch(leaf: jax.Array, key: jax.Array, rank: int) -> jax.Array:
     if leaf.ndim < 2 or leaf.shape[-2] * leaf.shape[-1] <= rank * rank:
         return leaf
-    wide = _widen(leaf)
+    wide = widen(leaf)
     # Layers of a stack share the random matrices: their sketches are compared within a layer only.
     left, right = (
         jax.random.normal(k, (size, rank), wide.dtype) * rank**-0.5

@@ -15,6 +15,7 @@ from occ.measures.base import (
     inner_product,
     psum,
     register,
+    widen,
 )
 
 
@@ -98,18 +99,21 @@ def past_gradients(
 
     def update(statistics, state, axis_name):
         gradients, second_moment = statistics
-        fresh = tuple(jax.tree.map(_widen, gradient) for gradient in gradients)
-        moved = fresh
+        root = None
         if norm == "preconditioned":
-            scale = jax.tree.map(lambda nu: 1 / (jnp.sqrt(_widen(nu)) + eps), second_moment)
-            moved = tuple(jax.tree.map(jnp.multiply, scale, gradient) for gradient in fresh)
-        main, *auxiliary = state.gradients
-        along = [inner_product(main, step) for step in moved]
-        across = [inner_product(past, moved[0]) for past in auxiliary]
+            root = jax.tree.map(lambda nu: (jnp.sqrt(widen(nu)) + eps) ** -0.5, second_moment)
+
+        def in_norm(tree):
+            return tree if root is None else jax.tree.map(jnp.multiply, root, tree)
+
+        fresh = tuple(jax.tree.map(widen, gradient) for gradient in gradients)
+        here, before = ([in_norm(tree) for tree in trees] for trees in (fresh, state.gradients))
+        along = [inner_product(before[0], gradient) for gradient in here]
+        across = [inner_product(past, here[0]) for past in before[1:]]
         both = [along[0], *((a + b) / 2 for a, b in zip(along[1:], across, strict=True))]
         known = state.weight > 0
         expected = jnp.stack(both) / jnp.where(known, state.weight, 1).astype(both[0].dtype)
-        same = _between(fresh, moved)
+        same = gram_matrix(tuple(here))
         expected, same = psum((expected, same), axis_name)
 
         def average(old, new, rate=smoothing):
@@ -132,17 +136,3 @@ def past_gradients(
 
     evidence = ("gradients",) if norm == "euclidean" else ("gradients", "second_moment")
     return Measure("past_gradients", evidence, init, None, reduce, update, yields_signal=True)
-
-
-def _between(left: tuple[Any, ...], right: tuple[Any, ...]) -> jax.Array:
-    """[<left_i, right_j>], symmetric."""
-    if left is right:
-        return gram_matrix(left)
-    size = len(left)
-    upper = {(i, j): inner_product(left[i], right[j]) for i in range(size) for j in range(i, size)}
-    rows = [jnp.stack([upper[min(i, j), max(i, j)] for j in range(size)]) for i in range(size)]
-    return jnp.stack(rows)
-
-
-def _widen(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(accumulation_dtype(leaf.dtype))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from occ.rules.base import Rule, nonzero, present, register, rounding
+from occ.rules.base import Rule, cosines, nonzero, norms, present, register, rounding
 
 
 class SignalState(NamedTuple):
@@ -85,11 +85,8 @@ def _measured(measurement):
     V = gram.at[0, 1:].set(measurement.sampled_correlation)
     V = V.at[1:, 0].set(measurement.sampled_correlation)
     # An auxiliary gradient of zero has a row of zeros: its weight is 0.
-    scale = jnp.sqrt(nonzero(jnp.diagonal(V)))
-    here = present(V)
-    eye = jnp.eye(V.shape[0], dtype=V.dtype)
-    cosines = jnp.where(here[:, None] & here[None, :], V / scale[:, None] / scale[None, :], eye)
-    ridge = rounding(V.dtype) * eye
-    w = jnp.linalg.solve(cosines + ridge, jnp.where(here, c / scale, 0)) / scale
+    scale = nonzero(norms(V))
+    ridge = rounding(V.dtype) * jnp.eye(V.shape[0], dtype=V.dtype)
+    w = jnp.linalg.solve(cosines(V) + ridge, jnp.where(present(V), c / scale, 0)) / scale
     defined = (c[0] > 0) & (w[0] > 0) & jnp.all(jnp.isfinite(w))
     return jnp.where(defined, w[1:] / jnp.where(defined, w[0], 1), 0), defined

@@ -144,7 +144,8 @@ def gradients_of(run: Followed) -> Callable[..., Any]:
 
     @jax.jit
     def compute(state: TrainState, batch: Minibatch):
-        main, found = None, []
+        main: Any = None
+        found = []
         for auxiliary in AUXILIARIES.values():
             config = dataclasses.replace(run.config, mtp=auxiliary.mtp)
             inputs = inputs_of(run._replace(config=config), state, auxiliary.batch(batch))

@@ -143,6 +143,6 @@ def rounded(value: Any) -> Any:
         return {name: rounded(part) for name, part in value.items()}
     if isinstance(value, list):
         return [rounded(part) for part in value]
-    if isinstance(value, int | str):
+    if value is None or isinstance(value, int | str):
         return value
     return float(f"{float(value):.5g}") if math.isfinite(value) else None

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -230,6 +231,11 @@ def test_a_full_disk_ends_in_words(at, monkeypatch, capsys):
         monkeypatch.setattr(compare_regimes, "_write", lambda *_: write())
         assert compare_regimes.compare(compare_regimes.Arguments(folder=at)) == 1
     assert "no space left for" in capsys.readouterr().err and picture.read_bytes() == before
+
+
+def test_rows_are_rounded_and_a_checkout_without_git_has_no_commit():
+    row = {"commit": None, "minibatches": 3, "worth": [0.1234567, math.nan, -math.inf]}
+    assert runs.rounded(row) == {"commit": None, "minibatches": 3, "worth": [0.12346, None, None]}
 
 
 def test_only_a_second_ctrl_c_stops_at_once():

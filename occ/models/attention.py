@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from occ.models.config import ModelConfig
 from occ.models.layers import Linear, RMSNorm, at_least_float32, rotary
-from occ.models.partitioning import ROWS, constrain, several_devices
+from occ.models.partitioning import ROWS, constrain, fit, several_devices
 
 P = jax.P
 
@@ -33,18 +33,33 @@ class StackCache(NamedTuple):
     def write(self, new: StackCache, columns: Int[Array, "batch"], layer: int = 0) -> StackCache:
         """With T further columns, from each row's own column on.
 
+        One row after the other, each where it lies: written all at once, the compiler for TPUs
+        wants rows along the slowest axis, reading wants layers there, and so the whole cache would
+        be turned round and back for every token.
+
         Args:
           new: [L', B, kv_heads, T, head_dim] each.
           columns: int32 [B], the first to write of each row.
           layer: the first of the L' layers.
         """
 
-        def row(old, new, column):
-            zero = jnp.zeros_like(column)
-            return jax.lax.dynamic_update_slice(old, new, (zero + layer, zero, column, zero))
+        def rows(old, new, columns):
+            zero = jnp.zeros_like(columns[0])
 
-        by_row = jax.vmap(row, in_axes=(1, 1, 0), out_axes=1)
-        return StackCache(*(by_row(*pair, columns) for pair in zip(self, new, strict=True)))
+            def row(number, old):
+                one = jax.lax.dynamic_slice_in_dim(new, number, 1, axis=1)
+                start = (zero + layer, number, zero, columns[number], zero)
+                return jax.lax.dynamic_update_slice(old, one, start)
+
+            return jax.lax.fori_loop(zero, columns.shape[0], row, old)
+
+        mesh = several_devices()
+        if mesh is not None:
+            whole = fit(self.keys.shape, None, ROWS, "tensor")
+            rows = jax.shard_map(
+                rows, mesh=mesh, in_specs=(whole, whole, P(whole[1])), out_specs=whole
+            )
+        return StackCache(*(rows(*pair, columns) for pair in zip(self, new, strict=True)))
 
 
 class Past(NamedTuple):
@@ -201,7 +216,7 @@ def attend_to_past(
     def read(number, running):
         zero = jnp.zeros_like(number)
         start = (zero + past.layer, zero, zero, number * block, zero)
-        shape = (1, *past.stack.keys.shape[1:3], block, head_dim)
+        shape = (1, batch, kv_heads, block, head_dim)
         keys, values = (jax.lax.dynamic_slice(x, start, shape)[0] for x in past.stack)
         column = number * block + jnp.arange(block, dtype=jnp.int32) - past.first
         seen = (column >= 0)[None] & (column[None] < past.lengths[:, None])

@@ -30,12 +30,23 @@ def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec += (None,) * (x.ndim - len(spec))
-    fitting = [
-        axes if size % parts(mesh.shape, axes) == 0 else None
-        for size, axes in zip(x.shape, spec, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, jax.P(*fitting))
+    return jax.lax.with_sharding_constraint(x, fit(x.shape, *spec))
+
+
+def fit(shape: tuple[int, ...], *spec: str | tuple[str, ...] | None) -> jax.P:
+    """The axes of the mesh that is set that divide the leading dimensions of a shape.
+
+    Args:
+      shape, spec: as of `constrain`.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    spec += (None,) * (len(shape) - len(spec))
+    return jax.P(
+        *(
+            axes if size % parts(sizes, axes) == 0 else None
+            for size, axes in zip(shape, spec, strict=True)
+        )
+    )
 
 
 def several_devices() -> jax.sharding.AbstractMesh | None:

@@ -160,7 +160,8 @@ def validate(config: Any) -> None:
             _check_member(where, value, tuple(names))
         elif not _is_of_kind(value, hints[field.name]):
             _refuse(where, value, hints[field.name])
-        if value is not None and field.name in ranges and not _HOLDS[ranges[field.name]](value):
+        number = value is not None and not isinstance(value, str)
+        if number and field.name in ranges and not _HOLDS[ranges[field.name]](value):
             raise ValueError(f"{where} must be {ranges[field.name]}, got {value}.")
 
 

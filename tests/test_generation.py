@@ -1,6 +1,7 @@
 """Cached decoding against full forward passes, and sampling against its distribution."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from occ.generation.sampling import (
     SamplingConfig,
     check_fits,
     choose,
+    choose_by_rejection,
     gumbel_noise,
+    log_prob_of,
     restrict,
 )
 from occ.models.attention import Context
@@ -312,6 +315,44 @@ def test_drafts_and_slots_change_no_token(x64, heads, depth, slots, settings):
     assert got.work.steps >= -(-int(got.work.passes) // (slots or 6))
 
 
+def keep_all(log_prob, noise, drafts, draft_log_prob, log_uniform):
+    return choose_by_rejection(log_prob, noise, drafts, draft_log_prob, log_uniform - jnp.inf)
+
+
+def from_all(log_prob, noise, drafts, draft_log_prob, log_uniform):
+    """What stands instead of a refused draft is drawn from p, and not from what q lacks of it."""
+    kept = log_uniform < log_prob_of(drafts, log_prob[:, :-1] - draft_log_prob)
+    other = jnp.argmax(log_prob + noise, axis=-1).astype(jnp.int32)
+    return other.at[:, :-1].set(jnp.where(kept, drafts, other[:, :-1]))
+
+
+@pytest.mark.parametrize("judged", [choose_by_rejection, keep_all, from_all])
+def test_rejection_sampling_follows_the_distribution(x64, monkeypatch, judged):
+    """Chi square over all responses of three tokens; two planted biases are far outside."""
+    monkeypatch.setattr("occ.generation.decoding.choose_by_rejection", judged)
+    config = small_config(2, vocab_size=3)
+    model = random_model(config)
+    tokens, mask = prompts(config, (3,))
+    count, sampling = 20_000, SamplingConfig(3, temperature=0.8, speculation="rejection")
+    got = jax.jit(functools.partial(generate, config=sampling, draft_depth=2, slots=5_000))(
+        Policy(config, *model[1:]), tokens, mask, KEY, prompt_of=jnp.zeros(count, jnp.int32)
+    )
+    every = np.array(list(itertools.product(range(3), repeat=3)), np.int32)
+    sequences = np.concatenate([np.repeat(np.asarray(tokens)[:, -3:], 27, 0), every], axis=1)
+    ids = np.ones(sequences.shape, np.int32)
+    logits = full_logits(*model, sequences, np.cumsum(ids, axis=1, dtype=np.int32) - 1, ids)
+    log_prob = log_softmax(np.asarray(logits)[:, 2:5] / 0.8)
+    log_prob = np.take_along_axis(log_prob, every[..., None], axis=-1)[..., 0]
+    which = np.asarray(got.tokens)[:, -3:] @ [9, 3, 1]
+    expected = count * np.exp(log_prob.sum(axis=1))
+    chi_square = (((np.bincount(which, minlength=27) - expected) ** 2) / expected).sum()
+    # 26 degrees of freedom: 64 is exceeded once in 20,000 times.
+    assert chi_square < 64 if judged is choose_by_rejection else chi_square > 200
+    np.testing.assert_allclose(got.log_prob[:, -3:], log_prob[which], atol=1e-6)
+    kept, judged_drafts = np.asarray(got.work.kept), np.asarray(got.work.judged)
+    assert (kept > 0).all() and (kept <= judged_drafts).all()
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def drafts_of_the_whole(graphdef, params, rest, tokens, seen):
     """Three drafts of two modules after the first `seen` + 1 tokens, by forward passes over all."""
@@ -477,7 +518,7 @@ def test_a_sampler_leaves_out_columns_and_samples_the_same(x64):
     sampling = SamplingConfig(NEW, stop_tokens=(3, 5), pad_token=12)
     each = jnp.repeat(jnp.arange(4), 3)
     expected = sample(policy, tokens[each], mask[each], KEY, config=sampling)
-    program = jax.jit(functools.partial(generate, config=sampling, slots=2))
+    program = functools.partial(speculate, config=sampling, slots=2)
     got = Sampler(program, True, 12)(policy, tokens, mask, KEY, 3)
     for name in ("tokens", "response_mask", "finished", "lengths"):
         assert getattr(got, name).dtype == getattr(expected, name).dtype

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from occ import tasks
+from occ.generation.depth import DraftDepth
 from occ.tasks.task import VerifierError
-from occ.training import loop
+from occ.training import draft_depth, loop
 from occ.training.config import (
     EvaluationConfig,
+    LayoutConfig,
     OptimizerConfig,
     WarmStartConfig,
 )
@@ -182,6 +184,25 @@ def test_fields_that_change_no_result_may_change(whole):
     with RunFolder(whole[0], free) as files:
         assert files.result() == whole[1]
     RunFolder(whole[0], CONFIG).close()
+
+
+def test_the_depth_of_drafts_is_chosen_and_kept(whole, start, tmp_path, monkeypatch):
+    """What is measured at the beginning decides, also after a stop; samples are the same."""
+    monkeypatch.setattr(draft_depth, "DEEPEST", 1)
+    chosen = dataclasses.replace(CONFIG, layout=LayoutConfig(draft_depth="auto"))
+    programs = loop.build(chosen, TASK)
+    loop.run(chosen, TASK, programs, start, tmp_path, should_stop=lambda: True)
+    known = newest(tmp_path).history.drafts
+    assert len(known.seconds) == 2 and min(known.seconds) > 0 and 0 < known.acceptance[0] < 1
+    # Drafts in every other rollout, whatever the clock said.
+    monkeypatch.setattr(DraftDepth, "best", property(lambda self: 0 if self.undrafted < 1 else 1))
+    monkeypatch.setattr(draft_depth, "measure", lambda *_: pytest.fail("known already"))
+    loop.run(chosen, TASK, programs, start, tmp_path)
+    rows, expected = rows_of(tmp_path), rows_of(whole[0])
+    assert [row["reward"] for row in rows] == [row["reward"] for row in expected]
+    depths = [row["rollout/draft_depth"] for row in rows]
+    assert set(depths) == {0, 1} and ["rollout/acceptance" in row for row in rows] == depths
+    assert newest(tmp_path).history.drafts.seconds == known.seconds
 
 
 def test_the_best_is_kept_and_the_clock_goes_on(whole):

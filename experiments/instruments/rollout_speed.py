@@ -30,7 +30,7 @@ import tyro
 from experiments import runs
 from experiments.configs import CONFIGS
 from occ.generation.decoding import generate
-from occ.generation.drafting import best_depth, expected_tokens
+from occ.generation.depth import best_depth, expected_tokens
 from occ.generation.sampling import Generation, SamplingConfig
 from occ.models.policy import Policy
 from occ.tasks.prompts import encode_prompts

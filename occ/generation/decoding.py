@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from occ.generation.drafting import Window, check_depth, draft, first_window, judge
-from occ.generation.sampling import Generation, SamplingConfig, Work, choose, gumbel_noise
+from occ.generation.sampling import (
+    Generation,
+    SamplingConfig,
+    Work,
+    choose,
+    choose_by_rejection,
+    distribution,
+    gumbel_noise,
+    log_prob_of,
+    uniform_noise,
+)
 from occ.models.attention import StackCache
 from occ.models.decoder import Cache, Decoder
 from occ.models.layers import at_least_float32
@@ -310,22 +320,16 @@ def _step(
     """Drafts, one pass of the trunk over them, and the tokens that this decides."""
     slots, work = progress.slots, progress.work
     running, lengths = slots.running, slots.cache.lengths
-    noise = None
-    if config.temperature > 0:
-        numbers = rows[jnp.minimum(slots.sample, rows.shape[0] - 1)]
-        dtype = at_least_float32(model.config.compute)
-        shape = (depth + 1, model.config.vocab_size)
-        noise = constrain(
-            gumbel_noise(key, numbers, slots.made, shape, dtype), ROWS, None, "tensor"
-        )
-    drafts, modules = jnp.zeros((running.shape[0], 0), jnp.int32), slots.modules
+    numbers = rows[jnp.minimum(slots.sample, rows.shape[0] - 1)]
+    noise = _noise(model, key, numbers, slots.made, config, depth)
+    drafts, drawn_from, modules = jnp.zeros((running.shape[0], 0), jnp.int32), None, slots.modules
     if modules is not None:
-        drafts, modules = draft(
-            model, slots.window, modules, lengths, running, noise, config, depth
+        drafts, drawn_from, modules = draft(
+            model, slots.window, modules, lengths, running, noise.drafts, config, depth
         )
     fed = jnp.concatenate([slots.window.waiting[:, None], drafts], axis=1)
     hidden, cache = model.extend(fed, slots.cache, running)
-    tokens, log_prob = choose(model.logits(hidden), noise, config)
+    tokens, log_prob = _choose(model.logits(hidden), noise, drafts, drawn_from, config)
     verdict = judge(tokens, drafts, config.max_new_tokens - slots.made, running, config)
     made = slots.made + verdict.decided
     slots = slots._replace(
@@ -345,6 +349,40 @@ def _step(
         kept=work.kept + jnp.sum(verdict.kept, axis=0, dtype=jnp.int32),
     )
     return progress._replace(slots=slots, work=work)
+
+
+class _Noise(NamedTuple):
+    """Random numbers of the next tokens of each row."""
+
+    trunk: jax.Array | None  # [B, D + 1, V], None at temperature 0
+    drafts: jax.Array | None  # [B, D + 1, V], the same unless drafts are judged by rejection
+    log_uniform: jax.Array | None  # [B, D], None unless they are
+
+
+def _noise(model: Decoder, key, rows, first, config: SamplingConfig, depth: int) -> _Noise:
+    if config.temperature == 0:
+        return _Noise(None, None, None)
+
+    dtype = at_least_float32(model.config.compute)
+
+    def gumbel(key):
+        values = gumbel_noise(key, rows, first, (depth + 1, model.config.vocab_size), dtype)
+        return constrain(values, ROWS, None, "tensor")
+
+    trunk = gumbel(key)
+    if not depth or config.speculation == "common":
+        return _Noise(trunk, trunk, None)
+    of_drafts, of_verdicts = jax.random.split(key)
+    return _Noise(trunk, gumbel(of_drafts), uniform_noise(of_verdicts, rows, first, depth, dtype))
+
+
+def _choose(logits, noise: _Noise, drafts, drawn_from, config: SamplingConfig):
+    """The trunk's tokens after the drafts before each, and their log-probs."""
+    if noise.trunk is None or noise.log_uniform is None:
+        return choose(logits, noise.trunk, config)
+    log_prob = distribution(logits, config)
+    tokens = choose_by_rejection(log_prob, noise.trunk, drafts, drawn_from, noise.log_uniform)
+    return tokens, log_prob_of(tokens, log_prob).astype(jnp.float32)
 
 
 def _write(old, new, columns):

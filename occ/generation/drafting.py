@@ -13,15 +13,13 @@ the window holds.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from occ.generation.sampling import SamplingConfig, choose
+from occ.generation.sampling import SamplingConfig, choose, distribution
 from occ.models.attention import Past, StackCache
 from occ.models.config import MTPConfig
 from occ.models.decoder import Decoder
@@ -116,7 +114,7 @@ def draft(
     noise: Float[Array, "batch tokens vocab"] | None,
     config: SamplingConfig,
     depth: int,
-) -> tuple[Int[Array, "batch depth"], StackCache]:
+) -> tuple[Int[Array, "batch depth"], Float[Array, "batch depth vocab"], StackCache]:
     """The tokens that the modules expect after the one that waits; and their cache.
 
     Args:
@@ -125,9 +123,13 @@ def draft(
       cache: of the modules; a row's token t is in column K + t, so that no column is negative.
       lengths: int32 [B], p + 1: tokens that the trunk has seen.
       running: bool [B].
-      noise: of at least D tokens, with which the trunk will choose the same tokens.
+      noise: of at least D tokens, with which the trunk may choose the same tokens; None at
+        temperature 0.
       config: as the trunk's.
       depth: D >= 1.
+
+    Returns:
+      Drafts; the log-probs that they were drawn from (logits at temperature 0); the cache.
     """
     modules = model.config.mtp.num_modules
     width = window.tokens.shape[1]
@@ -135,6 +137,7 @@ def draft(
     assert window.hidden is not None
     inputs = states = model.module_input(window.hidden)
     drafts: list[jax.Array] = []
+    drawn_from: list[jax.Array] = []
     for number in range(depth):
         head = min(number, modules - 1)
         if number < modules:
@@ -156,40 +159,11 @@ def draft(
         logits = model.mtp_logits(state, head)[:, 0]
         token, _ = choose(logits, None if noise is None else noise[:, number], config)
         drafts.append(token)
+        drawn_from.append(logits if noise is None else distribution(logits, config))
         tokens = jax.vmap(lambda row, column, value: row.at[column].set(value))(
             tokens, window.last + 1 + number, token
         )
-    return jnp.stack(drafts, axis=1), cache
-
-
-def expected_tokens(acceptance: Sequence[float]) -> float:
-    """Tokens that a pass of the trunk decides, with drafts as deep as there are shares.
-
-        1 + sum_d prod_{j <= d} acceptance_j
-
-    Args:
-      acceptance: of each depth, the share of drafts kept of those whose predecessors were.
-
-    >>> expected_tokens([0.5, 0.5])
-    1.75
-    """
-    return 1.0 + sum(math.prod(acceptance[:depth]) for depth in range(1, len(acceptance) + 1))
-
-
-def best_depth(acceptance: Sequence[float], seconds: Sequence[float]) -> int:
-    """The depth at which most tokens are decided in a second; 0 is no drafts.
-
-    Args:
-      acceptance: of depths 1 to D, as of `expected_tokens`.
-      seconds: of a step with 0 to D drafts.
-
-    >>> best_depth([0.8, 0.7, 0.1], [1.0, 1.2, 1.4, 1.6])
-    2
-    >>> best_depth([0.1, 0.1, 0.1], [1.0, 1.2, 1.4, 1.6])
-    0
-    """
-    rates = [expected_tokens(acceptance[:d]) / taken for d, taken in enumerate(seconds)]
-    return max(range(len(rates)), key=rates.__getitem__)
+    return jnp.stack(drafts, axis=1), jnp.stack(drawn_from, axis=1), cache
 
 
 class Verdict(NamedTuple):

@@ -34,15 +34,18 @@ class Sampler:
     """Samples of prompts, on the host.
 
     Attributes:
-      program: jitted `(policy, prompts, prompt_mask, key, prompt_of=...) -> Generation`.
+      program: jitted `(policy, prompts, prompt_mask, key, prompt_of=..., draft_depth=...) ->
+        Generation`.
       narrow: leave out columns in which no prompt has a token, for a program each.
       pad_token: stands on the left of prompts.
+      draft_depth: tokens that the MTP modules draft for each pass of the trunk.
       fetch: whole values of arrays, on the host; several processes need one that gathers.
     """
 
     program: Callable[..., Generation]
     narrow: bool
     pad_token: int
+    draft_depth: int = 0
     fetch: Callable[[Any], Any] = jax.device_get
 
     def __call__(
@@ -65,7 +68,9 @@ class Sampler:
         columns = prompts.shape[1]
         left_out = columns - needed_columns(prompt_mask) if self.narrow else 0
         inputs = prompts[:, left_out:], prompt_mask[:, left_out:], key
-        generation = self.fetch(self.program(policy, *inputs, prompt_of=prompt_of))
+        generation = self.fetch(
+            self.program(policy, *inputs, prompt_of=prompt_of, draft_depth=self.draft_depth)
+        )
 
         def widen(values, padding=0):
             return np.pad(values, ((0, 0), (left_out, 0)), constant_values=padding)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -21,6 +22,9 @@ class SamplingConfig:
       top_k: only the k most likely tokens; 0 is off.
       stop_tokens: any of them ends the response, and belongs to it.
       pad_token: stands after the end.
+      speculation: how the trunk judges drafts. "common": it samples with the random numbers that
+        drew the draft, so that drafts change no sample. "rejection": it keeps more of them, and
+        samples follow the same distribution, but are others with each depth of drafts.
     """
 
     max_new_tokens: int
@@ -29,6 +33,7 @@ class SamplingConfig:
     top_k: int = 0
     stop_tokens: tuple[int, ...] = ()
     pad_token: int = 0
+    speculation: Literal["common", "rejection"] = "common"
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
@@ -56,6 +61,12 @@ class Work(NamedTuple):
     judged: jax.Array
     kept: jax.Array
     places: jax.Array
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Of concrete counts, by depth: the share kept of drafts whose predecessors were."""
+        judged, kept = np.asarray(self.judged, float), np.asarray(self.kept, float)
+        return tuple((kept / np.maximum(judged, 1)).tolist())
 
 
 class Generation(NamedTuple):
@@ -131,6 +142,31 @@ def gumbel_noise(
     return jax.vmap(jax.vmap(one, (None, 0)))(rows, numbers)
 
 
+def uniform_noise(
+    key: jax.Array,
+    rows: Int[Array, "batch"],
+    first: Int[Array, "batch"],
+    tokens: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "batch tokens"]:
+    """log u, u uniform in (0, 1), of each response token; arguments as of `gumbel_noise`."""
+
+    def one(row, token):
+        return -jax.random.exponential(
+            jax.random.fold_in(jax.random.fold_in(key, row), token), (), dtype
+        )
+
+    numbers = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+    return jax.vmap(jax.vmap(one, (None, 0)))(rows, numbers)
+
+
+def distribution(
+    logits: Float[Array, "*batch vocab"], config: SamplingConfig
+) -> Float[Array, "*batch vocab"]:
+    """Log-probs with temperature, top-k and top-p: the distribution that tokens are drawn from."""
+    return jax.nn.log_softmax(restrict(logits / config.temperature, config), axis=-1)
+
+
 def choose(
     logits: Float[Array, "*batch vocab"],
     noise: Float[Array, "*batch vocab"] | None,
@@ -154,10 +190,55 @@ def choose(
     if noise is None:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, jnp.zeros(token.shape, jnp.float32)
-    log_prob = jax.nn.log_softmax(restrict(logits / config.temperature, config), axis=-1)
+    log_prob = distribution(logits, config)
     token = jnp.argmax(log_prob + noise, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(log_prob, token[..., None], axis=-1)[..., 0]
-    return token, chosen.astype(jnp.float32)
+    return token, log_prob_of(token, log_prob).astype(jnp.float32)
+
+
+def choose_by_rejection(
+    log_prob: Float[Array, "batch tokens vocab"],
+    noise: Float[Array, "batch tokens vocab"],
+    drafts: Int[Array, "batch depth"],
+    draft_log_prob: Float[Array, "batch depth vocab"],
+    log_uniform: Float[Array, "batch depth"],
+) -> Int[Array, "batch tokens"]:
+    """The draft, with probability min(1, p / q); else a token of what q lacks of p.
+
+        token = argmax_v  log max(p_v - q_v, 0) + e_v    where the draft is refused
+
+    A draft is kept with probability 1 - TV, and the token follows p whatever q is. A refused draft
+    has p <= q, so that the token is another one: equal to the draft means kept.
+
+    Args:
+      log_prob: log p [B, D + 1, V], the trunk's `distribution` after the drafts before each.
+      noise: e of `gumbel_noise`, apart from that which drew the drafts.
+      drafts: int32 [B, D], drawn from q.
+      draft_log_prob: log q [B, D, V], in the very numbers that they were drawn from.
+      log_uniform: of `uniform_noise` [B, D].
+
+    Returns:
+      int32 [B, D + 1].
+
+    Reference: Leviathan, Kalman and Matias, Fast Inference from Transformers via Speculative
+    Decoding, arXiv 2211.17192.
+    """
+    depth = drafts.shape[1]
+    of_drafts = log_prob[:, :depth]
+    ratio = log_prob_of(drafts, of_drafts) - log_prob_of(drafts, draft_log_prob)
+    lacking = jnp.maximum(jnp.exp(of_drafts) - jnp.exp(draft_log_prob), 0)
+    # Where p = q nothing is lacking, and by rounding alone nothing may be kept.
+    lacks = jnp.any(lacking > 0, axis=-1, keepdims=True)
+    lacking = jnp.where(lacks, jnp.log(lacking), of_drafts)
+    other = jnp.argmax(jnp.concatenate([lacking, log_prob[:, depth:]], 1) + noise, axis=-1)
+    kept = jnp.pad(log_uniform < ratio, ((0, 0), (0, 1)))
+    return jnp.where(kept, jnp.pad(drafts, ((0, 0), (0, 1))), other.astype(jnp.int32))
+
+
+def log_prob_of(
+    tokens: Int[Array, "*batch"], log_prob: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
+    """Of one token each."""
+    return jnp.take_along_axis(log_prob, tokens[..., None], axis=-1)[..., 0]
 
 
 def restrict(

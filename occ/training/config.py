@@ -271,6 +271,9 @@ class RolloutConfig:
       samples: responses a prompt (the group).
       minibatches: gradient steps a rollout.
       temperature, top_p, top_k: of sampling; top_k = 0 is off.
+      speculation: how drafts of the MTP modules are judged, where there are any
+        (`LayoutConfig.draft_depth`): "common" changes no sample; "rejection" keeps more drafts, and
+        draws other samples of the same distribution with each depth.
       dynamic_sampling: drop groups whose rewards, before the length penalty, do not vary from the
         losses (DAPO); they are counted either way.
       overlong_buffer: tokens before the length limit over which a penalty grows; 0 is off.
@@ -284,6 +287,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    speculation: Literal["common", "rejection"] = "common"
     dynamic_sampling: bool = False
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from occ.checks import validate
 
@@ -23,7 +24,8 @@ class LayoutConfig:
       generation_rows: slots in which rows are generated; a row that ends gives its own to the next,
         so that short responses wait for no long ones. 0 is one for each row.
       draft_depth: tokens that the MTP modules draft for every pass of the trunk in generation, of
-        which those are kept that it samples itself. 0 is none.
+        which those are kept that it samples itself. 0 is none; "auto" samples the first rollout
+        with every depth and goes on with what is fastest for the acceptance of late, 0 included.
     """
 
     data: int = 1
@@ -35,10 +37,15 @@ class LayoutConfig:
     pack: bool = False
     sequences_per_row: int = 8
     generation_rows: int = 0
-    draft_depth: int = 0
+    draft_depth: int | Literal["auto"] = 0
 
     def __post_init__(self):
         validate(self)
+
+    @property
+    def fixed_depth(self) -> int:
+        """Drafts of generation that nobody chooses the depth of."""
+        return 0 if isinstance(self.draft_depth, str) else self.draft_depth
 
     @property
     def most_in_a_row(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.tasks.task import VerifierError
+from occ.training import draft_depth
 from occ.training.config import TrainConfig
 from occ.training.durable.bad_updates import BadUpdates, check_finite
 from occ.training.durable.checkpoints import Checkpoints, Restored
@@ -100,9 +101,11 @@ def _run(
             config.max_bad_updates, history.bad_updates, history.last_bad_update
         )
         bad_updates.check()
+        history = _measure_drafts(config, task, programs, state, history)
         unjudged = 0
         for number in range(first, config.rollouts):
             evaluated = {}
+            programs = _drafting(config, programs, history)
             if number % config.evaluation.every == 0:
                 evaluated = _evaluate(config, task, programs, state)
                 history = history.evaluated(number, evaluated["eval/sampled"])
@@ -111,13 +114,16 @@ def _run(
             rollout, row, state = _train_on_rollout(
                 config, task, programs, state, number, reference, bad_updates
             )
-            row |= evaluated
+            row |= evaluated | _draft_metrics(config, history)
             if number == 0:
                 checkpoints.wait()  # so that rows without a checkpoint mean that one was lost
             _log(files, rollout, row)
             on_row(row)
             history = dataclasses.replace(
-                history, bad_updates=bad_updates.in_a_row, last_bad_update=bad_updates.last
+                history,
+                bad_updates=bad_updates.in_a_row,
+                last_bad_update=bad_updates.last,
+                drafts=history.drafts.after(row.get("rollout/acceptance", ())),
             )
             done = number + 1
             last = done == config.rollouts
@@ -137,6 +143,32 @@ def _run(
     result = _result(files.rows(config.rollouts), final, history)
     files.finish(result)
     return result
+
+
+def _measure_drafts(
+    config: TrainConfig, task: Task, programs: Programs, state: TrainState, history: History
+) -> History:
+    """With what drafts cost and bring, where that is asked and not known yet."""
+    if config.layout.draft_depth != "auto" or history.drafts.seconds:
+        return history
+    policy = state.policy(config.model)
+    drafts = draft_depth.measure(programs.rollout, policy, config, task)
+    return dataclasses.replace(history, drafts=drafts)
+
+
+def _drafting(config: TrainConfig, programs: Programs, history: History) -> Programs:
+    """With drafts as deep as is best now."""
+    if config.layout.draft_depth != "auto":
+        return programs
+    rollout = programs.rollout.drafting(history.drafts.best)
+    return dataclasses.replace(programs, rollout=rollout)
+
+
+def _draft_metrics(config: TrainConfig, history: History) -> dict[str, float]:
+    if config.layout.draft_depth != "auto":
+        return {}
+    drafts = history.drafts
+    return {"rollout/draft_depth": drafts.best, "rollout/draft_share": drafts.step_share}
 
 
 def _now(history: History, began: float) -> History:

@@ -192,6 +192,8 @@ for _name, _meaning, _better in (
     ("rollout/padding_waste", "share of what generation computed that holds no token", -1),
     ("rollout/acceptance", "[D] share of drafts kept, of those whose predecessors were", 1),
     ("rollout/tokens_a_pass", "of the trunk over a row; 1 without drafts", 1),
+    ("rollout/draft_depth", "drafts of each pass of the trunk, where a run chooses them", 0),
+    ("rollout/draft_share", "of the time of a step, what those drafts cost", -1),
     ("alarm/drafts_refused", "1 where not one draft was kept: the modules are stale", -1),
     ("batch/padding_waste", "share of what the train steps computed that holds no token", -1),
     ("eval/greedy", "share of held-out prompts whose most likely response is right", 1),

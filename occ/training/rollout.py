@@ -60,6 +60,14 @@ class RolloutPrograms:
     evaluation: Sampler
     score: Callable[..., Scores]
 
+    def drafting(self, depth: int) -> RolloutPrograms:
+        """The same programs with so many drafts for each pass of the trunk."""
+        samplers = {"sample": self.sample, "greedy": self.greedy, "evaluation": self.evaluation}
+        return dataclasses.replace(
+            self,
+            **{n: dataclasses.replace(one, draft_depth=depth) for n, one in samplers.items()},
+        )
+
 
 def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
     """Jits what a rollout and an evaluation need.
@@ -81,17 +89,22 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
         pad_token=task.tokenizer.pad_id,
     )
     check_fits(np.ones((1, columns), bool), config.model.max_length, plain)
-    check_depth(config.model.mtp, config.layout.draft_depth)
+    check_depth(config.model.mtp, config.layout.fixed_depth)
     sample = dataclasses.replace(
-        plain, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
+        plain,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        speculation=rollout.speculation,
     )
     greedy = dataclasses.replace(plain, temperature=0.0)
     evaluation = dataclasses.replace(plain, top_p=config.evaluation.top_p)
 
     def program(sampling):
-        compiled = jax.jit(sampler(sampling, config))
+        compiled = jax.jit(sampler(sampling, config), static_argnames="draft_depth")
         narrow = config.layout.generation_rows > 0
-        return Sampler(compiled, narrow, task.tokenizer.pad_id, to_host)
+        pad, depth = task.tokenizer.pad_id, config.layout.fixed_depth
+        return Sampler(compiled, narrow, pad, depth, to_host)
 
     score = functools.partial(
         score_sequences,
@@ -103,13 +116,14 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
 
 
 def sampler(sampling: SamplingConfig, config: TrainConfig) -> Callable[..., Generation]:
-    """A run's `(policy, prompts, prompt_mask, key, rows, prompt_of) -> Generation`, to be jitted.
+    """A run's `(policy, prompts, prompt_mask, key, ...) -> Generation`, to be jitted.
 
-    Parameters are gathered over the mesh once for all new tokens. Whoever plans, times or
-    evaluates generation takes this one, and so that of production.
+    `draft_depth` is static, and without one the layout's. Parameters are gathered over the mesh
+    once for all new tokens. Whoever plans, times or evaluates generation takes this one, and so
+    that of production.
     """
 
-    def sample(policy, prompts, prompt_mask, key, rows=None, prompt_of=None):
+    def sample(policy, prompts, prompt_mask, key, rows=None, prompt_of=None, draft_depth=None):
         policy = policy.replace(params=for_generation(policy.params, config.model.compute))
         return generate(
             policy,
@@ -120,7 +134,7 @@ def sampler(sampling: SamplingConfig, config: TrainConfig) -> Callable[..., Gene
             rows=rows,
             prompt_of=prompt_of,
             slots=config.layout.generation_rows,
-            draft_depth=config.layout.draft_depth,
+            draft_depth=config.layout.fixed_depth if draft_depth is None else draft_depth,
         )
 
     return sample
@@ -334,7 +348,7 @@ def _draft_metrics(work: Work, tokens: Any, step: int) -> dict[str, Any]:
             stacklevel=3,
         )
     return {
-        "rollout/acceptance": (kept / np.maximum(judged, 1)).tolist(),
+        "rollout/acceptance": list(work.acceptance),
         "rollout/tokens_a_pass": float(np.asarray(tokens).sum() / max(int(work.passes), 1)),
         "alarm/drafts_refused": int(refused),
     }

@@ -236,7 +236,7 @@ class Checkpoints:
             )
             leaves, record = restored["state"], restored["record"]
             digest = record.pop("digest")
-            history, saved = History(**record["history"]), record["fingerprint"]
+            history, saved = History.read(record["history"]), record["fingerprint"]
         if digest != _digest(record):
             raise DamagedError("its record is not what was saved")
         if record.get("number") != number:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
+
+from occ.generation.depth import DraftDepth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,7 @@ class History:
       best_rollout: finished rollouts when sampled accuracy was highest; None before an evaluation.
       best_sampled: that accuracy, avg@k in [0, 1].
       seconds: wall-clock time spent on this run, in all the processes that worked on it.
+      drafts: how deep rollouts draft, of layout.draft_depth="auto".
     """
 
     bad_updates: int = 0
@@ -27,6 +31,13 @@ class History:
     best_rollout: int | None = None
     best_sampled: float | None = None
     seconds: float = 0.0
+    drafts: DraftDepth = dataclasses.field(default_factory=DraftDepth)
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> History:
+        """From what `dataclasses.asdict` made of it, by way of JSON."""
+        drafts = {n: tuple(v) if isinstance(v, list) else v for n, v in record["drafts"].items()}
+        return cls(**{**record, "drafts": DraftDepth(**drafts)})
 
     def evaluated(self, rollout: int, sampled: float) -> History:
         """With the accuracy after `rollout` finished rollouts; of equal ones the first is best."""

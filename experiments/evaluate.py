@@ -53,7 +53,12 @@ class Run:
         and runs on other tasks.
       max_prompt_tokens, max_response_tokens: tokens; None takes the run's, or 2048 and 8192.
       problems: the first so many of each benchmark; 0 is all.
-      rows: sampled at one time; None is 64, rounded up so that all devices have as many.
+      rows: sampled at one time, and written; None is 64, or eight for each slot, rounded up so that
+        all devices have as many.
+      slots: of those rows, the ones that decode at one time: one that ends gives its slot to the
+        next, and waits for no longer one. None are the run's own; 0 is all of them.
+      draft_depth: tokens that the MTP modules draft for every pass of the trunk; None is the run's
+        own. Neither this nor slots change a sample.
       acceptance_prompts: greedy responses a benchmark, on which MTP acceptance is measured.
       seed: of sampling.
       name: of the folder for the files, in each run's.
@@ -78,6 +83,8 @@ class Run:
     max_response_tokens: int | None = None
     problems: int = 0
     rows: int | None = None
+    slots: int | None = None
+    draft_depth: int | None = None
     acceptance_prompts: int = 32
     seed: int = 0
     name: str = "evaluation"
@@ -178,8 +185,10 @@ def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> di
         prompt = arguments.max_prompt_tokens
     if arguments.max_response_tokens is not None:
         response = arguments.max_response_tokens
+    model = evaluated.decoding(model, arguments.slots, arguments.draft_depth)
     parts = model.config.layout.row_parts
-    rows = -(-64 // parts) * parts if arguments.rows is None else arguments.rows
+    usual = 8 * arguments.slots if arguments.slots else 64
+    rows = -(-usual // parts) * parts if arguments.rows is None else arguments.rows
     if rows % parts:
         raise ValueError(
             f"evaluate run: --rows {rows} cannot be cut evenly on {parts} devices (data x fsdp x "

@@ -15,6 +15,7 @@ from experiments import runs
 from occ import sources, tasks
 from occ.evaluation import acceptance
 from occ.evaluation.completions import Sampler, Settings, benchmark_key
+from occ.generation.drafting import check_depth
 from occ.generation.sampling import SamplingConfig, check_fits
 from occ.models.policy import Policy
 from occ.tasks import Problem, Task
@@ -209,6 +210,19 @@ def label(config: TrainConfig, folder: pathlib.Path) -> str:
 
 
 # -- sampling -------------------------------------------------------------------------------------
+
+
+def decoding(model: Model, slots: int | None, draft_depth: int | None) -> Model:
+    """With other slots and drafts than its run's; None leaves them.
+
+    Raises:
+      ValueError: slots cannot be cut evenly, or its modules cannot draft so many tokens.
+    """
+    given = {"generation_rows": slots, "draft_depth": draft_depth}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    layout = dataclasses.replace(model.config.layout, **changes)
+    check_depth(model.config.model.mtp, layout.fixed_depth)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, layout=layout))
 
 
 def sampling_config(model: Model, settings: Settings) -> SamplingConfig:

@@ -141,8 +141,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_lines(run_folder, evaluated_onc
 def test_samples_do_not_depend_on_other_samples_problems_or_portions(
     trained, evaluated_once, run_folder
 ):
-    """Twice as many samples: the first ones are those of before."""
-    evaluate.run(arguments(run_folder, k=6, rows=8, acceptance_prompts=0))
+    """Twice as many samples, in slots and with drafts: the first ones are those of before."""
+    evaluate.run(arguments(run_folder, k=6, rows=8, slots=4, draft_depth=1, acceptance_prompts=0))
 
     def texts(folder):
         rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]

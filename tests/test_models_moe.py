@@ -11,7 +11,8 @@ import pytest
 
 from occ.models.config import MoEConfig
 from occ.models.decoder import merge_model
-from occ.models.moe import update_router_bias
+from occ.models.expert_parallel import ExpertWeights
+from occ.models.moe import apply_experts, update_router_bias
 from tests import reference_models as reference
 from tests.reference_models import MOE, random_model, rows, run, small_config
 
@@ -27,6 +28,7 @@ VARIANTS = {
 }
 
 
+SHAPES = (3, 4, 5), (3, 4, 5), (3, 5, 4)  # of three experts' kernels
 TIME = 9  # of all inputs, so that they share compilations
 
 
@@ -151,6 +153,20 @@ def test_garbage_in_padding_stays_there():
     dirty = layer(MOE, x, valid=valid)
     np.testing.assert_array_equal(dirty.y[:5], clean.y[:5])
     np.testing.assert_array_equal(dirty.load, clean.load)
+
+
+def test_few_rows_through_every_expert_are_the_grouped_product(x64):
+    """As generation multiplies: rows of no expert, and one that is not finite, touch no other."""
+    rng = np.random.default_rng(0)
+    kernels = (jnp.asarray(rng.normal(size=shape)) for shape in SHAPES)
+    weights = ExpertWeights(None, None, *kernels)
+    x, expert = jnp.asarray(rng.normal(size=(7, 4))), jnp.array([2, 0, 3, 1, 1, 2, 3], jnp.int32)
+    x = x.at[6].set(jnp.nan)
+    grouped, through_all = (
+        np.asarray(apply_experts(x, expert, weights, generating=few)) for few in (False, True)
+    )
+    np.testing.assert_allclose(through_all, grouped, atol=1e-12)
+    assert (np.abs(grouped[[0, 1, 3, 4, 5]]).max(axis=1) > 0).all() and not grouped[[2, 6]].any()
 
 
 def test_nothing_but_padding_gives_no_load():

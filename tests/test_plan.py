@@ -239,10 +239,10 @@ def test_a_program_without_room_is_reported():
 
     lines = []
     full = "RESOURCE_EXHAUSTED: out of memory, 166G\nand more"
-    assert plan._compiled("Step", traced(full), 4, CHIPS["v5p"], ["do this"], lines.append) is None
+    assert plan.compile_or_report("Step", traced(full), ["do this"], lines.append) is None
     assert lines == ["Step: does not fit; do this\n  The compiler: " + full.splitlines()[0]]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        plan._compiled("Step", traced("INTERNAL: no"), 4, CHIPS["v5p"], [], lines.append)
+        plan.compile_or_report("Step", traced("INTERNAL: no"), [], lines.append)
 
 
 needs_compiler = pytest.mark.skipif(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,26 +49,50 @@ class Cost:
         }
 
 
-def compiled_cost(traced: Any, devices: int, while_trips: int = 1) -> Cost:
-    """From the compiler for the mesh's devices."""
+class Compiled(NamedTuple):
+    """A program compiled for the mesh's devices.
+
+    Attributes:
+      jaxpr: as traced.
+      text: as compiled.
+      memory: the compiler's analysis.
+      seconds: that it took.
+    """
+
+    jaxpr: Any
+    text: str
+    memory: Any
+    seconds: float
+
+    def cost(self, devices: int, usual: Mapping[int, float] | None = None) -> Cost:
+        """On one of so many devices.
+
+        Args:
+          devices: of the mesh.
+          usual: iterations of loops that may end before their bound, by that bound.
+        """
+        memory, program = self.memory, hlo.parse(self.text, usual)
+        return Cost(
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            peak=memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.generated_code_size_in_bytes,
+            flops=hlo.matrix_flops(self.jaxpr, usual=usual) / devices,
+            traffic=hlo.memory_traffic(program),
+            collectives=hlo.collectives(program),
+            compile_seconds=self.seconds,
+        )
+
+
+def compile_traced(traced: Any) -> Compiled:
+    """Compiles what `jax.jit(f).trace(...)` returned."""
     started = time.perf_counter()
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    program = hlo.parse(compiled.as_text())
-    return Cost(
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
-        flops=hlo.matrix_flops(traced.jaxpr, while_trips) / devices,
-        traffic=hlo.memory_traffic(program),
-        collectives=hlo.collectives(program),
-        compile_seconds=seconds,
-    )
+    return Compiled(traced.jaxpr, compiled.as_text(), compiled.memory_analysis(), seconds)
 
 
 def estimated_cost(
@@ -86,7 +111,7 @@ def estimated_cost(
     arguments = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state))
     params = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state.params))
     # What a device has of the parameters when they are gathered for use: experts stay apart.
-    whole = sum(_gathered_size(leaf) for leaf in jax.tree.leaves(state.params))
+    whole = sum(gathered_size(leaf) for leaf in jax.tree.leaves(state.params))
     rows, length = shape[0] / layout.row_parts / layout.micro_batches, shape[1]
     tokens = rows * length
     hidden = model.mlp_width if model.moe is None else _active_width(model)
@@ -128,7 +153,8 @@ def _active_width(model: Any) -> int:
     return moe.expert_width * (moe.experts_per_token + moe.num_shared_experts)
 
 
-def _gathered_size(leaf: Any) -> float:
+def gathered_size(leaf: Any) -> float:
+    """Elements that a device has of a parameter when it is gathered for use."""
     spec, sizes = leaf.sharding.spec, leaf.sharding.mesh.shape
     return leaf.size / math.prod(sizes[axes] for axes in spec if axes in ("tensor", "expert"))
 

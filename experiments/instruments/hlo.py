@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,15 +63,18 @@ class Program:
     Attributes:
       computations: instructions by the computation's name.
       entry: name of the one that runs.
+      usual: iterations, on average, of loops that may end before the bound that they have, by that
+        bound; without it they run up to it.
     """
 
     computations: dict[str, list[Instruction]]
     entry: str
+    usual: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
-    def runs(self) -> dict[str, int]:
+    def runs(self) -> dict[str, float]:
         """How often each computation runs; fusions and reducers are not followed."""
-        counts: dict[str, int] = {}
-        waiting = [(self.entry, 1)]
+        counts: dict[str, float] = {}
+        waiting: list[tuple[str, float]] = [(self.entry, 1)]
         while waiting:
             name, times = waiting.pop()
             counts[name] = counts.get(name, 0) + times
@@ -79,7 +82,7 @@ class Program:
                 waiting += [(c, n * times) for c, n in self._callees(instruction)]
         return counts
 
-    def _callees(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+    def _callees(self, instruction: Instruction) -> Iterator[tuple[str, float]]:
         rest = instruction.rest
         if instruction.operation == "while":
             body = re.search(r"body=%?([\w.\-]+)", rest)
@@ -94,7 +97,7 @@ class Program:
             for name in _CALLED.findall(rest):
                 yield name, 1
 
-    def _trips(self, loop: Instruction) -> int:
+    def _trips(self, loop: Instruction) -> float:
         """Iterations: known to the compiler, or the bound that the condition compares with."""
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest)
         if known:
@@ -106,11 +109,12 @@ class Program:
             for i in self.computations[condition[1]]
             if i.operation == "constant" and re.match(r"(\d+)\)", i.rest)
         ]
-        return max(bounds, default=1)
+        bound = max(bounds, default=1)
+        return self.usual.get(bound, bound)
 
 
-def parse(text: str) -> Program:
-    """Reads `compiled.as_text()`.
+def parse(text: str, usual: Mapping[int, float] | None = None) -> Program:
+    """Reads `compiled.as_text()`; `usual` as of `Program`.
 
     Raises:
       ValueError: no entry computation.
@@ -133,7 +137,7 @@ def parse(text: str) -> Program:
             )
     if not entry:
         raise ValueError("parse: expected the text of a compiled HLO module, found no entry in it.")
-    return Program(computations, entry)
+    return Program(computations, entry, usual or {})
 
 
 def shape_bytes(shape: str) -> int:
@@ -169,14 +173,14 @@ class Traffic(NamedTuple):
     """Of one kind of collective, on one device.
 
     Attributes:
-      times: how often one runs.
+      times: how often one runs, on average where a loop may end early.
       bytes: of their results (a reduce-scatter's: of its operand).
       wire: bytes that leave the device, by ring algorithms.
       largest: bytes of the largest.
     """
 
-    times: int
-    bytes: int
+    times: float
+    bytes: float
     wire: float
     largest: int
 
@@ -324,7 +328,7 @@ def _part(program: Program, inside: list[Instruction], name: str) -> int | None:
     for use in uses:
         part: int | None = None
         called = _CALLED.search(use.rest)
-        if use.operation == "dynamic-slice" and use.operands[0] == name:
+        if use.operation in ("dynamic-slice", "gather") and use.operands[0] == name:
             part = shape_bytes(use.shape)
         elif use.operation == "dynamic-update-slice" and use.operands[0] == name:
             part = shape_bytes(shapes.get(use.operands[1], ""))
@@ -346,12 +350,15 @@ def _part(program: Program, inside: list[Instruction], name: str) -> int | None:
 # ---------------------------------------------------------------------------------------------
 
 
-def matrix_flops(jaxpr: Any, while_trips: int = 1) -> float:
+def matrix_flops(
+    jaxpr: Any, while_trips: int = 1, usual: Mapping[int, float] | None = None
+) -> float:
     """Operations of all matrix products of a traced program, on all devices together.
 
     Args:
       jaxpr: `jax.make_jaxpr(f)(...)`, or `jax.jit(f).trace(...).jaxpr`.
       while_trips: iterations of loops whose condition compares with no constant.
+      usual: as of `Program`.
 
     Of branches the dearer one counts; of a kernel every block, also those that a mask skips.
     """
@@ -366,12 +373,13 @@ def matrix_flops(jaxpr: Any, while_trips: int = 1) -> float:
         elif name.startswith("ragged_dot"):
             total += _ragged_flops(eqn)
         else:
-            inside = [matrix_flops(sub, while_trips) for sub in _inner(eqn)]
+            inside = [matrix_flops(sub, while_trips, usual) for sub in _inner(eqn)]
             times = 1.0
             if name == "scan":
                 times = eqn.params["length"]
             elif name == "while":
-                times = _bound(eqn) or while_trips
+                bound = _bound(eqn) or while_trips
+                times = (usual or {}).get(bound, bound)
             elif name == "shard_map":
                 times = eqn.params["mesh"].size
             elif name == "pallas_call":

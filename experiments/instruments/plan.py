@@ -14,19 +14,30 @@ shardings and operations from the traced program; temporaries and collectives ar
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from experiments import runs
 from experiments.configs import CONFIGS
 from experiments.instruments.chips import Chip, chip_of, tpu_devices
-from experiments.instruments.costs import Cost, compiled_cost, estimated_cost
+from experiments.instruments.costs import (
+    Compiled,
+    Cost,
+    compile_traced,
+    estimated_cost,
+    gathered_size,
+)
+from occ.generation.depth import expected_tokens
 from occ.generation.sampling import SamplingConfig
+from occ.models.attention import CACHE_BLOCK, columns_in_blocks
+from occ.models.parameters import partition
 from occ.models.policy import abstract_policy
 from occ.training.batch import Minibatch
 from occ.training.config import TrainConfig
@@ -39,10 +50,11 @@ from occ.training.sharding import (
     batch_shardings,
     make_mesh,
     replicated,
-    rows_sharding,
 )
 
 GIB = 2**30
+ACCEPTANCES = (0.7, 0.8, 0.9)
+"""Of every draft whose predecessors were kept, for which speculation is planned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Arguments:
       topology: v5e:4x4, v5p:4x4x8, v6e:16x16, or h100:N.
       regimes: which to plan.
       rollouts: plan generation too.
+      draft_depths: of generation; 0 is no drafts.
       folder: for result.json and plan.md; default runs/plan/CONFIG-TOPOLOGY.
     """
 
@@ -61,6 +74,7 @@ class Arguments:
     topology: str = "v5p:4x4x8"
     regimes: tuple[RegimeName, ...] = ("detach", "occ_paper", "occ")
     rollouts: bool = True
+    draft_depths: tuple[int, ...] = (0, 1, 2)
     folder: pathlib.Path | None = None
 
 
@@ -95,6 +109,12 @@ def trace_train_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
     return step.trace(state, minibatch_shapes(config, mesh)), state
 
 
+def portion_rows(config: TrainConfig) -> int:
+    """Rows that decode at one time."""
+    rows = config.rollout.prompts * config.rollout.samples
+    return min(rows, config.layout.generation_rows or rows)
+
+
 def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """The traced sampling of as many rows as decode at one time; shapes of the parameters."""
     policy = abstract_policy(config.model)
@@ -106,20 +126,18 @@ def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
         top_k=config.rollout.top_k,
         stop_tokens=(0,),
     )
-    rows = config.rollout.prompts * config.rollout.samples
-    if config.layout.generation_rows:
-        rows = min(rows, config.layout.generation_rows)
+    rows = portion_rows(config)
     prompts = max(rows // config.rollout.samples, 1)
     shape = (prompts, config.max_prompt_tokens or 0)
-    sharding = rows_sharding(mesh)
+    sharding = replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     traced = jax.jit(sampler(sampling, config)).trace(
         state.policy(config.model),
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
         jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
-        prompt_of=jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=replicated(mesh)),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding),
+        prompt_of=jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding),
     )
     return traced, state.params
 
@@ -154,14 +172,11 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
                 shape = minibatch_shapes(one, mesh).tokens.shape
                 costs[name] = estimated_cost(one, traced, state, shape, count)
                 report(describe(title, costs[name], chip, train_advice(config)))
-            elif cost := _compiled(title, traced, count, chip, train_advice(config), report):
-                costs[name] = cost
-        if arguments.rollouts and devices:
-            traced, _ = trace_generation(config, mesh)
-            title, trips = "Generation of a portion", config.max_response_tokens or 1
-            ideas = generation_advice(config)
-            if cost := _compiled(title, traced, count, chip, ideas, report, trips):
-                costs["Generation"] = cost
+            elif compiled := compile_or_report(title, traced, train_advice(config), report):
+                costs[name] = compiled.cost(count)
+                report(describe(title, costs[name], chip, train_advice(config)))
+        for depth in arguments.draft_depths if arguments.rollouts and devices else ():
+            costs |= plan_generation(config, mesh, depth, chip, report)
     text = table(costs, chip)
     report(text)
     return {
@@ -173,26 +188,72 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
     }
 
 
-def _compiled(
-    title: str,
-    traced: Any,
-    devices: int,
-    chip: Chip,
-    ideas: list[str],
-    report: Any,
-    while_trips: int = 1,
-) -> Cost | None:
-    """The cost of a program, reported; None if the compiler finds no room for it."""
+def plan_generation(
+    config: TrainConfig, mesh: Any, depth: int, chip: Chip, report: Any
+) -> dict[str, Cost]:
+    """Of a portion whose responses are all as long as they may be; by acceptance where it drafts.
+
+    The cache is read as far as it is filled, which is half of the response on average.
+    """
+    layout = dataclasses.replace(config.layout, draft_depth=depth)
+    traced, params = trace_generation(dataclasses.replace(config, layout=layout), mesh)
+    title = f"Generation of a portion, {depth} drafts a pass"
+    compiled = compile_or_report(title, traced, generation_advice(config), report)
+    if compiled is None:
+        return {}
+    response = config.max_response_tokens or 1
+    columns = (config.max_prompt_tokens or 0) + response
+    blocks = columns_in_blocks(columns + depth + 1) // CACHE_BLOCK
+    filled = float(np.mean(-(-np.arange(columns - response, columns) // CACHE_BLOCK)))
+    costs: dict[str, Cost] = {}
+    for accepted in ACCEPTANCES if depth else (0.0,):
+        a_pass = expected_tokens([accepted] * depth)
+        usual = {response: response / a_pass, blocks: filled}
+        cost = compiled.cost(mesh.size, usual)
+        name = f"Generation, {depth} drafts" + (f", {accepted} accepted" if depth else "")
+        costs[name] = cost
+        report(describe(name, cost, chip, generation_advice(config)))
+    begun = compiled.cost(mesh.size, {response: 0})
+    used = _weights(params, config, depth), _cache(config, mesh, filled * CACHE_BLOCK)
+    took = (cost.traffic - begun.traffic) * a_pass / response
+    report(
+        f"  a pass moves {took / 1e9:.1f} GB, {took / sum(used):.2f} times the weights "
+        f"({used[0] / 1e9:.1f}) and the cache ({used[1] / 1e9:.1f} on average)"
+    )
+    return costs
+
+
+def _weights(params: Any, config: TrainConfig, depth: int) -> float:
+    """Bytes that a device reads of them in a pass: all but the embeddings, of which it has rows."""
+    parts = partition(params)
+    readout = {
+        name: leaf
+        for name, leaf in parts.readout.items()
+        if name != "embedding" or config.model.tied_embeddings
+    }
+    used = jax.tree.leaves((parts.blocks, readout, parts.modules if depth else {}))
+    return sum(gathered_size(leaf) for leaf in used) * config.model.compute.itemsize
+
+
+def _cache(config: TrainConfig, mesh: Any, columns: float) -> float:
+    """Bytes of the keys and values of so many columns of a device's rows, all layers together."""
+    model, layout = config.model, config.layout
+    rows = portion_rows(config) / layout.row_parts
+    heads = model.num_kv_heads / math.gcd(model.num_kv_heads, layout.tensor)
+    a_column = 2 * model.num_layers * heads * model.head_dim * model.compute.itemsize
+    return rows * columns * a_column
+
+
+def compile_or_report(title: str, traced: Any, ideas: list[str], report: Any) -> Compiled | None:
+    """The program; None, with a report, if the compiler finds no room for it."""
     try:
-        cost = compiled_cost(traced, devices, while_trips)
+        return compile_traced(traced)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0]
         report(f"{title}: does not fit; {'; '.join(ideas)}\n  The compiler: {reason}")
         return None
-    report(describe(title, cost, chip, ideas))
-    return cost
 
 
 def describe(title: str, cost: Cost, chip: Chip, ideas: list[str]) -> str:
@@ -206,7 +267,7 @@ def describe(title: str, cost: Cost, chip: Chip, ideas: list[str]) -> str:
     ]
     for kind, traffic in sorted(cost.collectives.items()):
         lines.append(
-            f"  {kind}: {traffic.times} times, {traffic.bytes / 1e9:.2f} GB, "
+            f"  {kind}: {traffic.times:.0f} times, {traffic.bytes / 1e9:.2f} GB, "
             f"{traffic.wire / 1e9:.2f} GB over the links, largest {traffic.largest / 1e6:.1f} MB"
         )
     fits = cost.peak <= 0.95 * chip.memory

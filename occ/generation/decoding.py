@@ -25,6 +25,7 @@ from occ.generation.sampling import (
     log_prob_of,
     uniform_noise,
 )
+from occ.models import partitioning
 from occ.models.attention import StackCache
 from occ.models.decoder import Cache, Decoder
 from occ.models.layers import at_least_float32
@@ -163,18 +164,23 @@ def _modules(model: Decoder, depth: int) -> int:
 
 
 def _begin(model: Decoder, prompts, prompt_mask, rows: int, depth: int) -> _Prompts:
-    """Runs the prompts through the trunk and, for drafts, the modules; so many at one time."""
-    count = prompts.shape[0]
+    """Runs the prompts through the trunk and, for drafts, the modules; so many at one time.
+
+    The last one is repeated until they can be cut evenly.
+    """
+    mesh, count = several_devices(), prompts.shape[0]
+    unit = 1 if mesh is None else partitioning.parts(mesh.shape, ROWS)
+    rows = min(-(-rows // unit), -(-count // unit)) * unit
     parts = -(-count // rows)
-    if parts == 1:
-        return _begin_all(model, prompts, prompt_mask, depth)
 
     def cut(values):
-        padded = jnp.pad(values, ((0, parts * rows - count), (0, 0)), mode="edge")
-        return padded.reshape(parts, rows, -1)
+        return jnp.pad(values, ((0, parts * rows - count), (0, 0)), mode="edge")
 
+    if parts == 1:
+        return _begin_all(model, cut(prompts), cut(prompt_mask), depth)
     begun = jax.lax.map(
-        lambda part: _begin_all(model, part[0], part[1], depth), (cut(prompts), cut(prompt_mask))
+        lambda part: _begin_all(model, part[0], part[1], depth),
+        (cut(prompts).reshape(parts, rows, -1), cut(prompt_mask).reshape(parts, rows, -1)),
     )
 
     def join(values, axis=0):

@@ -17,8 +17,19 @@ from occ.models.partitioning import ROWS, constrain, fit, several_devices
 P = jax.P
 
 
-CACHE_BLOCK = 128
-"""Columns of a cache that attention reads at one time."""
+CACHE_BLOCK = 256
+"""Columns of a cache that attention reads at one time, between which its running sums travel."""
+
+
+def columns_in_blocks(columns: int) -> int:
+    """Columns of a cache with room for so many: whole blocks, if there is more than one.
+
+    >>> columns_in_blocks(100), columns_in_blocks(CACHE_BLOCK + 1) // CACHE_BLOCK
+    (100, 2)
+    """
+    if columns <= CACHE_BLOCK:
+        return columns
+    return -(-columns // CACHE_BLOCK) * CACHE_BLOCK
 
 
 class StackCache(NamedTuple):
@@ -35,7 +46,8 @@ class StackCache(NamedTuple):
 
         One row after the other, each where it lies: written all at once, the compiler for TPUs
         wants rows along the slowest axis, reading wants layers there, and so the whole cache would
-        be turned round and back for every token.
+        be turned round and back for every token. Of two columns at a time it
+        (0.0.42) takes the loop for another and fails.
 
         Args:
           new: [L', B, kv_heads, T, head_dim] each.
@@ -43,15 +55,21 @@ class StackCache(NamedTuple):
           layer: the first of the L' layers.
         """
 
-        def rows(old, new, columns):
+        def rows(old: StackCache, new: StackCache, columns):
             zero = jnp.zeros_like(columns[0])
 
-            def row(number, old):
-                one = jax.lax.dynamic_slice_in_dim(new, number, 1, axis=1)
-                start = (zero + layer, number, zero, columns[number], zero)
-                return jax.lax.dynamic_update_slice(old, one, start)
+            def one(number, old, new):
+                row = jax.lax.dynamic_slice_in_dim(new, number, 1, axis=1)
+                for token in range(row.shape[3]):
+                    start = (zero + layer, number, zero, columns[number] + token, zero)
+                    column = row[:, :, :, token : token + 1]
+                    old = jax.lax.dynamic_update_slice(old, column, start)
+                return old
 
-            return jax.lax.fori_loop(zero, columns.shape[0], row, old)
+            def both(number, old):
+                return StackCache(*(one(number, *pair) for pair in zip(old, new, strict=True)))
+
+            return jax.lax.fori_loop(zero, columns.shape[0], both, old)
 
         mesh = several_devices()
         if mesh is not None:
@@ -59,7 +77,7 @@ class StackCache(NamedTuple):
             rows = jax.shard_map(
                 rows, mesh=mesh, in_specs=(whole, whole, P(whole[1])), out_specs=whole
             )
-        return StackCache(*(rows(*pair, columns) for pair in zip(self, new, strict=True)))
+        return rows(self, new, columns)
 
 
 class Past(NamedTuple):
@@ -327,7 +345,12 @@ class Attention(nnx.Module):
         config = self.config
 
         def heads(linear, norm):
-            y = linear(x).reshape(batch, time, -1, config.head_dim)
+            y = linear(x)
+            if past is not None:
+                # Without it the compiler for TPUs lays the product out by heads, turns the kernel
+                # to that end, and so copies it out of the stack of layers for every token.
+                y = jax.lax.optimization_barrier(y)
+            y = y.reshape(batch, time, -1, config.head_dim)
             y = constrain(y, ROWS, None, "tensor")
             return y if norm is None else norm(y)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from occ.models.attention import CACHE_BLOCK, Context, Past, StackCache
+from occ.models.attention import Context, Past, StackCache, columns_in_blocks
 from occ.models.block import Block
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
@@ -157,9 +157,7 @@ class Decoder(nnx.Module):
 
     def empty_stack(self, layers: int, batch: int, columns: int) -> StackCache:
         """A cache for so many layers, in whole blocks of columns."""
-        if columns > CACHE_BLOCK:
-            columns = -(-columns // CACHE_BLOCK) * CACHE_BLOCK
-        config = self.config
+        config, columns = self.config, columns_in_blocks(columns)
         shape = (layers, batch, config.num_kv_heads, columns, config.head_dim)
         empty = constrain(jnp.zeros(shape, config.compute), None, ROWS, "tensor")
         return StackCache(empty, empty)

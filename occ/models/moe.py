@@ -13,6 +13,9 @@ from occ.models.config import ModelConfig
 from occ.models.expert_parallel import ExpertWeights, Placement, on_mesh
 from occ.models.layers import MLP, at_least_float32
 
+FEW = 128
+"""Pairs with which a product with every expert's matrix still waits for reading it, on TPUs."""
+
 
 class RouterBias(nnx.Variable):
     """The router's correction bias: neither trained nor decayed, so not an `nnx.Param`."""
@@ -67,7 +70,8 @@ class MixtureOfExperts(nnx.Module):
           whole: expect the kernels gathered along "fsdp", as generation has them, once for all
             tokens.
         """
-        y, load = on_mesh(self._on_device, x, valid, self._weights(), whole=whole)
+        on_device = functools.partial(self._on_device, generating=whole)
+        y, load = on_mesh(on_device, x, valid, self._weights(), whole=whole)
         y = y.astype(self.dtype)
         return (y if self.shared is None else y + self.shared(x)), load
 
@@ -79,7 +83,7 @@ class MixtureOfExperts(nnx.Module):
             *(kernel[...].astype(self.dtype) for kernel in kernels),
         )
 
-    def _on_device(self, x, valid, weights: ExpertWeights, placement: Placement):
+    def _on_device(self, x, valid, weights: ExpertWeights, placement: Placement, *, generating):
         """The routed experts' sum on the rows of one device, at least float32; and the load."""
         tokens_NxD = x.reshape(-1, x.shape[-1])
         experts_Nxk, gates_Nxk = self._route(tokens_NxD, weights)
@@ -88,7 +92,7 @@ class MixtureOfExperts(nnx.Module):
         y_NkxD, load = placement.apply_experts(
             tokens_NxD,
             pair_expert,
-            functools.partial(apply_experts, weights=weights),
+            functools.partial(apply_experts, weights=weights, generating=generating),
             self.moe,
         )
         y_NxkxD = y_NkxD.reshape(*experts_Nxk.shape, -1)
@@ -125,15 +129,32 @@ class MixtureOfExperts(nnx.Module):
 
 
 def apply_experts(
-    x: Float[Array, "pairs width"], expert: Int[Array, "pairs"], weights: ExpertWeights
+    x: Float[Array, "pairs width"],
+    expert: Int[Array, "pairs"],
+    weights: ExpertWeights,
+    *,
+    generating: bool = False,
 ) -> Float[Array, "pairs width"]:
     """Each row through its expert; 0 for rows of no expert (numbers beyond the last).
 
     The result is in the order of the rows: sorted by expert, multiplied group by group, and put
     back by the inverse permutation, since a scatter-add would add in whatever order the device
     pleases.
+
+    Args:
+      x, expert: of the pairs of a token with an expert.
+      weights: of this device's experts.
+      generating: where there are `FEW` rows, and enough for every expert, each goes through all:
+        grouped products are kernels, for which compilers copy the weights out of the stack of
+        layers, and reading them is what generation waits for.
     """
     count = weights.gate.shape[0]
+    if generating and count <= x.shape[0] <= FEW:
+        hidden = jax.nn.silu(jnp.einsum("nd,edf->enf", x, weights.gate))
+        hidden = hidden * jnp.einsum("nd,edf->enf", x, weights.up)
+        y = jnp.einsum("enf,efd->end", hidden, weights.down)
+        own = expert[None] == jnp.arange(count, dtype=expert.dtype)[:, None]
+        return jnp.sum(jnp.where(own[:, :, None], y, 0), axis=0)
     order = jnp.argsort(expert, stable=True)
     load = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
     x = x[order]

@@ -41,6 +41,11 @@ class LayoutConfig:
 
     def __post_init__(self):
         validate(self)
+        if self.generation_rows % self.row_parts:
+            raise ValueError(
+                f"LayoutConfig: generation_rows ({self.generation_rows}) cannot be cut evenly on "
+                f"{self.row_parts} devices (data x fsdp x expert). Choose a multiple of them."
+            )
 
     @property
     def fixed_depth(self) -> int:

@@ -36,8 +36,10 @@ class History:
     @classmethod
     def read(cls, record: dict[str, Any]) -> History:
         """From what `dataclasses.asdict` made of it, by way of JSON."""
-        drafts = {n: tuple(v) if isinstance(v, list) else v for n, v in record["drafts"].items()}
-        return cls(**{**record, "drafts": DraftDepth(**drafts)})
+        drafts = DraftDepth(**record["drafts"])
+        seconds, acceptance = tuple(drafts.seconds), tuple(drafts.acceptance)
+        drafts = dataclasses.replace(drafts, seconds=seconds, acceptance=acceptance)
+        return cls(**{**record, "drafts": drafts})
 
     def evaluated(self, rollout: int, sampled: float) -> History:
         """With the accuracy after `rollout` finished rollouts; of equal ones the first is best."""

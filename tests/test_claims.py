@@ -53,6 +53,7 @@ def at(monkeypatch, tmp_path):
     claims._setting.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_cell_leaves_a_row_a_seed_and_repeats_none(at):
     arguments = claims.Run(seeds=(0, 1), folder=at / "rows")
     cell = Cell(claims_grid.MAIN, "occ_paper")

@@ -231,11 +231,11 @@ SHARP = {"rollout": RolloutConfig(temperature=0.8)}
 SMOOTHED = dataclasses.replace(regime("occ_smoothed"), every=2)
 STEPS = {
     "detach": config_of(regime("detach"), "cispo", ONE, **cut(2, 5), **SHARP),
-    "policy": config_of(dataclasses.replace(POLICY, reference="own"), "clamped"),
     "occ": config_of(regime("occ"), "ppo"),
-    "occ_paper": config_of(regime("occ_paper"), "gspo", ONE, **cut(2)),
 }
 SLOW = {
+    "policy": config_of(dataclasses.replace(POLICY, reference="own"), "clamped"),
+    "occ_paper": config_of(regime("occ_paper"), "gspo", ONE, **cut(2)),
     "rl_only": config_of(regime("rl_only"), "ppo", ONE, **cut(logits_chunk=5)),
     "drafter_tv": config_of(regime("drafter_tv"), "ppo", **cut(2, 5)),
     "drafter_top_k": config_of(

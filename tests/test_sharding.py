@@ -105,10 +105,15 @@ def single(name):
     ("mtp", "layout"),
     [
         ("occ", "fsdp-tensor"),
-        ("occ_paper", "micro-batches"),
         *(
-            pytest.param("occ", name, marks=pytest.mark.slow)
-            for name in ("data", "fsdp", "data-fsdp-tensor", "micro-batches")
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ("occ_paper", "micro-batches"),
+                ("occ", "data"),
+                ("occ", "fsdp"),
+                ("occ", "data-fsdp-tensor"),
+                ("occ", "micro-batches"),
+            )
         ),
     ],
 )
@@ -244,6 +249,7 @@ def test_a_sharded_mixture_of_experts_is_the_single_devices(x64, layout):
     tiny.close(metrics, expected_metrics, 1e-9)
 
 
+@pytest.mark.slow
 def test_tokens_travel_to_experts_and_are_never_gathered():
     config, model, batch = setting("occ_paper", "float32", MOE_LAYOUTS["data-expert"], MOE)
     config = dataclasses.replace(config, layout=LayoutConfig(data=2, expert=4))

@@ -383,6 +383,7 @@ def test_alignment_of_the_first_response_tokens():
     assert mtp_alignment.aligned_mask(mask, segments, 2).tolist() == [[False, False, False, True]]
 
 
+@pytest.mark.slow
 def test_distillation_is_the_divergence_from_a_main_head_held_fixed(x64):
     """Its gradient by plain autodiff, with the main head's probabilities as numbers."""
     model_config = tiny.model_config(2, "float64", tied_embeddings=False)

@@ -75,6 +75,7 @@ def test_a_subset_of_rows_is_measured_before_the_backward_pass(x64):
     tiny.close(got.gradient, same.gradient, 1e-12)
 
 
+@pytest.mark.slow
 def test_the_readout_is_head_and_final_norm(x64):
     """Untied, with a module that has no norm of its own, so that both losses reach both."""
     mtp = MTPTrainingConfig(measure="readout", placement="fused")
@@ -106,7 +107,8 @@ def test_first_layer_and_embedding_are_parts_of_the_whole(x64):
     assert len({float(part[0, 1]) for part in parts}) == 3
 
 
-@pytest.mark.parametrize("placement", ["exact", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["exact", "fused"])
 def test_only_every_second_step_measures(x64, placement):
     """A step in between takes the held weight, and is a fused one: it has no true matrix."""
     mtp = MTPTrainingConfig(

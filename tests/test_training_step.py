@@ -83,6 +83,7 @@ def test_coefficient_zero_is_training_the_modules_alone_for_50_steps(optimized):
         chex.assert_trees_all_equal(calibrated, modules_only)
 
 
+@pytest.mark.slow
 def test_detach_moves_the_trunk_as_rl_alone_for_50_steps(optimized):
     detached, _ = trajectory(regime("detach"), 50)
     alone, _ = trajectory(regime("rl_only"), 50)

@@ -36,9 +36,9 @@ class History:
     @classmethod
     def read(cls, record: dict[str, Any]) -> History:
         """From what `dataclasses.asdict` made of it, by way of JSON."""
-        drafts = DraftDepth(**record["drafts"])
-        seconds, acceptance = tuple(drafts.seconds), tuple(drafts.acceptance)
-        drafts = dataclasses.replace(drafts, seconds=seconds, acceptance=acceptance)
+        found = record["drafts"]
+        seconds, acceptance = tuple(found["seconds"]), tuple(found["acceptance"])
+        drafts = DraftDepth(seconds, acceptance, found["undrafted"])
         return cls(**{**record, "drafts": drafts})
 
     def evaluated(self, rollout: int, sampled: float) -> History:

@@ -21,6 +21,7 @@ TRAIN = [
     "tensorflow-datasets",
 ]
 EXPERIMENTS = [*TRAIN, "matplotlib", "tensorboardX", "tqdm", "tyro"]
+DASHBOARDS = [*EXPERIMENTS, "mlflow-skinny", "wandb"]
 DATA = [*TRAIN, "grain", "pyarrow", "requests"]  # published problems; no TensorFlow
 MATH = [*TRAIN, "math-verify", "mpmath"]
 PRETRAINED = [*TRAIN, "gguf", "jinja2>=3.1.6", "safetensors", "tokenizers"]  # older Jinjas leak
@@ -43,6 +44,7 @@ setuptools.setup(
     extras_require={
         "train": TRAIN,
         "experiments": EXPERIMENTS,
+        "dashboards": DASHBOARDS,
         "data": DATA,
         "math": MATH,
         "pretrained": PRETRAINED,

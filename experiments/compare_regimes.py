@@ -11,21 +11,29 @@ command goes on from there, and repeats nothing that is finished.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import gc
+import os
 import pathlib
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 import jax
 import tyro
 
-from experiments import report, runs
+from experiments import dashboards, report, runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
-from experiments.progress import interrupt
+from experiments.dashboards import Dashboard
+from experiments.lanes import in_lanes, leave
+from experiments.progress import Progress, interrupt
 from experiments.report_figure import figure
+from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training import loop
 from occ.training.config import TrainConfig
@@ -48,6 +56,9 @@ class Arguments:
       rollouts: a run; None takes the configuration's.
       exact: measure the true c and v^2 in every regime, at the price of a second backward pass.
       folder: for all files.
+      lanes: runs that go on side by side; 0 is two on the cores of a CPU, which one run of a small
+        model does not keep busy, and one on other devices.
+      log: dashboards of each run; `experiments.dashboards` says where they are.
       smoke: the shortest form: two rollouts of one layer, from one warm start of twenty steps, in
         two of the default's regimes, compiled in haste. It shows that all works, and no
         difference.
@@ -59,11 +70,16 @@ class Arguments:
     rollouts: int | None = None
     exact: bool = False
     folder: pathlib.Path = pathlib.Path("runs/compare_regimes")
+    lanes: int = 0
+    log: tuple[Dashboard, ...] = ("tensorboard",)
     smoke: bool = False
 
     def __post_init__(self):
-        if self.starts < 1:
-            raise ValueError(f"compare_regimes: expected starts >= 1, got {self.starts}.")
+        if self.starts < 1 or self.lanes < 0:
+            raise ValueError(
+                f"compare_regimes: expected starts >= 1 and lanes >= 0, got {self.starts} and "
+                f"{self.lanes}."
+            )
         if self.smoke and self.regimes == STORY:
             object.__setattr__(self, "regimes", SMOKE)
 
@@ -95,6 +111,7 @@ def compare(arguments: Arguments) -> int:
       The exit status: 130 after Ctrl-C; 1 where the disk is full or another process has a run's
       folder, which is said.
     """
+    dashboards.check(arguments.log)
     began = time.perf_counter()
     folder = arguments.folder / "smoke" if arguments.smoke else arguments.folder
     if arguments.smoke:
@@ -134,30 +151,75 @@ def _run_all(arguments: Arguments, folder: pathlib.Path) -> int | None:
     keep_compiled(folder / "compiled")
     task = runs.load_task(config)
     programs = _programs(arguments, config, task)
-    job = runs.job(config, starts, starts * len(programs))
-    with contextlib.closing(job) as progress:
+    with (
+        contextlib.closing(runs.job(config, starts, starts * len(programs))) as progress,
+        interrupt() as should_stop,
+    ):
+        begun = Starts(config, task, next(iter(programs.values())), folder, progress, should_stop)
+
+        def run(name: RegimeName, seed: int) -> bool:
+            result = runs.run(
+                f"{REGIMES[name].label}, start {seed + 1} of {starts}",
+                _of_regime(arguments, config, name, seed),
+                task,
+                programs[name],
+                begun(seed),
+                _run_folder(folder, name, seed),
+                progress,
+                should_stop,
+                arguments.log,
+            )
+            return result is not None
+
+        work: list[Callable[[], object]] = []
         for seed in range(starts):
-            number = f"start {seed + 1} of {starts}"
-            seeded = dataclasses.replace(config, seed=seed)
-            first = next(iter(programs.values()))
-            where = folder / "starts"
-            start = runs.starting_point(seeded, task, first, where, progress, f"warm {number}")
-            for name in arguments.regimes:
-                with interrupt() as should_stop:
-                    result = runs.run(
-                        f"{REGIMES[name].label}, {number}",
-                        _of_regime(arguments, config, name, seed),
-                        task,
-                        programs[name],
-                        start,
-                        _run_folder(folder, name, seed),
-                        progress,
-                        should_stop,
-                    )
-                if result is None:
-                    return should_stop.status
-        progress.begin("done", 0)
+            # Lanes begin with a start each, and those behind them find theirs made.
+            ahead = range(2) if seed == 0 else range(seed + 1, seed + 2)
+            work += [functools.partial(begun, one) for one in ahead if one < starts]
+            work += [functools.partial(run, name, seed) for name in arguments.regimes]
+        if not in_lanes(work, _lanes(arguments), should_stop):
+            return should_stop.status
+        progress.close("done")
     return None
+
+
+class Starts:
+    """The policies after warm starts, each made once, by whoever needs it first."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        programs: loop.Programs,
+        folder: pathlib.Path,
+        progress: Progress,
+        should_stop: Callable[[], bool],
+    ):
+        self._config, self._task, self._programs = config, task, programs
+        self._folder, self._progress, self._should_stop = folder / "starts", progress, should_stop
+        self._made: dict[int, Policy] = {}
+        self._locks: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
+
+    def __call__(self, seed: int) -> Policy:
+        """That of a seed."""
+        with self._locks[seed]:
+            if seed not in self._made:
+                self._made[seed] = runs.starting_point(
+                    dataclasses.replace(self._config, seed=seed),
+                    self._task,
+                    self._programs,
+                    self._folder,
+                    self._progress,
+                    f"warm start {seed + 1}",
+                    self._should_stop,
+                )
+            return self._made[seed]
+
+
+def _lanes(arguments: Arguments) -> int:
+    if arguments.lanes:
+        return arguments.lanes
+    return min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
 
 
 def _of_regime(
@@ -199,4 +261,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

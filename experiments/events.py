@@ -1,4 +1,4 @@
-"""TensorBoard events of a run, behind a guard: what is logged never blocks or ends training."""
+"""TensorBoard events of a run, and the guard: what is logged never blocks or ends training."""
 
 from __future__ import annotations
 
@@ -47,11 +47,8 @@ class EventFile:
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Writes every number of a row, and every entry of its lists."""
-        for name, value in row.items():
-            for suffix, scalar in _scalars(value):
-                self._write(
-                    Event(summary=summary.scalar(name + suffix, scalar), step=row["rollout"])
-                )
+        for name, value in scalars(row).items():
+            self._write(Event(summary=summary.scalar(name, value), step=row["rollout"]))
         self._file.flush()
 
     def close(self) -> None:
@@ -71,11 +68,13 @@ class Guarded:
 
     Args:
       logger: makes the logger; called in that thread too.
+      name: of what is logged to, for the warning.
       waiting: rows that may wait for it.
       patience: seconds that `close` waits for it.
     """
 
-    def __init__(self, logger: Any, waiting: int = 256, patience: float = 10.0):
+    def __init__(self, logger: Any, name: str = "", *, waiting: int = 256, patience: float = 10.0):
+        self._where = f"logging to {name}" if name else "logging"
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(waiting)
         self._patience = patience
         self._error: Exception | None = None
@@ -110,7 +109,7 @@ class Guarded:
 
     def _give_up(self, reason: str) -> None:
         self._given_up = True
-        text = f"logging was given up ({reason}); training goes on, and metrics.jsonl has all"
+        text = f"{self._where} was given up ({reason}); training goes on, metrics.jsonl has all"
         with contextlib.suppress(OSError):  # of a terminal that is gone
             tqdm.tqdm.write(text, file=sys.stderr)
 
@@ -131,8 +130,15 @@ class Guarded:
             self._error = self._error if self._error is not None else error
 
 
-def _scalars(value: Any) -> list[tuple[str, float]]:
-    array = np.asarray(value, np.float64)
-    if array.ndim == 0:
-        return [("", float(array))]
-    return [(f"/{i + 1}", float(x)) for i, x in enumerate(array.ravel())]
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """Every number of a row, and every entry of its lists.
+
+    >>> scalars({"reward": 0.5, "occ/coefficient": [0.1, 0.2]})
+    {'reward': 0.5, 'occ/coefficient/1': 0.1, 'occ/coefficient/2': 0.2}
+    """
+    found = {}
+    for name, value in row.items():
+        array = np.asarray(value, np.float64)
+        entries = enumerate(array.ravel(), start=1)
+        found |= {f"{name}/{i}" if array.ndim else name: float(x) for i, x in entries}
+    return found

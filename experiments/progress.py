@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -70,9 +72,10 @@ def interrupt() -> Iterator[Interrupt]:
 class Progress:
     """One line for a whole job: the share that is done, the time left, and what is going on.
 
-    A job is made of parts; their sizes are in whatever takes about the same time everywhere, say
-    rollouts. What an earlier call has done moves the line on without making the job look fast.
-    Where standard error is no terminal the line is printed anew now and then.
+    A job is made of parts, of which several may go on side by side; their sizes are in whatever
+    takes about the same time everywhere, say rollouts. What an earlier call has done moves the line
+    on without making the job look fast. Where standard error is no terminal the line is printed
+    anew now and then.
 
     Args:
       total: the sum of the parts' sizes.
@@ -92,40 +95,74 @@ class Progress:
             dynamic_ncols=terminal,
             ncols=None if terminal else 100,
         )
-        self._base, self._size, self._title = 0.0, 0.0, ""
-        self._fresh, self._shown = True, False
+        self._shown = False
+        self._lock = threading.Lock()
 
-    def begin(self, title: str, size: float) -> None:
-        """Begins a part; the one before is done."""
-        self._base += self._size
-        self._to(self._base, known=self._fresh)
-        self._title, self._size, self._fresh = title, size, True
-        self._bar.set_description_str(title, refresh=False)
+    @contextmanager
+    def part(self, title: str, size: float) -> Iterator[Part]:
+        """A part, which is done when the block ends without an error."""
+        part = Part(self, title, size)
+        self._describe(title)
+        yield part
+        with self._lock:  # what nothing was shown of was done by an earlier call
+            self._move(part, 1.0, known=part.fresh)
 
-    def show(self, share: float, step: float, text: str) -> None:
-        """Within a part: what share of it is done, how much of that in this step, and its state."""
-        if not self._shown:  # no rate follows from what was compiled before anything ran
-            self._shown, self._bar.start_t = True, time.time()
-            self._to(self._base + self._size * share, known=True)
-        if self._fresh:  # what was there before this step was done by an earlier call
-            self._to(max(self._bar.n, self._base + self._size * (share - step)), known=True)
-            self._fresh = False
-        self._bar.set_description_str(f"{self._title}: {text}", refresh=False)
-        self._to(self._base + self._size * share)
-
-    def close(self) -> None:
+    def close(self, text: str = "") -> None:
         """Ends the line."""
+        if text:
+            self._describe(text)
+            self._bar.refresh()
         self._bar.close()
 
-    def _to(self, position: float, known: bool = False) -> None:
+    def _describe(self, text: str) -> None:
+        self._bar.set_description_str(text, refresh=False)
+
+    def show(self, part: Part, share: float, step: float, text: str) -> None:
+        """As `Part.show`."""
+        with self._lock:
+            if part.fresh:  # what was there before this step was done by an earlier call
+                self._move(part, max(share - step, 0.0), known=True)
+                part.fresh = False
+            known = not self._shown
+            if known:  # no rate follows from what was compiled before anything ran
+                self._shown, self._bar.start_t = True, time.time()
+            self._describe(f"{part.title}: {text}")
+            self._move(part, share, known)
+            if known:
+                self._bar.refresh()
+
+    def _move(self, part: Part, share: float, known: bool) -> None:
+        moved, part.share = part.size * (share - part.share), share
         if self._bar.disable:
             return
-        moved = position - self._bar.n
         if known:
             self._bar.initial += moved
             self._bar.n += moved
         else:
             self._bar.update(moved)
+
+
+@dataclasses.dataclass
+class Part:
+    """A part of a job.
+
+    Attributes:
+      job: whose line it moves.
+      title: of what is shown.
+      size: in the job's unit.
+      share: of it that is done.
+      fresh: nothing was shown yet.
+    """
+
+    job: Progress
+    title: str
+    size: float
+    share: float = 0.0
+    fresh: bool = True
+
+    def show(self, share: float, step: float, text: str) -> None:
+        """What share of it is done, how much of that in this step, and its state."""
+        self.job.show(self, share, step, text)
 
 
 class _Lines:

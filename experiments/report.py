@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import statistics
 from typing import Any
 
 import numpy as np
@@ -31,16 +32,23 @@ QUANTITIES = {
 }
 COMPARED = ("area", "sampled")
 JUDGED = "area"  # by what the words and the figure judge
+TIME = "seconds a rollout"
 NOTE = (
     "Per cent; mean and 95 % Student-t interval over warm starts; differences are paired by warm "
-    "start, bold where the interval excludes 0."
+    "start, bold where the interval excludes 0. Seconds are the median, its updates included, on "
+    "this machine and beside whatever else it did."
 )
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """Result and reward of every rollout of a finished run."""
-    rewards = [row["reward"] for row in read_rows(folder / "metrics.jsonl")]
-    return read_result(folder) | {"rewards": [math.nan if x is None else x for x in rewards]}
+    """Result, reward of every rollout, and the usual seconds of one, of a finished run."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return read_result(folder) | {
+        "rewards": [math.nan if row["reward"] is None else row["reward"] for row in rows],
+        "rollout_seconds": statistics.median(
+            row["seconds/rollout"] + row["seconds/updates"] for row in rows
+        ),
+    }
 
 
 def name_of(regime: str) -> str:
@@ -67,6 +75,8 @@ def table(results: Runs) -> str:
     """A Markdown table: every quantity of every regime, and differences to Detach."""
     titles = [title for title, _ in QUANTITIES.values()]
     titles += [f"{QUANTITIES[name][0]}, minus Detach" for name in COMPARED]
+    timed = all("rollout_seconds" in run for found in results.values() for run in found)
+    titles += [TIME] * timed
     lines = ["| regime | " + " | ".join(titles) + " |", "|" + "---|" * (len(titles) + 1)]
     for regime, found in results.items():
         cells = [percent(mean_interval(values_of(found, name))) for name in QUANTITIES]
@@ -77,6 +87,8 @@ def table(results: Runs) -> str:
             estimate = difference(results, regime, name=name)
             text = percent(estimate, signed=True)
             cells.append(f"**{text}**" if estimate.excludes(0.0) else text)
+        if timed:
+            cells.append(f"{np.mean([run['rollout_seconds'] for run in found]):.2f}")
         lines.append(f"| {name_of(regime)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tqdm
 
-from experiments.events import EventFile, Guarded
+from experiments.dashboards import Dashboard, Dashboards, Subject
 from experiments.progress import Progress, summary
 from occ import json_files, tasks
 from occ.models.policy import Policy
@@ -63,18 +62,25 @@ def starting_point(
     folder: pathlib.Path,
     progress: Progress | None = None,
     title: str = "warm start",
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Policy:
-    """The policy after the warm start, which is a part of the job's progress, or all of it."""
+    """The policy after the warm start, which is a part of the job's progress, or all of it.
+
+    Raises:
+      KeyboardInterrupt: `should_stop`, asked now and then, said so; nothing of it is kept.
+    """
     if progress is None:
         with contextlib.closing(job(config, starts=1, runs=0)) as alone:
             return starting_point(config, task, programs, folder, alone)
-    progress.begin(title, _start_size(config))
+    with progress.part(title, _start_size(config)) as part:
 
-    def show(step: int, losses: list[float]) -> None:
-        share = (step + 1) / config.warm_start.steps
-        progress.show(share, share, "cross-entropy " + ", ".join(f"{x:.2f}" for x in losses))
+        def show(step: int, losses: list[float]) -> None:
+            share = (step + 1) / config.warm_start.steps
+            part.show(share, share, "cross-entropy " + ", ".join(f"{x:.2f}" for x in losses))
+            if should_stop():
+                raise KeyboardInterrupt
 
-    start = start_points.starting_point(config, task, programs, folder, show)
+        start = start_points.starting_point(config, task, programs, folder, show)
     if start.report and is_first():
         tqdm.tqdm.write(f"{title}: {start.report}")
     return start.policy
@@ -89,21 +95,23 @@ def run(
     folder: pathlib.Path,
     progress: Progress,
     should_stop: Callable[[], bool],
+    log: Sequence[Dashboard] = ("tensorboard",),
 ) -> dict[str, Any] | None:
     """One training run, a part of the job's progress; a finished one is not repeated."""
-    progress.begin(title, config.rollouts)
-    if (folder / "result.json").exists() or not is_first():
-        return loop.run(config, task, programs, start, folder, should_stop=should_stop)
-    events = Guarded(functools.partial(EventFile, folder / "tensorboard"))
+    with progress.part(title, config.rollouts) as part:
+        if (folder / "result.json").exists() or not is_first():
+            return loop.run(config, task, programs, start, folder, should_stop=should_stop)
+        name = f"{config.name}/{folder.name}"
+        dashboards = Dashboards(log, Subject(name, config.name, as_json(config), folder))
 
-    def on_row(row: dict[str, Any]) -> None:
-        progress.show((row["rollout"] + 1) / config.rollouts, 1 / config.rollouts, summary(row))
-        events(row)
+        def on_row(row: dict[str, Any]) -> None:
+            part.show((row["rollout"] + 1) / config.rollouts, 1 / config.rollouts, summary(row))
+            dashboards(row)
 
-    try:
-        return loop.run(config, task, programs, start, folder, on_row, should_stop)
-    finally:
-        events.close()
+        try:
+            return loop.run(config, task, programs, start, folder, on_row, should_stop)
+        finally:
+            dashboards.close()
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

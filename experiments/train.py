@@ -29,9 +29,10 @@ from typing import Any
 
 import tyro
 
-from experiments import runs
+from experiments import dashboards, runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
+from experiments.dashboards import Dashboard
 from experiments.progress import Interrupt, interrupt
 from occ.training import loop, metrics, regimes
 from occ.training.config import TrainConfig
@@ -51,6 +52,7 @@ class Arguments:
       regime: a named training regime in place of `config.mtp`, whose fields that are given on the
         command line change it.
       folder: for the run; default runs/CONFIG/REGIME-seedN.
+      log: dashboards beside the folder's own files; `experiments.dashboards` says where they are.
       distributed: one of several processes, on a file system that all of them share.
       coordinator: host:port of process 0; on TPU pods and under SLURM the cluster knows.
       processes: how many; likewise.
@@ -60,6 +62,7 @@ class Arguments:
     config: TrainConfig
     regime: RegimeName | None = None
     folder: pathlib.Path | None = None
+    log: tuple[Dashboard, ...] = ("tensorboard",)
     distributed: bool = False
     coordinator: str | None = None
     processes: int | None = None
@@ -84,6 +87,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
       The exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1 where the disk is full or another
       process has the folder, which is said.
     """
+    dashboards.check(arguments.log)
     if arguments.distributed:
         join(arguments.coordinator, arguments.processes, arguments.index)
     config = arguments.config
@@ -106,7 +110,15 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
             start = runs.starting_point(config, task, programs, root / "starts", progress)
             with interrupt() as should_stop:
                 result = runs.run(
-                    label, config, task, programs, start, folder, progress, should_stop
+                    label,
+                    config,
+                    task,
+                    programs,
+                    start,
+                    folder,
+                    progress,
+                    should_stop,
+                    arguments.log,
                 )
     except (DiskFullError, LockedError) as error:
         ended = str(error)

@@ -2,16 +2,19 @@
 
 import functools
 import gc
+import json
 import re
 import struct
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from experiments import progress, report
+from experiments import dashboards, progress, report, runs
 from experiments.events import EventFile, Guarded
-from experiments.progress import Progress
+from experiments.lanes import in_lanes
+from experiments.progress import Interrupt, Progress
 from experiments.report_figure import COLOURS, figure
 
 
@@ -123,18 +126,20 @@ def printed(monkeypatch, capsys):
 
 
 def test_one_line_counts_the_whole_job(printed):
-    job = Progress(total=20)
-    job.begin("start 1", 10)
-    job.show(0.5, 0.5, "cross-entropy 0.3")
-    job.begin("Detach", 10)
-    job.show(0.1, 0.1, "reward 0.2")
-    job.begin("done", 0)
-    job.close()
+    job = Progress(total=30)
+    with job.part("start 1", 10) as start:
+        start.show(0.5, 0.5, "cross-entropy 0.3")
+        with job.part("start 2", 10) as beside:
+            beside.show(0.5, 0.5, "cross-entropy 0.4")
+    with job.part("Detach", 10) as run:
+        run.show(0.1, 0.1, "reward 0.2")
+    job.close("done")
     text = printed()
     shown = [re.match(r" *(\d+) %.* left( .*)?$", line) for line in text.splitlines()]
     assert "\r" not in text and all(shown)
     states = [(int(match[1]), (match[2] or "").strip()) for match in shown]
-    assert (25, "start 1: cross-entropy 0.3") in states and (55, "Detach: reward 0.2") in states
+    assert (17, "start 1: cross-entropy 0.3") in states and (70, "Detach: reward 0.2") in states
+    assert (33, "start 2: cross-entropy 0.4") in states
     assert states[-1] == (100, "done")
 
 
@@ -143,27 +148,59 @@ def test_what_was_done_before_does_not_make_the_job_look_fast(printed, monkeypat
     job = Progress(total=100)
     monkeypatch.setattr(job._bar, "_time", lambda: now[0])
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
-    job.begin("finished long ago", 40)
-    job.begin("half done", 40)
-    now[0] = 1000.0  # compiled, and one of forty rollouts run, after twenty of an earlier call
-    job.show(0.525, 0.025, "its first rollout")
-    assert job._bar.n == job._bar.initial == pytest.approx(61)
-    now[0] = 1001.0
-    job.show(0.55, 0.025, "its second")
-    assert job._bar.n == pytest.approx(62) and "00:38 left" in str(job._bar)
-    now[0] = 1019.0
-    job.show(1.0, 0.025, "its last")
-    job.begin("half done too", 20)
-    now[0] = 1020.0
-    job.show(0.55, 0.05, "its eleventh rollout of twenty")
-    assert job._bar.n == pytest.approx(91) and "00:09 left" in str(job._bar)
+    with job.part("finished long ago", 40):
+        pass
+    with job.part("half done", 40) as part:
+        now[0] = 1000.0  # compiled, and one of forty rollouts run, after twenty of an earlier call
+        part.show(0.525, 0.025, "its first rollout")
+        assert job._bar.n == job._bar.initial == pytest.approx(61)
+        now[0] = 1001.0
+        part.show(0.55, 0.025, "its second")
+        assert job._bar.n == pytest.approx(62) and "00:38 left" in str(job._bar)
+        now[0] = 1019.0
+        part.show(1.0, 0.025, "its last")
+    with job.part("half done too", 20) as part:
+        now[0] = 1020.0
+        part.show(0.55, 0.05, "its eleventh rollout of twenty")
+        assert job._bar.n == pytest.approx(91) and "00:09 left" in str(job._bar)
     job.close()
+
+
+def test_lanes_do_all_the_work_and_two_pieces_at_one_time():
+    together, done = threading.Barrier(2, timeout=10), []
+
+    def piece(number):
+        together.wait()
+        done.append(number)
+
+    assert in_lanes([functools.partial(piece, n) for n in range(6)], 2, Interrupt())
+    assert sorted(done) == list(range(6)) and {0, 1} == set(done[:2])
+
+
+def test_a_piece_that_fails_ends_the_others_and_is_raised():
+    wish, begun = Interrupt(), []
+
+    def waits():
+        begun.append("waits")
+        while not wish():
+            time.sleep(0.01)
+        raise KeyboardInterrupt  # as a warm start obeys
+
+    def fails():
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        in_lanes([waits, fails, waits], 2, wish)
+    assert begun == ["waits"]
+    stopped = Interrupt()
+    assert not in_lanes([lambda: False, waits], 1, stopped) and not stopped()
+    assert in_lanes([], 2, stopped)
 
 
 def test_a_quiet_line_is_none(printed):
     job = Progress(total=2, quiet=True)
-    job.begin("part", 2)
-    job.show(0.5, 0.5, "half")
+    with job.part("part", 2) as part:
+        part.show(0.5, 0.5, "half")
     job.close()
     assert printed() == ""
 
@@ -187,6 +224,53 @@ def test_events_hold_every_number_of_every_row(tmp_path):
     assert len(records(file)) == 1 + 2 * 4
     text = file.read_bytes()
     assert text.count(b"occ/coefficient/2") == 2 and struct.pack("<f", 0.75) in text
+
+
+@pytest.fixture
+def subject(tmp_path):
+    """Of a run with two samples and a figure."""
+    rows = [{"rollout": n, "prompt": "1+1=", "completion": str(n), "reward": 1.0} for n in (0, 1)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs.save_figure(tmp_path / "regimes.png", figure(made()), dpi=20)
+    return dashboards.Subject("tiny/occ", "tiny", {"seed": 3, "mtp": {"rule": "occ"}}, tmp_path)
+
+
+def test_weights_and_biases_has_the_run(subject, monkeypatch, capsys):
+    """Offline, as its own file has it: configuration, every number, samples and the figure."""
+    wandb = pytest.importorskip("wandb", reason="the extra dashboards is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged = dashboards.Dashboards(("wandb",), subject)
+    logged({"rollout": 0, "reward": 0.5, "occ/coefficient": [0.1, 0.25]})
+    logged({"rollout": 1, "reward": None})
+    logged.close()
+    assert "given up" not in capsys.readouterr().err
+    (file,) = subject.folder.glob("wandb/offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    for part in (b"tiny/occ", b"occ/coefficient/2", b"0.25", b"samples", b"regimes", b"rule"):
+        assert part in content, part
+    assert len(list(subject.folder.glob("wandb/offline-run-*/files/media/images/*.png"))) == 1
+    assert wandb.run is None
+
+
+def test_mlflow_has_the_run(subject, monkeypatch, capsys):
+    mlflow = pytest.importorskip("mlflow", reason="the extra dashboards is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (subject.folder / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # in place of a server
+    for row in ({"reward": 0.5, "occ/coefficient": [0.1, 0.25]}, {"reward": 0.75}):
+        logged = dashboards.Dashboards(("mlflow",), subject)
+        logged({"rollout": 0} | row)
+        logged.close()
+    assert "given up" not in capsys.readouterr().err
+    (run,) = mlflow.search_runs(experiment_names=["occ-jax"], output_format="list")
+    assert run.data.metrics["reward"] == 0.75 and run.data.metrics["occ/coefficient/2"] == 0.25
+    assert run.data.params["mtp.rule"] == "occ" and run.info.status == "FINISHED"
+
+
+def test_a_dashboard_without_its_package_is_named(monkeypatch):
+    monkeypatch.setitem(dashboards.PACKAGES, "wandb", "no_such_package")
+    with pytest.raises(ValueError, match="--log wandb needs the package no_such_package"):
+        dashboards.check(("tensorboard", "wandb"))
 
 
 class Broken:

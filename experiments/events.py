@@ -136,7 +136,7 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     >>> scalars({"reward": 0.5, "occ/coefficient": [0.1, 0.2]})
     {'reward': 0.5, 'occ/coefficient/1': 0.1, 'occ/coefficient/2': 0.2}
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, value in row.items():
         array = np.asarray(value, np.float64)
         entries = enumerate(array.ravel(), start=1)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.configs import CONFIGS
-from experiments.instruments import hlo, plan
+from experiments.instruments import flops, hlo, plan
 from experiments.instruments.chips import CHIPS, chip_of
 from occ.models.attention import Context, attend
 from occ.training.config import LayoutConfig, RolloutConfig
@@ -102,11 +102,11 @@ def test_operations_of_loops_branches_and_recomputation():
     def recomputed(x):
         return jnp.sum(jax.checkpoint(lambda x: jnp.sin(jnp.sin(x @ w) @ w))(x))
 
-    assert hlo.matrix_flops(jax.make_jaxpr(looped)(x)) == 3 * once
-    assert hlo.matrix_flops(jax.make_jaxpr(branched)(x)) == 2 * once
-    assert hlo.matrix_flops(jax.make_jaxpr(waiting)(x), while_trips=7) == 7 * once
+    assert flops.matrix_flops(jax.make_jaxpr(looped)(x)) == 3 * once
+    assert flops.matrix_flops(jax.make_jaxpr(branched)(x)) == 2 * once
+    assert flops.matrix_flops(jax.make_jaxpr(waiting)(x), while_trips=7) == 7 * once
     # Two products forward, both again for the backward pass, and two cotangents.
-    assert hlo.matrix_flops(jax.make_jaxpr(jax.grad(recomputed))(x)) == 6 * once
+    assert flops.matrix_flops(jax.make_jaxpr(jax.grad(recomputed))(x)) == 6 * once
 
 
 def test_operations_of_a_kernel_are_those_of_its_blocks():
@@ -117,7 +117,7 @@ def test_operations_of_a_kernel_are_those_of_its_blocks():
     def attention(query):
         return attend(query, heads, heads, context, kernel="splash")
 
-    counted = hlo.matrix_flops(jax.make_jaxpr(attention)(heads))
+    counted = flops.matrix_flops(jax.make_jaxpr(attention)(heads))
     scores_and_values = 2 * 2 * (2 * 256 * 256 * 128)
     assert scores_and_values / 2 <= counted <= 1.01 * scores_and_values
 
@@ -130,9 +130,9 @@ def test_operations_of_experts_are_those_of_the_rows():
         return jnp.sum(jnp.sin(jax.lax.ragged_dot(x, w, sizes)))
 
     once = 2 * 6 * 4 * 5
-    assert hlo.matrix_flops(jax.make_jaxpr(experts)(x, w)) == once
+    assert flops.matrix_flops(jax.make_jaxpr(experts)(x, w)) == once
     both = jax.make_jaxpr(jax.grad(experts, argnums=(0, 1)))(x, w)
-    assert hlo.matrix_flops(both) == 3 * once
+    assert flops.matrix_flops(both) == 3 * once
 
 
 def test_traffic_of_a_loop_over_slices_is_that_of_the_slices():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.instruments import hlo
+from experiments.instruments import flops, hlo
 from experiments.instruments.chips import Chip
 from occ.training.config import TrainConfig
 
@@ -80,7 +80,7 @@ class Compiled(NamedTuple):
             - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes
             + memory.generated_code_size_in_bytes,
-            flops=hlo.matrix_flops(self.jaxpr, usual=usual) / devices,
+            flops=flops.matrix_flops(self.jaxpr, usual=usual) / devices,
             traffic=hlo.memory_traffic(program),
             collectives=hlo.collectives(program),
             compile_seconds=self.seconds,
@@ -141,7 +141,7 @@ def estimated_cost(
         arguments=arguments,
         temporaries=temporaries,
         peak=arguments + temporaries,
-        flops=hlo.matrix_flops(traced.jaxpr) / devices,
+        flops=flops.matrix_flops(traced.jaxpr) / devices,
         traffic=math.nan,
         collectives=collectives,
         compile_seconds=math.nan,

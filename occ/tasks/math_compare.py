@@ -22,9 +22,7 @@ from occ.tasks.math_signs import with_signs
 Node = Any
 Equal = Callable[[Node, Node], "bool | None"]
 
-_NO_SOLUTION = frozenset(
-    ["nosolution", "nosolutions", "none", "noreal", "norealsolutions", "empty"]
-)
+_NO_SOLUTION = {"nosolution", "nosolutions", "none", "noreal", "norealsolutions", "empty"}
 
 
 def _same_words(one: str, other: str) -> bool:

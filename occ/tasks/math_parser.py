@@ -30,11 +30,8 @@ RELATIONS = {
     **{"=": "=", "<": "<", ">": ">", "leq": "<=", "geq": ">=", "neq": "!="},
     **{"in": "in", "approx": "~", "equiv": "equiv"},
 }
-_BEGINNING = (
-    frozenset(
-        ["frac", "binom", "sqrt", "lfloor", "lceil", "mathbb", "mathcal", "vec", "begin", "infty"]
-    )
-    | ACCENTS
+_BEGINNING = ACCENTS.union(
+    ["frac", "binom", "sqrt", "lfloor", "lceil", "mathbb", "mathcal", "vec", "begin", "infty"]
 )
 
 

@@ -119,12 +119,7 @@ def _run(
                 checkpoints.wait()  # so that rows without a checkpoint mean that one was lost
             _log(files, rollout, row)
             on_row(row)
-            history = dataclasses.replace(
-                history,
-                bad_updates=bad_updates.in_a_row,
-                last_bad_update=bad_updates.last,
-                drafts=history.drafts.after(row.get("rollout/acceptance", ())),
-            )
+            history = history.trained(row, bad_updates.in_a_row, bad_updates.last)
             done = number + 1
             last = done == config.rollouts
             # Preemption first: all processes of a job must ask after every rollout.

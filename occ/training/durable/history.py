@@ -41,6 +41,15 @@ class History:
         drafts = DraftDepth(seconds, acceptance, found["undrafted"])
         return cls(**{**record, "drafts": drafts})
 
+    def trained(self, row: dict[str, Any], bad_updates: int, last_bad_update: str) -> History:
+        """After a rollout that left a row of metrics; the rest as of the attributes."""
+        return dataclasses.replace(
+            self,
+            bad_updates=bad_updates,
+            last_bad_update=last_bad_update,
+            drafts=self.drafts.after(row.get("rollout/acceptance", ())),
+        )
+
     def evaluated(self, rollout: int, sampled: float) -> History:
         """With the accuracy after `rollout` finished rollouts; of equal ones the first is best."""
         best = -math.inf if self.best_sampled is None else self.best_sampled

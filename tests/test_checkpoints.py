@@ -83,6 +83,31 @@ def test_the_newest_comes_back_with_its_history(folder):
     chex.assert_trees_all_equal(state, state_after(2))
 
 
+def test_two_threads_save_side_by_side(tmp_path):
+    """As the lanes of the main job do, each in a folder of its own."""
+    states, errors = [state_after(n) for n in range(4)], []
+
+    def save(folder):
+        try:
+            with Checkpoints(folder) as checkpoints:
+                for number, state in enumerate(states):
+                    checkpoints.save(number, state, History(seconds=float(number)))
+        except BaseException as error:
+            errors.append(error)
+
+    folders = [tmp_path / name for name in ("one", "other")]
+    threads = [threading.Thread(target=save, args=(folder,)) for folder in folders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for folder in folders:
+        number, state, history = restore(folder)
+        assert number == 3 and history == History(seconds=3.0)
+        chex.assert_trees_all_equal(state, states[3])
+
+
 def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
     assert restore(tmp_path / "checkpoints") is None
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import threading
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
@@ -23,6 +24,10 @@ from occ.training.processes import is_first, wait_for_all
 
 UNREADABLE = (ValueError, LookupError, TypeError, FileNotFoundError)
 """What Orbax, TensorStore and JSON raise for files that are missing, cut or changed."""
+
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Orbax's signals and event loops are a process's: two threads that save at once break both."""
 
 
 class DamagedError(ValueError):
@@ -74,13 +79,14 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 create=False, read_only=True, save_interval_steps=0
             )
-        with self._full_disk_explained():
+        with self._full_disk_explained(), _ONE_AT_A_TIME:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, number: int, state: Any, history: History) -> None:
         """Starts to save the state after `number` finished rollouts.
 
-        Returns when the state is copied, and may then be donated; writing goes on behind.
+        Returns when the state is copied, and may then be donated; writing goes on behind, but for
+        threads other than the main one, which write one after the other.
 
         Raises:
           DiskFullError: now, or in writing the one before.
@@ -98,7 +104,7 @@ class Checkpoints:
         record["digest"] = _digest(record)
         self._bytes = sum(leaf.nbytes for leaf in leaves.values())
         self._policy.best = history.best_rollout
-        with self._full_disk_explained():
+        with self._full_disk_explained(), _ONE_AT_A_TIME:
             self._manager.save(
                 number,
                 args=ocp.args.Composite(
@@ -106,6 +112,8 @@ class Checkpoints:
                 ),
                 force=True,  # when to save is the loop's decision
             )
+            if threading.current_thread() is not threading.main_thread():
+                self._manager.wait_until_finished()
 
     def wait(self) -> None:
         """Returns when all that was given to `save` is whole.
@@ -192,7 +200,7 @@ class Checkpoints:
         Raises:
           DiskFullError: the last one could not be written.
         """
-        with self._full_disk_explained():
+        with self._full_disk_explained(), _ONE_AT_A_TIME:
             try:
                 self._manager.wait_until_finished()
             finally:
@@ -227,7 +235,7 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in wanted.items()
         }
-        with _UnreadableIsDamaged():
+        with _UnreadableIsDamaged(), _ONE_AT_A_TIME:
             restored = self._manager.restore(
                 number,
                 args=ocp.args.Composite(

@@ -223,15 +223,15 @@ def choose_by_rejection(
     Decoding, arXiv 2211.17192.
     """
     depth = drafts.shape[1]
-    of_drafts = log_prob[:, :depth]
-    ratio = log_prob_of(drafts, of_drafts) - log_prob_of(drafts, draft_log_prob)
-    lacking = jnp.maximum(jnp.exp(of_drafts) - jnp.exp(draft_log_prob), 0)
-    # Where p = q nothing is lacking, and by rounding alone nothing may be kept.
-    lacks = jnp.any(lacking > 0, axis=-1, keepdims=True)
-    lacking = jnp.where(lacks, jnp.log(lacking), of_drafts)
-    other = jnp.argmax(jnp.concatenate([lacking, log_prob[:, depth:]], 1) + noise, axis=-1)
-    kept = jnp.pad(log_uniform < ratio, ((0, 0), (0, 1)))
-    return jnp.where(kept, jnp.pad(drafts, ((0, 0), (0, 1))), other.astype(jnp.int32))
+    logp_BxDxV, logp_after_Bx1xV = log_prob[:, :depth], log_prob[:, depth:]
+    ratio_BxD = log_prob_of(drafts, logp_BxDxV) - log_prob_of(drafts, draft_log_prob)
+    lacking_BxDxV = jnp.maximum(jnp.exp(logp_BxDxV) - jnp.exp(draft_log_prob), 0)
+    # Where p = q nothing is lacking, and by rounding alone a draft may yet be refused.
+    lacks_BxDx1 = jnp.any(lacking_BxDxV > 0, axis=-1, keepdims=True)
+    other_BxDxV = jnp.where(lacks_BxDx1, jnp.log(lacking_BxDxV), logp_BxDxV)
+    other_BxT = jnp.argmax(jnp.concatenate([other_BxDxV, logp_after_Bx1xV], 1) + noise, axis=-1)
+    kept_BxT = jnp.pad(log_uniform < ratio_BxD, ((0, 0), (0, 1)))
+    return jnp.where(kept_BxT, jnp.pad(drafts, ((0, 0), (0, 1))), other_BxT.astype(jnp.int32))
 
 
 def log_prob_of(

@@ -133,12 +133,12 @@ def distillation(
     Reference: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
     """
     dtype = accumulation_dtype(logits.dtype)
-    target = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
-    log_prob = jax.nn.log_softmax(logits.astype(dtype), axis=-1)
-    probability = jnp.exp(target)
+    target_BxTxV = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
+    logp_BxTxV = jax.nn.log_softmax(logits.astype(dtype), axis=-1)
+    p_BxTxV = jnp.exp(target_BxTxV)
     # Replaced before the product: 0 times -inf, or -inf minus -inf, would be NaN.
-    difference = jnp.where(probability > 0, target - log_prob, 0)
-    return jnp.sum(probability * difference, axis=-1)
+    difference_BxTxV = jnp.where(p_BxTxV > 0, target_BxTxV - logp_BxTxV, 0)
+    return jnp.sum(p_BxTxV * difference_BxTxV, axis=-1)
 
 
 def total_variation(
@@ -161,8 +161,9 @@ def total_variation(
     2211.17192, whose acceptance it is.
     """
     dtype = accumulation_dtype(logits.dtype)
-    target = jax.nn.softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
-    return 0.5 * jnp.sum(jnp.abs(jax.nn.softmax(logits.astype(dtype), axis=-1) - target), axis=-1)
+    target_BxTxV = jax.nn.softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
+    p_BxTxV = jax.nn.softmax(logits.astype(dtype), axis=-1)
+    return 0.5 * jnp.sum(jnp.abs(p_BxTxV - target_BxTxV), axis=-1)
 
 
 def top_k_distillation(
@@ -185,20 +186,22 @@ def top_k_distillation(
       At least float32 [B, T].
     """
     dtype = accumulation_dtype(logits.dtype)
-    target = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
-    log_prob = jax.nn.log_softmax(logits.astype(dtype), axis=-1)
-    _, kept = jax.lax.top_k(target, min(k, target.shape[-1]))
-    others = jnp.put_along_axis(jnp.ones(target.shape, bool), kept, False, -1, inplace=False)
+    target_BxTxV = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits).astype(dtype), axis=-1)
+    logp_BxTxV = jax.nn.log_softmax(logits.astype(dtype), axis=-1)
+    _, kept_BxTxk = jax.lax.top_k(target_BxTxV, min(k, target_BxTxV.shape[-1]))
+    all_BxTxV = jnp.ones(target_BxTxV.shape, bool)
+    others_BxTxV = jnp.put_along_axis(all_BxTxV, kept_BxTxk, False, -1, inplace=False)
 
-    def outcomes(values):
-        rest = jnp.sum(jnp.where(others, jnp.exp(values), 0), axis=-1, keepdims=True)
-        chosen = jnp.take_along_axis(values, kept, axis=-1)
-        return jnp.concatenate([chosen, jnp.log(jnp.maximum(rest, jnp.finfo(dtype).tiny))], axis=-1)
+    def outcomes(values_BxTxV):
+        rest_BxTx1 = jnp.sum(jnp.where(others_BxTxV, jnp.exp(values_BxTxV), 0), -1, keepdims=True)
+        chosen_BxTxk = jnp.take_along_axis(values_BxTxV, kept_BxTxk, axis=-1)
+        logp_BxTx1 = jnp.log(jnp.maximum(rest_BxTx1, jnp.finfo(dtype).tiny))
+        return jnp.concatenate([chosen_BxTxk, logp_BxTx1], axis=-1)
 
-    expected = outcomes(target)
-    probability = jnp.exp(expected)
-    difference = jnp.where(probability > 0, expected - outcomes(log_prob), 0)
-    return jnp.sum(probability * difference, axis=-1)
+    expected_BxTxo = outcomes(target_BxTxV)  # o = k + 1 outcomes
+    p_BxTxo = jnp.exp(expected_BxTxo)
+    difference_BxTxo = jnp.where(p_BxTxo > 0, expected_BxTxo - outcomes(logp_BxTxV), 0)
+    return jnp.sum(p_BxTxo * difference_BxTxo, axis=-1)
 
 
 def _shift(values: jax.Array, by: int) -> jax.Array:

@@ -5,7 +5,7 @@ MTP modules harm RL; OCC on the same losses does not; and one joint regime gains
 replicate has a warm start, an order of prompts and sampling keys of its own, which all regimes
 share.
 Command: python -m experiments.compare_regimes
-Cost: about twelve minutes on two CPU cores. Ctrl-C ends after the rollout in hand; the same
+Cost: about nine minutes on two CPU cores. Ctrl-C ends after the rollout in hand; the same
 command goes on from there, and repeats nothing that is finished.
 """
 

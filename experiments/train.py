@@ -5,7 +5,7 @@ For example
     python -m experiments.train laptop --regime occ_paper --config.seed 1 --config.rollouts 40
 
 Fields of `config.mtp` that are given beside a regime go on top of it. What a regime or a metric is:
-`python -m experiments.train regimes`, `... metrics`.
+`python -m experiments.train regimes`, `... metrics`; which configurations there are: `... --list`.
 
 On several hosts, with the same command on each (experiments/launch has both for clusters):
 
@@ -163,9 +163,20 @@ def given_fields(words: Sequence[str], prefix: str) -> tuple[str, ...]:
     return tuple(name.removeprefix("no_") for name in names)
 
 
+def listing() -> str:
+    """Every configuration in a line, and where regimes and metrics are listed."""
+    width = max(map(len, CONFIGS)) + 2
+    lines = [
+        f"{name:{width}}{(build.__doc__ or '').strip().splitlines()[0]}"
+        for name, build in CONFIGS.items()
+    ]
+    more = "python -m experiments.train regimes, or metrics, lists those; NAME --help every field."
+    return "\n".join([*lines, "", more])
+
+
 def main() -> int:
     """Reads the command line."""
-    tables = {"regimes": regimes.describe, "metrics": metrics.describe}
+    tables = {"regimes": regimes.describe, "metrics": metrics.describe, "--list": listing}
     if len(sys.argv) == 2 and sys.argv[1] in tables:
         print(tables[sys.argv[1]]())
         return 0

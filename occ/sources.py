@@ -1,9 +1,10 @@
-"""Where files that others made are found: a path, or inside an installed package."""
+"""Where files that others made are found: a path, a package, or the cache of huggingface_hub."""
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
+import re
 
 PACKAGE = "package:"
 
@@ -12,17 +13,20 @@ def resolve(source: str) -> pathlib.Path:
     """The file or folder that a source names.
 
     Args:
-      source: a path; or "package:NAME/FILE" for a file of an installed package, which is not
+      source: a path; or "OWNER/NAME", a model that huggingface_hub has fetched before (nothing is
+        fetched here); or "package:NAME/FILE" for a file of an installed package, which is not
         imported; or "package:NAME" where the package holds one .gguf file.
 
     Raises:
-      ValueError: no such package, file or folder, or not exactly one .gguf file.
+      ValueError: no such package, file, folder or model, or not exactly one .gguf file.
     """
     if not source.startswith(PACKAGE):
         path = pathlib.Path(source).expanduser()
-        if not path.exists():
-            raise ValueError(f"resolve: there is no file or folder {str(path)!r}.")
-        return path
+        if path.exists():
+            return path
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            return _fetched(source)
+        raise ValueError(f"resolve: there is no file or folder {str(path)!r}.")
     name, _, file = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -38,3 +42,25 @@ def resolve(source: str) -> pathlib.Path:
             f"{sorted(path.name for path in folder.iterdir())}. Use 'package:NAME/FILE'."
         )
     return found[0]
+
+
+def _fetched(name: str) -> pathlib.Path:
+    """The newest snapshot of a model in the cache of huggingface_hub."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ValueError(
+            f"resolve: there is no file or folder {name!r}, and the package huggingface_hub, whose "
+            "cache may have the model of that name, is not installed."
+        )
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(
+            snapshot_download(name, cache_dir=constants.HF_HUB_CACHE, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"resolve: there is no file or folder {name!r}, and no such model in the cache "
+            f"{constants.HF_HUB_CACHE}. Fetch it first, where there is a network: "
+            f"hf download {name}"
+        ) from None

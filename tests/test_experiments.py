@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,7 @@ def test_the_comparison_goes_on_after_ctrl_c(at, capsys, monkeypatch):
 
     def press(row):
         signal.raise_signal(signal.SIGINT)
+        time.sleep(1)  # in a lane: the main thread, which hears of it, looks five times a second
         return ""
 
     with monkeypatch.context() as pressed:
@@ -170,7 +172,7 @@ def test_the_story_is_told_by_default():
     short = compare_regimes.base_config(compare_regimes.Arguments(smoke=True))
     assert (short.rollouts, short.warm_start.steps) == (2, 20)
     assert compare_regimes.Arguments(smoke=True).regimes == ("detach", "occ")
-    with pytest.raises(ValueError, match="starts >= 1, got 0"):
+    with pytest.raises(ValueError, match="starts >= 1 and lanes >= 0, got 0"):
         compare_regimes.Arguments(starts=0)
 
 

@@ -205,5 +205,9 @@ def test_rows_that_do_not_divide_are_refused():
     batch = tiny.minibatch(config, tiny.build_model(config.model), rows=8)
     with pytest.raises(ValueError, match="8 rows cannot be cut into 3 equal parts"):
         micro_batches(batch, 3)
+    with pytest.raises(
+        ValueError, match=r"generation_rows \(6\) cannot be cut evenly on 4 devices"
+    ):
+        LayoutConfig(data=2, fsdp=2, generation_rows=6)
     with pytest.raises(ValueError, match="128 sequences cannot be cut evenly into 3 micro-batches"):
         dataclasses.replace(config, layout=LayoutConfig(micro_batches=3))

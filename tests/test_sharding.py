@@ -276,11 +276,15 @@ def test_a_bounded_capacity_drops_and_counts(x64):
     ids=["dense", "moe"],
 )
 def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):
-    """Parameters are gathered once for all tokens; rows are divided, and keys belong to rows."""
+    """Parameters are gathered once for all tokens; rows are divided, and keys belong to rows.
+
+    Sixteen samples of six prompts, which no mesh here divides.
+    """
     config, model, batch = setting("occ", "float32", LayoutConfig(), moe)
     _, params, rest = model
     sampling = SamplingConfig(max_new_tokens=6, stop_tokens=(1,))
-    prompts, mask = np.asarray(batch.tokens[:, :3]) + 2, np.ones((16, 3), bool)
+    prompts, mask = np.asarray(batch.tokens[:6, :3]) + 2, np.ones((6, 3), bool)
+    prompt_of = np.arange(16, dtype=np.int32) % 6
 
     def sample(layout):
         mesh = sharding.make_mesh(layout)
@@ -290,8 +294,14 @@ def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):
             def run(params, prompts, mask):
                 gathered = sharding.for_generation(params, config.model.compute)
                 key = jax.random.key(3)
+                policy = Policy(config.model, gathered, rest)
                 return generate(
-                    Policy(config.model, gathered, rest), prompts, mask, key, config=sampling
+                    policy,
+                    prompts,
+                    mask,
+                    key,
+                    config=sampling,
+                    prompt_of=jax.numpy.asarray(prompt_of),
                 )
 
             # What every layer asked for, it would get anew for every token.

@@ -81,12 +81,16 @@ class DraftDepth:
 
         >>> DraftDepth((1.0, 1.0, 1.0), (0.5, 0.5)).after([1.0]).acceptance
         (0.65, 0.65)
+
+        Deeper ones of which none was kept yet count as the last one here, so that they are tried.
+
+        >>> DraftDepth((1.0, 1.0, 1.0), (0.0, 0.0)).after([1.0]).acceptance
+        (0.3, 0.3)
         """
         if not acceptance:
             return dataclasses.replace(self, undrafted=self.undrafted + 1)
         old = self.acceptance
         new = [a + NEWEST * (b - a) for a, b in zip(old, acceptance, strict=False)]
-        last = len(new) - 1
-        moved = new[last] / old[last] if old[last] else 1.0
-        deeper = [min(1.0, moved * a) for a in old[len(new) :]]
+        before, last = old[len(new) - 1], new[-1]
+        deeper = [min(1.0, last * a / before) if a and before else last for a in old[len(new) :]]
         return dataclasses.replace(self, acceptance=(*new, *deeper), undrafted=0)

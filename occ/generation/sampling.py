@@ -132,14 +132,7 @@ def gumbel_noise(
       dtype: of the logits.
     """
     tokens, vocab = shape
-
-    def one(row, token):
-        return jax.random.gumbel(
-            jax.random.fold_in(jax.random.fold_in(key, row), token), (vocab,), dtype
-        )
-
-    numbers = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
-    return jax.vmap(jax.vmap(one, (None, 0)))(rows, numbers)
+    return _by_token(lambda key: jax.random.gumbel(key, (vocab,), dtype), key, rows, first, tokens)
 
 
 def uniform_noise(
@@ -150,11 +143,14 @@ def uniform_noise(
     dtype: jnp.dtype,
 ) -> Float[Array, "batch tokens"]:
     """log u, u uniform in (0, 1), of each response token; arguments as of `gumbel_noise`."""
+    return _by_token(lambda key: -jax.random.exponential(key, (), dtype), key, rows, first, tokens)
+
+
+def _by_token(draw: Any, key: jax.Array, rows: Any, first: Any, tokens: int) -> Any:
+    """What `draw` makes of each token's own key."""
 
     def one(row, token):
-        return -jax.random.exponential(
-            jax.random.fold_in(jax.random.fold_in(key, row), token), (), dtype
-        )
+        return draw(jax.random.fold_in(jax.random.fold_in(key, row), token))
 
     numbers = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
     return jax.vmap(jax.vmap(one, (None, 0)))(rows, numbers)

@@ -14,7 +14,6 @@ shardings and operations from the traced program; temporaries and collectives ar
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 import sys
 from typing import Any
@@ -41,6 +40,7 @@ from occ.models.parameters import partition
 from occ.models.policy import abstract_policy
 from occ.training.batch import Minibatch
 from occ.training.config import TrainConfig
+from occ.training.draft_depth import deepest
 from occ.training.durable.run_folder import environment
 from occ.training.programs import abstract_state, jit_train_step
 from occ.training.regimes import RegimeName, regime
@@ -66,7 +66,7 @@ class Arguments:
       topology: v5e:4x4, v5p:4x4x8, v6e:16x16, or h100:N.
       regimes: which to plan.
       rollouts: plan generation too.
-      draft_depths: of generation; 0 is no drafts.
+      draft_depths: of generation, as far as the model can draft; 0 is no drafts.
       folder: for result.json and plan.md; default runs/plan/CONFIG-TOPOLOGY.
     """
 
@@ -74,7 +74,7 @@ class Arguments:
     topology: str = "v5p:4x4x8"
     regimes: tuple[RegimeName, ...] = ("detach", "occ_paper", "occ")
     rollouts: bool = True
-    draft_depths: tuple[int, ...] = (0, 1, 2)
+    draft_depths: tuple[int, ...] = (0, 1)
     folder: pathlib.Path | None = None
 
 
@@ -176,7 +176,8 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
                 costs[name] = compiled.cost(count)
                 report(describe(title, costs[name], chip, train_advice(config)))
         for depth in arguments.draft_depths if arguments.rollouts and devices else ():
-            costs |= plan_generation(config, mesh, depth, chip, report)
+            if depth <= deepest(config.model.mtp):
+                costs |= plan_generation(config, mesh, depth, chip, report)
     text = table(costs, chip)
     report(text)
     return {
@@ -214,7 +215,7 @@ def plan_generation(
         costs[name] = cost
         report(describe(name, cost, chip, generation_advice(config)))
     begun = compiled.cost(mesh.size, {response: 0})
-    used = _weights(params, config, depth), _cache(config, mesh, filled * CACHE_BLOCK)
+    used = _weights(params, config, depth), _cache(config, filled * CACHE_BLOCK)
     took = (cost.traffic - begun.traffic) * a_pass / response
     report(
         f"  a pass moves {took / 1e9:.1f} GB, {took / sum(used):.2f} times the weights "
@@ -235,11 +236,12 @@ def _weights(params: Any, config: TrainConfig, depth: int) -> float:
     return sum(gathered_size(leaf) for leaf in used) * config.model.compute.itemsize
 
 
-def _cache(config: TrainConfig, mesh: Any, columns: float) -> float:
+def _cache(config: TrainConfig, columns: float) -> float:
     """Bytes of the keys and values of so many columns of a device's rows, all layers together."""
     model, layout = config.model, config.layout
     rows = portion_rows(config) / layout.row_parts
-    heads = model.num_kv_heads / math.gcd(model.num_kv_heads, layout.tensor)
+    cut = 1 if model.num_kv_heads % layout.tensor else layout.tensor
+    heads = model.num_kv_heads / cut
     a_column = 2 * model.num_layers * heads * model.head_dim * model.compute.itemsize
     return rows * columns * a_column
 

@@ -375,11 +375,13 @@ def _noise(model: Decoder, key, rows, first, config: SamplingConfig, depth: int)
         values = gumbel_noise(key, rows, first, (depth + 1, model.config.vocab_size), dtype)
         return constrain(values, ROWS, None, "tensor")
 
-    trunk = gumbel(key)
     if not depth or config.speculation == "common":
-        return _Noise(trunk, trunk, None)
-    of_drafts, of_verdicts = jax.random.split(key)
-    return _Noise(trunk, gumbel(of_drafts), uniform_noise(of_verdicts, rows, first, depth, dtype))
+        both = gumbel(key)
+        return _Noise(both, both, None)
+    # All three from the split: beside it `key` itself would make keys that are equal to these.
+    of_trunk, of_drafts, of_verdicts = jax.random.split(key, 3)
+    log_uniform = uniform_noise(of_verdicts, rows, first, depth, dtype)
+    return _Noise(gumbel(of_trunk), gumbel(of_drafts), log_uniform)
 
 
 def _choose(logits, noise: _Noise, drafts, drawn_from, config: SamplingConfig):

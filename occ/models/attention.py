@@ -46,8 +46,8 @@ class StackCache(NamedTuple):
 
         One row after the other, each where it lies: written all at once, the compiler for TPUs
         wants rows along the slowest axis, reading wants layers there, and so the whole cache would
-        be turned round and back for every token. Of two columns at a time it
-        (0.0.42) takes the loop for another and fails.
+        be turned round and back for every token. A loop that writes two columns at a time makes it
+        fail (libtpu 0.0.42).
 
         Args:
           new: [L', B, kv_heads, T, head_dim] each.

@@ -1,5 +1,7 @@
 """One strict session for all tests: eight CPU devices, no silent promotion, shapes checked.
 
+With OCC_TEST_PLATFORM=cuda (or tpu) they run on an accelerator: choose those that need no mesh.
+
 Warnings are errors (pyproject.toml), ranks and dtypes are never promoted in silence, and every
 jaxtyping signature of the packages listed here is checked by beartype at run time. Optax's Adam
 computes `decay ** count` with an integer count, which strict dtype promotion forbids: a test that
@@ -39,9 +41,10 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # experiments/ is not installed
 
-jax.config.update("jax_platforms", "cpu")
+PLATFORM = os.environ.get("OCC_TEST_PLATFORM", "cpu")
+jax.config.update("jax_platforms", PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_disable_most_optimizations", PLATFORM == "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A reference in torch, which doctest would import; the extra parity has it.
@@ -61,7 +64,7 @@ install_import_hook(CHECKED, "beartype.beartype")
 @pytest.fixture(scope="session", autouse=True)
 def _several_devices():
     """A sharding test on one device would pass empty."""
-    assert len(jax.devices()) == 8
+    assert len(jax.devices("cpu")) == 8
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,7 @@ def last_four(values, lengths):
 @SIZES
 def test_cached_steps_are_the_full_forward_pass(x64, moe, monkeypatch):
     """Of rows of several lengths, read from the cache in three blocks of columns."""
-    monkeypatch.setattr("occ.models.attention.CACHE_BLOCK", 4)
+    monkeypatch.setattr("occ.models.cache.CACHE_BLOCK", 4)
     config = small_config(moe=moe, num_layers=3, qk_norm=True, rotary_fraction=0.5)
     model, lengths = random_model(config), [6, 9, 7]
     inputs = rows(config, lengths, 9)

@@ -35,7 +35,7 @@ from experiments.instruments.costs import (
 )
 from occ.generation.depth import expected_tokens
 from occ.generation.sampling import SamplingConfig
-from occ.models.attention import CACHE_BLOCK, columns_in_blocks
+from occ.models.cache import CACHE_BLOCK, columns_in_blocks
 from occ.models.parameters import partition
 from occ.models.policy import abstract_policy
 from occ.training.batch import Minibatch

@@ -26,7 +26,7 @@ from occ.generation.sampling import (
     uniform_noise,
 )
 from occ.models import partitioning
-from occ.models.attention import StackCache
+from occ.models.cache import StackCache
 from occ.models.decoder import Cache, Decoder
 from occ.models.layers import at_least_float32
 from occ.models.partitioning import ROWS, constrain, several_devices

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from occ.generation.sampling import SamplingConfig, choose, distribution
-from occ.models.attention import Past, StackCache
+from occ.models.cache import Past, StackCache
 from occ.models.config import MTPConfig
 from occ.models.decoder import Decoder
 

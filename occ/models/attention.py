@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions and a cache."""
+"""Grouped-query attention with rotary positions."""
 
 from __future__ import annotations
 
@@ -10,90 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from occ.models.cache import Past, StackCache, attend_to_past, decode_kernel
 from occ.models.config import ModelConfig
-from occ.models.layers import Linear, RMSNorm, at_least_float32, rotary
-from occ.models.partitioning import ROWS, constrain, fit, several_devices
+from occ.models.layers import Linear, RMSNorm, rotary
+from occ.models.partitioning import ROWS, constrain, several_devices
 
 P = jax.P
-
-
-CACHE_BLOCK = 256
-"""Columns of a cache that attention reads at one time, between which its running sums travel."""
-
-
-def columns_in_blocks(columns: int) -> int:
-    """Columns of a cache with room for so many: whole blocks, if there is more than one.
-
-    >>> columns_in_blocks(100), columns_in_blocks(CACHE_BLOCK + 1) // CACHE_BLOCK
-    (100, 2)
-    """
-    if columns <= CACHE_BLOCK:
-        return columns
-    return -(-columns // CACHE_BLOCK) * CACHE_BLOCK
-
-
-class StackCache(NamedTuple):
-    """Keys and values of a stack of layers: [L, B, kv_heads, S, head_dim] each.
-
-    What a head reads lies together, so that it is multiplied where it lies.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-
-    def write(self, new: StackCache, columns: Int[Array, "batch"], layer: int = 0) -> StackCache:
-        """With T further columns, from each row's own column on.
-
-        One row after the other, each where it lies: written all at once, the compiler for TPUs
-        wants rows along the slowest axis, reading wants layers there, and so the whole cache would
-        be turned round and back for every token. A loop that writes two columns at a time makes it
-        fail (libtpu 0.0.42).
-
-        Args:
-          new: [L', B, kv_heads, T, head_dim] each.
-          columns: int32 [B], the first to write of each row.
-          layer: the first of the L' layers.
-        """
-
-        def rows(old: StackCache, new: StackCache, columns):
-            zero = jnp.zeros_like(columns[0])
-
-            def one(number, old, new):
-                row = jax.lax.dynamic_slice_in_dim(new, number, 1, axis=1)
-                for token in range(row.shape[3]):
-                    start = (zero + layer, number, zero, columns[number] + token, zero)
-                    column = row[:, :, :, token : token + 1]
-                    old = jax.lax.dynamic_update_slice(old, column, start)
-                return old
-
-            def both(number, old):
-                return StackCache(*(one(number, *pair) for pair in zip(old, new, strict=True)))
-
-            return jax.lax.fori_loop(zero, columns.shape[0], both, old)
-
-        mesh = several_devices()
-        if mesh is not None:
-            whole = fit(self.keys.shape, None, ROWS, "tensor")
-            rows = jax.shard_map(
-                rows, mesh=mesh, in_specs=(whole, whole, P(whole[1])), out_specs=whole
-            )
-        return rows(self, new, columns)
-
-
-class Past(NamedTuple):
-    """What one layer sees of the tokens before: columns of a stack's cache, which is only read.
-
-    Attributes:
-      stack: of all layers.
-      layer: int32 [], which of them.
-      lengths: int32 [B], tokens of each row in the cache.
-      first: the column of a row's token 0.
-    """
-
-    stack: StackCache
-    layer: jax.Array | int
-    lengths: jax.Array
-    first: int = 0
 
 
 class Context(NamedTuple):
@@ -146,12 +68,14 @@ def attend(
       query, key, value: heads after rotary positions.
       context: who sees whom.
       chunk: queries whose scores exist at one time, recomputed in the backward pass; 0 is all.
-      kernel: "splash" never has the scores in memory at all, on TPUs.
+      kernel: "splash" (TPUs) and "cudnn" (GPUs) never have the scores in memory at all.
 
     Reference: Ainslie et al., GQA, arXiv 2305.13245.
     """
     if kernel == "splash":
         return _splash(query, key, value, context)
+    if kernel == "cudnn":
+        return _cudnn(query, key, value, context.segment_ids)
     time = query.shape[1]
     columns, segment_ids = jnp.arange(time, dtype=jnp.int32), context.segment_ids
     if not 0 < chunk < time:
@@ -189,71 +113,28 @@ def _attend(query, key, value, mask):
     return mixed.reshape(batch, time, heads, head_dim)
 
 
-def attend_to_past(
-    query: Float[Array, "batch time heads head_dim"],
-    key: Float[Array, "batch kv_heads time head_dim"],
-    value: Float[Array, "batch kv_heads time head_dim"],
-    past: Past,
-) -> Float[Array, "batch time heads head_dim"]:
-    """The same for T further tokens of each row: they see the row's past, and those before them.
+def prefill_kernel(config: ModelConfig) -> str:
+    """`attention`, where "auto" is what suits the devices of this process.
 
-    The cache is read in blocks of columns up to the longest row's last, with a running maximum and
-    sum of the softmax. A block beyond a row's own last changes nothing of that row, to the bit.
-
-    Args:
-      query, key, value: of the further tokens, after rotary positions.
-      past: of this layer.
-
-    Reference: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867.
+    cuDNN takes 16 bits and heads of a multiple of 8, at most 128.
     """
-    batch, time, heads, head_dim = query.shape
-    kv_heads, wide = key.shape[1], at_least_float32(query.dtype)
-    grouped = query.reshape(batch, time, kv_heads, -1, head_dim)
-    grouped = jnp.moveaxis(grouped, 1, 3).reshape(batch, kv_heads, -1, head_dim)
+    if config.attention != "auto":
+        return config.attention
+    suits = config.compute.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return "cudnn" if suits and jax.default_backend() == "gpu" else "xla"
 
-    def scores(keys, seen):
-        product = jnp.einsum("bkqd,bksd->bkqs", grouped, keys, preferred_element_type=wide)
-        seen = jnp.broadcast_to(seen, product.shape)
-        return jnp.where(seen, product * head_dim**-0.5, -jnp.inf)
 
-    def mixed(weights, values):
-        weights = weights.astype(values.dtype)
-        return jnp.einsum("bkqs,bksd->bkqd", weights, values, preferred_element_type=wide)
-
-    def join(running, keys, values, seen):
-        maximum, total, sums = running
-        found = scores(keys, seen)
-        larger = jnp.maximum(maximum, jnp.max(found, axis=-1, keepdims=True))
-        shrink, weights = jnp.exp(maximum - larger), jnp.exp(found - larger)
-        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-        return larger, total, sums * shrink + mixed(weights, values)
-
-    size = past.stack.keys.shape[3]
-    block = min(size, CACHE_BLOCK)
-
-    def read(number, running):
-        zero = jnp.zeros_like(number)
-        start = (zero + past.layer, zero, zero, number * block, zero)
-        shape = (1, batch, kv_heads, block, head_dim)
-        keys, values = (jax.lax.dynamic_slice(x, start, shape)[0] for x in past.stack)
-        column = number * block + jnp.arange(block, dtype=jnp.int32) - past.first
-        seen = (column >= 0)[None] & (column[None] < past.lengths[:, None])
-        return join(running, keys, values, seen[:, None, None])
-
-    # Their own first: of these each sees one at least, itself.
-    later = jnp.tile(jnp.tril(jnp.ones((time, time), bool)), (heads // kv_heads, 1))
-    found = scores(key, later[None, None])
-    maximum = jnp.max(found, axis=-1, keepdims=True)
-    weights = jnp.exp(found - maximum)
-    own = maximum, jnp.sum(weights, axis=-1, keepdims=True), mixed(weights, value)
-    blocks = -(-(jnp.max(past.lengths) + past.first) // block)
-    _, (_, total, sums) = jax.lax.while_loop(
-        lambda state: (state[0] < size // block) & (state[0] < blocks),
-        lambda state: (state[0] + 1, read(*state)),
-        (jnp.zeros_like(blocks), own),
+def _cudnn(query, key, value, segment_ids):
+    """NVIDIA's kernel, which wants an even number of tokens."""
+    time = query.shape[1]
+    padding = [(0, 0), (0, time % 2)]
+    query, key, value = (jnp.pad(x, [*padding, (0, 0), (0, 0)]) for x in (query, key, value))
+    ids = jnp.pad(segment_ids, padding)
+    same = (ids[:, :, None] == ids[:, None, :])[:, None]
+    mixed = jax.nn.dot_product_attention(
+        query, key, value, mask=same, is_causal=True, implementation="cudnn"
     )
-    result = (sums / total).reshape(batch, kv_heads, heads // kv_heads, time, head_dim)
-    return jnp.moveaxis(result, 3, 1).reshape(query.shape).astype(query.dtype)
+    return mixed[:, :time]
 
 
 def _splash(query, key, value, context: Context):
@@ -368,7 +249,9 @@ class Attention(nnx.Module):
         value = heads(self.value, None)
         new = StackCache(*(jnp.swapaxes(y, 1, 2) for y in (key, value)))
         if past is None:
-            mixed = attend(query, key, value, context, config.attention_chunk, config.attention)
+            mixed = attend(
+                query, key, value, context, config.attention_chunk, prefill_kernel(config)
+            )
         else:
-            mixed = attend_to_past(query, *new, past)
+            mixed = attend_to_past(query, *new, past, decode_kernel(config))
         return self.output(mixed.reshape(batch, time, -1)), new

@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from occ.models.attention import Attention, Context, Past, StackCache
+from occ.models.attention import Attention, Context
+from occ.models.cache import Past, StackCache
 from occ.models.config import ModelConfig
 from occ.models.layers import MLP, RMSNorm
 from occ.models.moe import MixtureOfExperts

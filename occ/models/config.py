@@ -162,9 +162,14 @@ class ModelConfig:
         leading layer axis either way.
       remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but
         matrix products).
-      attention: "xla" leaves attention to the compiler; "splash" is Pallas's kernel for TPUs.
-      attention_chunk: queries whose attention scores exist at one time; 0 is all of them. Beside
-        "splash" it is for prompts in generation, which attend to the cache.
+      attention: of whole sequences: "xla" leaves it to the compiler, "splash" is Pallas's kernel
+        for TPUs, "cudnn" NVIDIA's for GPUs, in 16 bits; "auto" is "cudnn" on GPUs where dtype and
+        head_dim allow it, and else "xla".
+      attention_chunk: queries whose attention scores exist at one time; 0 is all of them. With
+        a kernel it is not needed.
+      decode_attention: of new tokens to a cache: "xla" leaves it to the compiler; "triton" is this
+        package's kernel for GPUs, in 32 or 16 bits; "auto" is that on GPUs where dtype and head_dim
+        allow it, and else "xla".
       moe: mixture of experts; None is dense.
       mtp: the MTP modules.
     """
@@ -188,8 +193,9 @@ class ModelConfig:
     compute_dtype: str = dataclasses.field(default="float32", metadata={"one_of": DTYPES})
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["xla", "splash"] = "xla"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     attention_chunk: int = 0
+    decode_attention: Literal["auto", "xla", "triton"] = "auto"
     moe: MoEConfig | None = None
     mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from occ.models.attention import Context, Past, StackCache, columns_in_blocks
+from occ.models.attention import Context
 from occ.models.block import Block
+from occ.models.cache import Past, StackCache, columns_in_blocks, decode_kernel
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
@@ -157,7 +158,8 @@ class Decoder(nnx.Module):
 
     def empty_stack(self, layers: int, batch: int, columns: int) -> StackCache:
         """A cache for so many layers, in whole blocks of columns."""
-        config, columns = self.config, columns_in_blocks(columns)
+        config = self.config
+        columns = columns_in_blocks(columns, decode_kernel(config))
         shape = (layers, batch, config.num_kv_heads, columns, config.head_dim)
         empty = constrain(jnp.zeros(shape, config.compute), None, ROWS, "tensor")
         return StackCache(empty, empty)

@@ -76,6 +76,7 @@ RUNTIME = (
     "remat",
     "attention",
     "attention_chunk",
+    "decode_attention",
     "mtp",
 )
 """Fields of `ModelConfig` in which two models of one architecture may differ."""

@@ -1,0 +1,146 @@
+"""Kernels of accelerators against what the compiler makes: interpreted, or where there is one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from occ.generation.decoding import generate
+from occ.generation.sampling import SamplingConfig
+from occ.models import cache
+from occ.models.attention import Context, attend, prefill_kernel
+from occ.models.cache import Past, StackCache, attend_to_past, columns_in_blocks, decode_kernel
+from occ.models.policy import Policy
+from occ.training.batch import positions_from_segments
+from tests import tiny
+from tests.reference_models import random_model, rows, small_config
+
+ON_GPU = jax.default_backend() == "gpu"
+LAYERS, KV_HEADS, GROUP, HEAD_DIM = 3, 2, 3, 32
+
+
+def past(lengths, first, dtype, columns=3 * cache.cache_kernels.BLOCK):
+    rng = np.random.default_rng(0)
+    shape = (LAYERS, len(lengths), KV_HEADS, columns, HEAD_DIM)
+    stack = StackCache(*(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2)))
+    return Past(stack, jnp.int32(1), jnp.asarray(lengths, jnp.int32), first)
+
+
+def further(batch, time, dtype):
+    rng = np.random.default_rng(1)
+    shapes = [(batch, time, KV_HEADS * GROUP, HEAD_DIM)]
+    shapes += [(batch, KV_HEADS, time, HEAD_DIM)] * 2
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def read_all(heads, seen, kernel):
+    # `first` is static.
+    return jax.jit(lambda *heads: attend_to_past(*heads, seen, kernel))(*heads)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("first", "time"), [(0, 1), (2, 3)])
+def test_the_kernel_for_gpus_reads_what_the_compilers_does(unchecked, first, time, dtype):
+    """Rows with nothing, one token, one block and more behind them."""
+    lengths = [0, 1, cache.cache_kernels.BLOCK, 150]
+    heads, seen = further(4, time, dtype), past(lengths, first, dtype)
+    expected = read_all([h.astype("float32") for h in heads], _wide(seen), "xla")
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    got = read_all(heads, seen, "triton").astype("float32")
+    np.testing.assert_allclose(got, expected, atol=tolerance)
+    shorter = seen._replace(lengths=jnp.maximum(seen.lengths - 1, 0))
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(
+            read_all(heads, shorter, "triton").astype("float32"), expected, atol=tolerance
+        )
+
+
+def _wide(seen):
+    return seen._replace(stack=StackCache(*(x.astype("float32") for x in seen.stack)))
+
+
+def test_few_rows_share_their_columns_between_programs(unchecked, monkeypatch):
+    heads, seen = further(2, 1, "float32"), past([100, 192], 0, "float32")
+    expected = read_all(heads, seen, "xla")
+    for programs in (1, 12):  # three programs a pair of row and head, or one
+        monkeypatch.setattr("occ.models.cache_kernels.PROGRAMS", programs)
+        np.testing.assert_allclose(read_all(heads, seen, "triton"), expected, atol=1e-5)
+
+
+def test_a_cache_written_at_once_is_that_written_row_by_row(monkeypatch):
+    """As GPUs do it: some layers, each row from its own column on."""
+    rng = np.random.default_rng(0)
+    old, new = (
+        StackCache(*(jnp.asarray(rng.normal(size=(n, 3, 2, s, 4)), "float32") for _ in range(2)))
+        for n, s in ((4, 9), (2, 3))
+    )
+    columns = jnp.array([0, 6, 2], jnp.int32)
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        written = old.write(new, columns, 1)
+        for before, after, values in zip(old, written, new, strict=True):
+            expected = np.array(before)
+            for row, column in enumerate([0, 6, 2]):
+                expected[1:3, row, :, column : column + 3] = values[:, row]
+            np.testing.assert_array_equal(after, expected)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_generation_with_the_kernel_says_the_same(unchecked, depth):
+    config = small_config(2, "float32", head_dim=16)
+    policy = Policy(config, *random_model(config)[1:])
+    tokens, _, segment_ids = rows(config, (2, 5, 3), 5, "left", 0)
+    sampling = SamplingConfig(6)
+
+    def run(kernel):
+        changed = dataclasses.replace(config, decode_attention=kernel)
+        return jax.jit(generate, static_argnames=("config", "draft_depth"))(
+            policy.replace(config=changed),
+            jnp.asarray(tokens),
+            jnp.asarray(segment_ids == 1),
+            jax.random.key(3),
+            config=sampling,
+            draft_depth=depth,
+        )
+
+    plain, kernel = run("xla"), run("triton")
+    np.testing.assert_array_equal(kernel.tokens, plain.tokens)
+    np.testing.assert_allclose(kernel.log_prob, plain.log_prob, atol=1e-5)
+
+
+def test_each_device_takes_the_kernel_that_suits_it(monkeypatch):
+    config = small_config(head_dim=64, compute_dtype="bfloat16")
+    wide = dataclasses.replace(config, compute_dtype="float64")
+    uneven = dataclasses.replace(config, head_dim=24)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert (prefill_kernel(config), decode_kernel(config)) == ("xla", "xla")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert (prefill_kernel(config), decode_kernel(config)) == ("cudnn", "triton")
+    assert (prefill_kernel(wide), decode_kernel(wide)) == ("xla", "xla")
+    assert (prefill_kernel(uneven), decode_kernel(uneven)) == ("cudnn", "xla")
+    chosen = dataclasses.replace(config, attention="xla", decode_attention="xla")
+    assert (prefill_kernel(chosen), decode_kernel(chosen)) == ("xla", "xla")
+    assert columns_in_blocks(1, "triton") == cache.cache_kernels.BLOCK
+
+
+@pytest.mark.skipif(not ON_GPU, reason="cuDNN runs on NVIDIA's GPUs alone")
+@pytest.mark.standard_promotion
+def test_cudnn_attention_is_the_compilers(unchecked):
+    """In bfloat16: gradients, with an odd number of tokens, padding two sequences."""
+    rng = np.random.default_rng(0)
+    heads = [jnp.asarray(rng.normal(size=(2, 9, n, 64)), "bfloat16") for n in (4, 2, 2)]
+    segment_ids = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2], [1] * 8 + [0]])
+    context = Context(positions_from_segments(segment_ids), segment_ids)
+    weight = jnp.asarray(rng.normal(size=(2, 9, 4, 64)), "float32")
+
+    def loss(heads, kernel):
+        mixed = attend(*heads, context, kernel=kernel)
+        return jnp.sum(jnp.where((segment_ids > 0)[:, :, None, None], mixed * weight, 0))
+
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    wide = [head.astype("float32") for head in heads]
+    expected = both(wide, "xla")[1]
+    got = [x.astype("float32") for x in both(heads, "cudnn")[1]]
+    tiny.close(got, list(expected), 5e-2)

@@ -1,7 +1,8 @@
 """Accelerators and the meshes that they come in, for plans.
 
-Figures are the makers': Google Cloud's pages on TPU v5e, v5p and v6e, NVIDIA's H100 SXM data sheet;
-link speeds of TPUs from Austin et al., How to Scale Your Model, jax-ml.github.io/scaling-book.
+Figures are the makers': Google Cloud's pages on TPU v5e, v5p and v6e, NVIDIA's data sheets of H100
+and H200 SXM; link speeds of TPUs from Austin et al., How to Scale Your Model,
+jax-ml.github.io/scaling-book.
 """
 
 from __future__ import annotations
@@ -30,12 +31,23 @@ class Chip(NamedTuple):
     near: float | None = None
 
 
+KINDS = {"H100": "h100", "H200": "h200", "TPU v5e": "v5e", "TPU v5 lite": "v5e"}
+KINDS |= {"TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6": "v6e"}
+"""How JAX names devices: the first of these that is in `device_kind`."""
+
 CHIPS = {
     "v5e": Chip(16 * 2**30, 197e12, 819e9, 90e9),
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 180e9),
     "v6e": Chip(32 * 2**30, 918e12, 1640e9, 180e9),
     "h100": Chip(80e9, 989e12, 3350e9, 50e9, near=450e9),
+    "h200": Chip(141e9, 989e12, 4800e9, 50e9, near=450e9),
 }
+
+
+def this_chip() -> Chip | None:
+    """That of this process's first device; None of one that is not in `CHIPS`, such as a CPU."""
+    kind = jax.devices()[0].device_kind
+    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
 
 
 def chip_of(topology: str) -> Chip:

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,17 @@ import tyro
 
 from experiments import runs
 from experiments.configs import CONFIGS
+from experiments.instruments.chips import this_chip
 from occ.generation.decoding import generate
 from occ.generation.depth import best_depth, expected_tokens
 from occ.generation.sampling import Generation, SamplingConfig
+from occ.models.parameters import partition
 from occ.models.policy import Policy
 from occ.tasks.prompts import encode_prompts
 from occ.training import programs as training_programs
 from occ.training.config import TrainConfig, WarmStartConfig
 from occ.training.durable.run_folder import environment
+from occ.training.sharding import for_generation
 from occ.training.start.starting_point import starting_point
 
 FOUR_OF_FIVE = 0.8
@@ -48,6 +51,8 @@ class Arguments:
 
     Attributes:
       quick: a small model.
+      dtype: that the model computes in.
+      decode_attention: as of `ModelConfig`.
       warm_up: steps in which the module learns; 0 leaves it as it comes.
       rows: that decode at one time, for drafts.
       depth: of the deepest drafts.
@@ -59,6 +64,8 @@ class Arguments:
     """
 
     quick: bool = False
+    dtype: str = "float32"
+    decode_attention: Literal["auto", "xla", "triton"] = "auto"
     warm_up: int = 60
     rows: tuple[int, ...] = (1, 4, 16)
     depth: int = 3
@@ -70,14 +77,23 @@ class Arguments:
     folder: pathlib.Path = pathlib.Path("runs/rollout_speed")
 
 
-def configuration(quick: bool, warm_up: int) -> TrainConfig:
+def configuration(arguments: Arguments) -> TrainConfig:
     """Of the model, and of the warm-up of its module."""
     warm_start = WarmStartConfig(
-        kind="own_samples", steps=warm_up, batch_size=16, learning_rate=1e-3, pool=128
+        kind="own_samples",
+        steps=arguments.warm_up,
+        batch_size=16,
+        learning_rate=1e-3,
+        pool=128,
     )
-    name = "arithmetic_easy" if quick else "smollm2_arithmetic"
+    name = "arithmetic_easy" if arguments.quick else "smollm2_arithmetic"
     config = CONFIGS[name]()
-    model = dataclasses.replace(config.model, compute_dtype="float32", max_length=1024)
+    model = dataclasses.replace(
+        config.model,
+        compute_dtype=arguments.dtype,
+        decode_attention=arguments.decode_attention,
+        max_length=1024,
+    )
     rollout = dataclasses.replace(config.rollout, prompts=16, samples=4)
     return dataclasses.replace(config, model=model, rollout=rollout, warm_start=warm_start)
 
@@ -86,7 +102,7 @@ class Setting:
     """A policy with its prompts; what it samples is timed."""
 
     def __init__(self, arguments: Arguments):
-        self.config = configuration(arguments.quick, arguments.warm_up)
+        self.config = configuration(arguments)
         self.task = runs.load_task(self.config)
         built = training_programs.build(self.config, self.task)
         start = starting_point(self.config, self.task, built, arguments.folder / "starts")
@@ -100,12 +116,25 @@ class Setting:
         longest = max(len(self.task.tokenizer.encode(text)) for text in texts)
         return encode_prompts(self.task.tokenizer, texts, longest + 8)
 
+    def bytes_a_pass(self, rows: int, columns: float) -> float:
+        """Of the trunk's weights and of so many columns of the rows' cache, each read once."""
+        model = self.config.model
+        parts = partition(self.policy.params)
+        readout = dict(parts.readout)
+        if not model.tied_embeddings:
+            del readout["embedding"]  # of which only the tokens' rows are read
+        weights = sum(leaf.size for leaf in jax.tree.leaves((parts.blocks, readout)))
+        column = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+        return (weights + rows * columns * column) * model.compute.itemsize
+
     def sample(
         self, prompts: np.ndarray, mask: np.ndarray, sampling: SamplingConfig, **options: Any
     ) -> Callable[..., Generation]:
         """A compiled program of numbers of rows, their prompts, and which prompts there are."""
 
         def run(policy, prompts, mask, rows, prompt_of):
+            params = for_generation(policy.params, self.config.model.compute)
+            policy = policy.replace(params=params)
             return generate(
                 policy,
                 prompts,
@@ -152,12 +181,17 @@ def speculation(setting: Setting, rows: int, arguments: Arguments) -> dict[str, 
     a_step = [taken / int(one.work.steps) for taken, one in zip(seconds, made, strict=True)]
     judged, kept = (np.asarray(x, float) for x in (made[-1].work.judged, made[-1].work.kept))
     acceptance = (kept / np.maximum(judged, 1)).tolist()
+    chip, needed = this_chip(), None
+    if chip is not None:
+        needed = setting.bytes_a_pass(rows, inputs[0].shape[1] + arguments.tokens / 2)
+        needed /= chip.bandwidth
     best = best_depth(acceptance, a_step)
     supposed = [FOUR_OF_FIVE] * arguments.depth
     other = best_depth(supposed, a_step)
     return {
         "rows": rows,
         "seconds_a_step": a_step,
+        "seconds_of_memory": needed,
         "tokens_a_second": [rows * arguments.tokens / taken for taken in seconds],
         "acceptance": acceptance,
         "best_depth": best,
@@ -223,15 +257,19 @@ def _differing(a: Any, b: Any) -> int:
 def table(result: dict[str, Any]) -> str:
     """Markdown, and the line that sums it up."""
     lines = [
-        "| rows | ms a step by depth | acceptance by depth | best depth | times | at 4 of 5 |",
-        "|---|---|---|---|---|---|",
+        "| rows | ms a step by depth | of memory alone | tokens a second | acceptance by depth "
+        "| best depth | times | at 4 of 5 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["speculation"]:
-        milliseconds = " / ".join(f"{1e3 * s:.0f}" for s in row["seconds_a_step"])
+        milliseconds = " / ".join(f"{1e3 * s:.3g}" for s in row["seconds_a_step"])
+        rates = " / ".join(f"{rate:.0f}" for rate in row["tokens_a_second"])
+        needed = row["seconds_of_memory"]
+        memory = "" if needed is None else f"{1e3 * needed:.2g} at depth 0"
         accepted = " / ".join(f"{share:.2f}" for share in row["acceptance"])
         lines.append(
-            f"| {row['rows']} | {milliseconds} | {accepted} | {row['best_depth']} "
-            f"| {row['times']:.2f} | {row['times_at_four_of_five']:.2f} |"
+            f"| {row['rows']} | {milliseconds} | {memory} | {rates} | {accepted} "
+            f"| {row['best_depth']} | {row['times']:.2f} | {row['times_at_four_of_five']:.2f} |"
         )
     refilled, shared = result["slots"], result["shared_prompts"]
     differ = sum(row["rows_that_differ"] for row in (*result["speculation"], refilled, shared))

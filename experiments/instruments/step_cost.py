@@ -29,6 +29,8 @@ import tqdm
 import tyro
 
 from experiments import runs
+from experiments.instruments.chips import this_chip
+from experiments.instruments.flops import matrix_flops
 from occ.evaluation.intervals import ratio_interval
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.policy import new_policy
@@ -55,6 +57,8 @@ class Arguments:
       repeats: timed steps a regime; 0 leaves the clock out.
       remat: rematerialisation settings to measure.
       dtype: of computation.
+      scan: layers in a loop, as production has them; the compiler then counts operations of one
+        layer alone, and theirs are those of the traced program.
       logits_chunk: measure every regime, and the RL loss alone, again with the logits of so many
         columns at a time (whose operations the compiler counts for one chunk alone); 0 leaves that
         out.
@@ -70,6 +74,7 @@ class Arguments:
     repeats: int = 40
     remat: tuple[str, ...] = ("none", "full")
     dtype: str = "float32"
+    scan: bool = False
     logits_chunk: int = 0
     folder: pathlib.Path = pathlib.Path("runs/step_cost")
 
@@ -92,7 +97,7 @@ def model_config(arguments: Arguments, remat: str) -> ModelConfig:
         mlp_width=4 * arguments.width,
         max_length=arguments.length,
         compute_dtype=arguments.dtype,
-        scan_layers=False,
+        scan_layers=arguments.scan,
         remat=remat,  # type: ignore[arg-type]
         mtp=MTPConfig(num_modules=1),
     )
@@ -124,8 +129,12 @@ def minibatch(arguments: Arguments, seed: int = 0) -> Minibatch:
 
 def compile_step(
     model: ModelConfig, mtp: MTPTrainingConfig, batch: Minibatch, logits_chunk: int = 0
-) -> tuple[Any, Any]:
-    """The compiled step, which donates its state, and a state for it."""
+) -> tuple[Any, Any, float]:
+    """The compiled step, which donates its state; a state for it; operations of its products.
+
+    These are the traced program's with attention left to the compiler, since those of a kernel are
+    not seen there: rematerialised ones count too.
+    """
     layout = LayoutConfig(logits_chunk=logits_chunk)
     config = TrainConfig(name="step_cost", model=model, task="arithmetic", mtp=mtp, layout=layout)
     policy = new_policy(model)
@@ -133,24 +142,31 @@ def compile_step(
     state = init_state(policy, build_optimizer(config.optimizer), calibration)
     prompt_columns = batch.tokens.shape[1] // 2
     step = jax.jit(make_train_step(config, prompt_columns=prompt_columns), donate_argnums=0)
-    return step.lower(state, batch).compile(), jax.tree.map(jnp.array, state)
+    plain = dataclasses.replace(config, model=dataclasses.replace(model, attention="xla"))
+    traced = jax.jit(make_train_step(plain, prompt_columns=prompt_columns)).trace(state, batch)
+    products = matrix_flops(traced.jaxpr)
+    return step.lower(state, batch).compile(), jax.tree.map(jnp.array, state), products
 
 
 def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     """Operations, temporary bytes and seconds a step of every regime."""
     batch = minibatch(arguments)
     model = model_config(arguments, remat)
-    compiled, states = {}, {}
+    compiled, states, products = {}, {}, {}
     chunks = (0, arguments.logits_chunk) if arguments.logits_chunk else (0,)
     variants = [(name, chunk) for chunk in chunks for name in arguments.regimes]
     for name, chunk in tqdm.tqdm(variants, desc=f"compile, remat {remat}"):
         label = f"{name}, logits of {chunk} columns" if chunk else name
-        compiled[label], states[label] = compile_step(model, regime(name), batch, chunk)
+        made = compile_step(model, regime(name), batch, chunk)
+        compiled[label], states[label], products[label] = made
 
     def run(name):
         states[name], _ = jax.block_until_ready(compiled[name](states[name], batch))
 
-    return _costs(compiled, run, arguments.repeats)
+    costs = _costs(compiled, run, arguments.repeats)
+    for name, cost in costs.items():
+        cost["products"] = products[name]
+    return costs
 
 
 def measure_head(arguments: Arguments) -> dict[str, dict[str, float]]:
@@ -225,18 +241,22 @@ def predicted_share(arguments: Arguments, detach_flops: float) -> float:
 
 
 def table(costs: dict[str, dict[str, float]]) -> str:
-    """A row a program, each figure with its ratio to the first's."""
+    """A row a program, each figure with its ratio to the first's; of a known chip its share."""
     lines = [
-        "| program | GFLOP | ratio | temporary MiB | ratio | ms a step | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| program | GFLOP | ratio | temporary MiB | ratio | ms a step | ratio | of the chip |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    chip = this_chip()
     base = next(iter(costs.values()))
     for name, cost in costs.items():
         cells = [name]
         for key, unit, digits in (("flops", 1e9, 2), ("temporary_bytes", 2**20, 1)):
             cells += [f"{cost[key] / unit:.{digits}f}", f"{cost[key] / base[key]:.3f}"]
         interval = f"[{cost['ratio_low']:.3f}, {cost['ratio_high']:.3f}]"
-        cells += [f"{cost['seconds'] * 1e3:.0f}", f"{cost['ratio']:.3f} {interval}"]
+        cells += [f"{cost['seconds'] * 1e3:.3g}", f"{cost['ratio']:.3f} {interval}"]
+        cells.append("")
+        if chip is not None and "products" in cost:
+            cells[-1] = f"{cost['products'] / cost['seconds'] / chip.flops:.1%}"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

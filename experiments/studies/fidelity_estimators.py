@@ -156,5 +156,5 @@ def cost(folder: pathlib.Path) -> int:
 
 
 def _operations(model: ModelConfig, mtp: MTPTrainingConfig, batch: Minibatch) -> float:
-    compiled, _ = step_cost.compile_step(model, mtp, batch)
+    compiled, *_ = step_cost.compile_step(model, mtp, batch)
     return float(compiled.cost_analysis()["flops"])

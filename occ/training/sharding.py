@@ -175,23 +175,24 @@ def cut_as_parameters(tree: Any) -> Any:
 
 
 def for_generation(params: Any, dtype: Any) -> Any:
-    """Parameters gathered along the axes that cut them for training, once for all new tokens.
+    """Parameters cast, and gathered along the axes that cut them for training, once for all tokens.
 
-    Otherwise every new token would gather them again. Experts stay on their devices, and "tensor"
-    still cuts everything. Without a mesh, the parameters themselves.
+    Otherwise every new token would cast and gather them again. Experts stay on their devices, and
+    "tensor" still cuts everything.
 
     Args:
       params: the model's, as they live in training.
-      dtype: of computation; matrices that are cast to it anyway are gathered in it.
+      dtype: of computation, to which matrices are cast anyway.
     """
-    if several_devices() is None:
-        return params
+    alone = several_devices() is None
 
     def gather(path, leaf):
         name = path_string(path)
-        spec = parameter_spec(name, leaf.shape)
         if name.split("/")[-1] in COMPUTED:
             leaf = leaf.astype(dtype)
+        if alone:
+            return leaf
+        spec = parameter_spec(name, leaf.shape)
         kept = [axes if axes in ("tensor", "expert") else None for axes in spec]
         return jax.lax.with_sharding_constraint(leaf, P(*kept))
 

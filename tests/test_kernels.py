@@ -125,6 +125,22 @@ def test_each_device_takes_the_kernel_that_suits_it(monkeypatch):
     assert columns_in_blocks(1, "triton") == cache.cache_kernels.BLOCK
 
 
+def test_several_cotangents_go_back_through_cudnn_one_by_one(x64, monkeypatch):
+    """With the compiler's attention in its place: the way there and back is ours."""
+    monkeypatch.setattr("occ.models.attention.CUDNN", "xla")
+    rng = np.random.default_rng(0)
+    heads = [jnp.asarray(rng.normal(size=(2, 5, n, 8)), "float32") for n in (4, 2, 2)]
+    segment_ids = jnp.array([[0, 1, 1, 2, 2], [1] * 5])
+    context = Context(positions_from_segments(segment_ids), segment_ids)
+    cotangents = jnp.asarray(rng.normal(size=(3, 2, 5, 4, 8)), "float32")
+
+    def gradients(kernel):
+        mixed, pull = jax.vjp(lambda *heads: attend(*heads, context, kernel=kernel), *heads)
+        return mixed, jax.vmap(pull)(cotangents)
+
+    tiny.close(gradients("cudnn"), gradients("xla"), 1e-5)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="cuDNN runs on NVIDIA's GPUs alone")
 @pytest.mark.standard_promotion
 def test_cudnn_attention_is_the_compilers(unchecked):
@@ -144,3 +160,6 @@ def test_cudnn_attention_is_the_compilers(unchecked):
     expected = both(wide, "xla")[1]
     got = [x.astype("float32") for x in both(heads, "cudnn")[1]]
     tiny.close(got, list(expected), 5e-2)
+    _, pull = jax.vjp(lambda *heads: attend(*heads, context, kernel="cudnn"), *heads)
+    two = jax.vmap(pull)(jnp.stack([weight, 2 * weight]).astype("bfloat16"))
+    tiny.close([x[1].astype("float32") for x in two], [2 * x for x in expected], 1e-1)

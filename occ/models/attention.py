@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,17 +124,37 @@ def prefill_kernel(config: ModelConfig) -> str:
     return "cudnn" if suits and jax.default_backend() == "gpu" else "xla"
 
 
+CUDNN: Literal["cudnn", "xla"] = "cudnn"
+
+
 def _cudnn(query, key, value, segment_ids):
     """NVIDIA's kernel, which wants an even number of tokens."""
     time = query.shape[1]
     padding = [(0, 0), (0, time % 2)]
     query, key, value = (jnp.pad(x, [*padding, (0, 0), (0, 0)]) for x in (query, key, value))
-    ids = jnp.pad(segment_ids, padding)
-    same = (ids[:, :, None] == ids[:, None, :])[:, None]
-    mixed = jax.nn.dot_product_attention(
-        query, key, value, mask=same, is_causal=True, implementation="cudnn"
+    return _cudnn_even(query, key, value, jnp.pad(segment_ids, padding))[:, :time]
+
+
+def _cudnn_plain(query, key, value, segment_ids):
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=same, is_causal=True, implementation=CUDNN
     )
-    return mixed[:, :time]
+
+
+# Under vmap one after the other: JAX's own rule for several cotangents refuses a mask of all heads.
+@jax.custom_batching.sequential_vmap
+def _cudnn_backward(inputs, cotangent):
+    *heads, segment_ids = inputs
+    _, pull = jax.vjp(lambda *heads: _cudnn_plain(*heads, segment_ids), *heads)
+    return pull(cotangent)
+
+
+_cudnn_even = jax.custom_vjp(jax.custom_batching.sequential_vmap(_cudnn_plain))
+_cudnn_even.defvjp(
+    lambda *inputs: (_cudnn_even(*inputs), inputs),
+    lambda inputs, cotangent: (*_cudnn_backward(inputs, cotangent), None),
+)
 
 
 def _splash(query, key, value, context: Context):

@@ -45,6 +45,8 @@ PLATFORM = os.environ.get("OCC_TEST_PLATFORM", "cpu")
 jax.config.update("jax_platforms", PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", PLATFORM == "cpu")
+if PLATFORM != "cpu":  # where float32 products have ten bits otherwise
+    jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A reference in torch, which doctest would import; the extra parity has it.

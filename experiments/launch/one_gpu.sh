@@ -27,7 +27,7 @@ part() {
 
 run_tests() {
   OCC_TEST_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false part tests \
-    $python -m pytest -q -n "${WORKERS:-8}" -p no:cacheprovider -p no:benchmark tests/test_kernels.py \
+    $python -m pytest -v -n "${WORKERS:-8}" -p no:cacheprovider -p no:benchmark tests/test_kernels.py \
     tests/test_objective_reference.py tests/test_generation.py tests/test_models_decoder.py \
     tests/test_objectives.py tests/test_grouped.py
 }

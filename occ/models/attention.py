@@ -144,15 +144,24 @@ def _cudnn_plain(query, key, value, segment_ids):
 
 # Under vmap one after the other: JAX's own rule for several cotangents refuses a mask of all heads.
 @jax.custom_batching.sequential_vmap
+def _cudnn_forward(inputs):
+    return _cudnn_plain(*inputs)
+
+
+@jax.custom_batching.sequential_vmap
 def _cudnn_backward(inputs, cotangent):
-    *heads, segment_ids = inputs
-    _, pull = jax.vjp(lambda *heads: _cudnn_plain(*heads, segment_ids), *heads)
+    query, key, value, segment_ids = inputs
+    _, pull = jax.vjp(lambda q, k, v: _cudnn_plain(q, k, v, segment_ids), query, key, value)
     return pull(cotangent)
 
 
-_cudnn_even = jax.custom_vjp(jax.custom_batching.sequential_vmap(_cudnn_plain))
+@jax.custom_vjp
+def _cudnn_even(query, key, value, segment_ids):
+    return _cudnn_forward((query, key, value, segment_ids))
+
+
 _cudnn_even.defvjp(
-    lambda *inputs: (_cudnn_even(*inputs), inputs),
+    lambda *inputs: (_cudnn_forward(inputs), inputs),
     lambda inputs, cotangent: (*_cudnn_backward(inputs, cotangent), None),
 )
 

@@ -20,7 +20,8 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: int32 [], minibatches seen, skipped ones included.
       params: nested dict of arrays, the trained parameters.
-      rest: the model's other variables (a router's correction bias); {} without any.
+      rest: the model's other variables (a router's correction bias; beside adapters, the frozen
+        trunk); {} without any.
       opt_state: the optimizer's.
       calibration: `CalibrationState`, the same tree in both placements; () without MTP loss.
       skipped: int32 [], updates left out because a loss or gradient was not finite.

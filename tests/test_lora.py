@@ -1,12 +1,15 @@
 """Adapters of a frozen trunk: their gradient, what is weighed, and that nothing else moves."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.configs import CONFIGS
+from experiments.instruments.costs import trained
 from occ.generation.decoding import generate
 from occ.generation.sampling import SamplingConfig
 from occ.models.config import LoRAConfig, MoEConfig
@@ -15,10 +18,13 @@ from occ.models.parameters import is_shared
 from occ.models.policy import abstract_policy, new_policy
 from occ.training.config import LayoutConfig, MTPTrainingConfig
 from occ.training.gradient.calibration import build_calibration
+from occ.training.programs import abstract_state
 from occ.training.regimes import regime
+from occ.training.sharding import abstract_mesh
 from occ.training.step import make_train_step
 from occ.trees import path_string
 from tests import tiny
+from tests.test_sharding import LAYOUTS, one_step, setting
 
 LORA = LoRAConfig(rank=3, alpha=5.0)
 SOME = LoRAConfig(rank=2, alpha=3.0, kernels=("value", "down"))
@@ -261,3 +267,59 @@ def test_adapting_twice_is_refused():
         adapt(new_policy(config), config)
     with pytest.raises(ValueError, match="must be the policy's own"):
         adapt(new_policy(tiny.model_config(2)), config)
+
+
+@functools.cache
+def single_device():
+    with jax.enable_x64(True):
+        return one_step(*sharded_setting(LayoutConfig()))
+
+
+def sharded_setting(layout):
+    lora = dataclasses.replace(LORA, rank=4)
+    config, _, _ = setting("occ", "float64", layout)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
+    policy = adapted_policy(config.model)
+    return config, model_of(policy), tiny.minibatch(config, model_of(policy), rows=16)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize(
+    "layout",
+    ["micro-batches", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fsdp", "fsdp-tensor"))],
+)
+def test_a_sharded_step_is_the_single_devices(x64, layout):
+    """In micro-batches with the logits in chunks, too: the frozen head is gathered for them."""
+    expected, expected_metrics = single_device()
+    state, metrics = one_step(*sharded_setting(LAYOUTS[layout]))
+    tiny.close(state.opt_state, expected.opt_state, 1e-9)
+    tiny.close(metrics, expected_metrics, 1e-9)
+    assert abs(expected.calibration.weights[1]) > 1e-3
+
+
+@pytest.mark.parametrize("measure", ["readout", "embedding"])
+def test_a_measure_of_what_is_frozen_is_refused(measure):
+    mtp = MTPTrainingConfig(measure=measure, placement="fused" if measure == "readout" else "exact")
+    with pytest.raises(ValueError, match="which model.lora freezes"):
+        tiny.train_config(mtp, tiny.model_config(lora=LORA))
+    tiny.train_config(mtp, tiny.model_config())
+
+
+@pytest.mark.parametrize("chips", [8, 1])
+def test_mimos_optimizer_and_gradients_are_less_than_a_quarter(chips):
+    """By the shapes and shardings of production, beside the same run of all parameters."""
+    lora = CONFIGS["mimo_7b_lora"]()
+    layout = dataclasses.replace(lora.layout, fsdp=chips)
+    lora = dataclasses.replace(lora, layout=layout)
+    whole = dataclasses.replace(lora, model=lora.model.whole)
+    mesh = abstract_mesh(layout)
+    held = {}
+    for name, config in (("lora", lora), ("whole", whole)):
+        state = abstract_state(config, abstract_policy(config.model), mesh)
+        held[name] = trained(config, state)
+    ours, theirs = held["lora"], held["whole"]
+    assert ours.optimizer + ours.gradients <= (theirs.optimizer + theirs.gradients) / 4
+    # A and B of query and output, key and value, and the MLP's three.
+    layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 11_008)
+    adapters = 36 * lora.model.lora.rank * layer
+    assert ours.parameters + ours.frozen == theirs.parameters + adapters

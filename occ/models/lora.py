@@ -1,6 +1,7 @@
 """Adapters of a frozen trunk: given to a model, and taken up into its kernels.
 
-    policy = adapt(pretrained.load(folder), LoRAConfig(rank=16))    # the same model, to be trained
+    base = pretrained.load(folder)
+    policy = adapt(base, dataclasses.replace(base.config, lora=LoRAConfig(rank=16)))
     ...
     pretrained.save(target, merge(policy), like=folder)
 
@@ -30,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from occ.models.config import LoRAConfig, ModelConfig
+from occ.models.config import ModelConfig
 from occ.models.parameters import ADAPTERS
 from occ.models.policy import Policy, abstract_policy, create_policy
 from occ.trees import path_string
@@ -90,13 +91,6 @@ def merge(policy: Policy) -> Policy:
 def is_adapter(path: str) -> bool:
     """Whether the parameter at "path/of/leaf" belongs to an adapter."""
     return path.split("/")[-1] in ADAPTERS
-
-
-def describe(config: LoRAConfig | None) -> str:
-    """In a few words, for tables."""
-    if config is None:
-        return "all parameters"
-    return f"adapters of rank {config.rank} on {', '.join(config.kernels)}"
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

@@ -179,7 +179,8 @@ def _restore(
 ) -> Restored:
     """The newest checkpoint, or a beginning."""
     recorded = files.recorded()
-    check_finite(start.params, "the model that the run starts from")
+    for variables in (start.params, start.rest):
+        check_finite(variables, "the model that the run starts from")
     fresh = programs.begin(start)
     restored = checkpoints.restore(fresh, recorded.rollouts if recorded.cut else None)
     if restored is not None:

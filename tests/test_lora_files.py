@@ -11,7 +11,7 @@ import pytest
 from experiments import evaluated, export
 from occ import tasks
 from occ.models import pretrained
-from occ.models.config import LoRAConfig
+from occ.models.config import LoRAConfig, MoEConfig
 from occ.models.lora import adapt, merge
 from occ.models.policy import new_policy
 from occ.training import loop
@@ -159,6 +159,10 @@ def test_adapters_of_another_form_are_refused(tmp_path):
         pretrained.load_adapters(
             tmp_path / "some", adapt(plain, dataclasses.replace(PLAIN, lora=other))
         )
+    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
+    mixture = new_policy(dataclasses.replace(PLAIN, moe=moe, lora=LORA))
+    with pytest.raises(ValueError, match=r"\['down', 'gate', 'up'\] of a mixture"):
+        pretrained.save_adapters(tmp_path / "mixture", mixture)
     fewer = dataclasses.replace(LORA, kernels=("query",))
     with pytest.raises(ValueError, match="v_proj"):
         pretrained.load_adapters(

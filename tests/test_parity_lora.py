@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
 @pytest.mark.parametrize(
     ("name", "kernels"),
-    [("qwen2", LORA_KERNELS), ("llama", ("query", "down")), ("glm", LORA_KERNELS)],
+    [("qwen2", LORA_KERNELS), ("llama", ("query", "down")), ("glm", LORA_KERNELS[:4])],
 )
 def test_peft_reads_our_adapters(tmp_path, name, kernels):
     """On random adapters, with padding on the left; no tensor is missing or left over."""

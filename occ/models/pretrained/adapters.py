@@ -45,13 +45,20 @@ def save_adapters(path: str | pathlib.Path, policy: Policy, *, base: str | None 
       base: folder or name of the model that was adapted, which PEFT loads first.
 
     Raises:
-      ValueError: the folder exists, or the model has no adapters.
+      ValueError: the folder exists, the model has no adapters, or it is a mixture of experts with
+        adapters in its MLPs.
     """
     target, lora = pathlib.Path(path), policy.config.lora
     if lora is None:
         raise ValueError("save_adapters: the model has no adapters. Write it whole, with `save`.")
     if target.exists():
         raise ValueError(f"save_adapters: {target} exists already. Choose another folder.")
+    mlp = sorted({"gate", "up", "down"}.intersection(lora.kernels))
+    if policy.config.moe is not None and mlp:
+        raise ValueError(
+            f"save_adapters: PEFT takes {mlp} of a mixture for those of its routed experts, which "
+            "have no adapters. Write the model merged, with `save`, or adapt attention alone."
+        )
     from safetensors.numpy import save_file
 
     tensors = _gather(policy, {**_adapter_places(policy), **_module_places(policy)})
@@ -59,17 +66,14 @@ def save_adapters(path: str | pathlib.Path, policy: Policy, *, base: str | None 
         return
     own = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
     modules = {name: value for name, value in tensors.items() if name not in own}
-    targets = sorted({name.split(".layers.")[1].split(".", 1)[1] for name in own})
-    suffixes = {name.rsplit(".lora_", 1)[0] for name in targets}
-    if policy.config.moe is None:  # names as other tools look for them
-        suffixes = {name.split(".")[-1] for name in suffixes}
+    targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in own}
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": sorted(suffixes),
+        "target_modules": sorted(targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -69,8 +69,8 @@ class Decoder(nnx.Module):
             self.output_head = Linear(config.width, config.vocab_size, config, rngs)
         if config.mtp.num_modules:
             module = SequentialModule if config.mtp.kind == "sequential" else ParallelHead
-            whole = config.whole
-            self.mtp = nnx.List([module(whole, rngs) for _ in range(config.mtp.num_modules)])
+            count, whole = config.mtp.num_modules, config.whole  # modules have no adapters
+            self.mtp = nnx.List([module(whole, rngs) for _ in range(count)])
 
     def trunk(
         self,
@@ -377,11 +377,7 @@ def split_model(model: Decoder) -> tuple[nnx.GraphDef, dict[str, Any], dict[str,
       The graph definition (static, hashable), the trained parameters, and all other variables
       (a router's correction bias; beside adapters, the frozen trunk).
     """
-    adapted = model.config.lora is not None
-
-    def trained(path, variable):
-        return isinstance(variable, nnx.Param) and is_trained(path, adapted)
-
+    trained = nnx.All(nnx.Param, lambda path, _: is_trained(path, model.config.lora is not None))
     graphdef, params, rest = nnx.split(model, trained, ...)
     return graphdef, _plain(nnx.to_pure_dict(params)), _plain(nnx.to_pure_dict(rest))
 

@@ -26,7 +26,7 @@ DATA = [*TRAIN, "grain", "pyarrow", "requests"]  # published problems; no Tensor
 MATH = [*TRAIN, "math-verify", "mpmath"]
 PRETRAINED = [*TRAIN, "gguf", "jinja2>=3.1.6", "safetensors", "tokenizers"]  # older Jinjas leak
 NOTEBOOKS = [*EXPERIMENTS, "ipykernel", "nbclient", "nbmake"]
-PARITY = [*TRAIN, "accelerate", "torch", "torchjd[cagrad,nash-mtl]", "transformers"]
+PARITY = [*TRAIN, "accelerate", "peft", "torch", "torchjd[cagrad,nash-mtl]", "transformers"]
 PLAN = [*EXPERIMENTS, "jax[tpu]"]  # the TPU compiler; no TPU needed
 CHECKS = ["beartype", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"]
 

@@ -36,6 +36,8 @@ from occ.training.rollout import Scores, build_programs
 from occ.training.rollout import sampler as rollout_sampler
 from occ.training.sharding import make_mesh
 from occ.training.start.pretrained import load_policy
+from occ.training.start.starting_point import with_frozen
+from occ.training.state import frozen_leaves
 
 PUBLISHED = ("math", "dapo_math_17k")
 """Tasks that evaluate on published benchmarks; others on their own test problems."""
@@ -94,11 +96,14 @@ def from_run(
         config = _moved(config, layout)
     task, problems = _task(config, benchmarks, task_options)
     built = training_programs.build(config, task)
+    state, frozen = with_frozen(config, built.state), frozen_leaves(config.model)
     with (
         jax.set_mesh(built.mesh),
-        Checkpoints(folder / "checkpoints", owner=owner, read_only=True) as checkpoints,
+        Checkpoints(
+            folder / "checkpoints", owner=owner, read_only=True, frozen=frozen
+        ) as checkpoints,
     ):
-        restored = checkpoints.read(built.state, which)
+        restored = checkpoints.read(state, which)
     return Model(
         label=label(config, folder),
         name=f"checkpoint {restored.number} of {config.name}",

@@ -2,10 +2,13 @@ r"""A checkpoint of a run as a published folder: `python -m experiments.export R
 
     python -m experiments.export runs/mimo_7b_dapo/occ-seed0 exported/mimo --like models/MiMo-7B-RL
     python -m experiments.export runs/laptop/occ-seed0 exported/laptop --which best
+    python -m experiments.export runs/mimo_7b_lora/occ-seed0 exported/adapters --form peft
 
 The folder holds safetensors files with the published names, MTP modules included, and a
 config.json: other tools load it. With --like, the folder that the run began from (the default where
-the run's configuration names one), dtypes, tokenizer and all other files are kept.
+the run's configuration names one), dtypes, tokenizer and all other files are kept. Of a run with
+adapters these are merged into the kernels, or, with --form peft, written alone as PEFT reads them,
+beside the MTP modules.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from occ.training.durable.run_folder import identity, read_config
 from occ.training.layout import LayoutConfig
 from occ.training.programs import abstract_state
 from occ.training.sharding import make_mesh
+from occ.training.start.starting_point import with_frozen
+from occ.training.state import frozen_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +42,14 @@ class Arguments:
       target: folder to be written, which must not exist.
       which: of its checkpoints.
       like: folder that the run began from.
+      form: "whole" is a model, "peft" the adapters of a run that has some.
     """
 
     run: tyro.conf.Positional[pathlib.Path]
     target: tyro.conf.Positional[pathlib.Path]
     which: Literal["newest", "best"] = "newest"
     like: pathlib.Path | None = None
+    form: Literal["whole", "peft"] = "whole"
 
 
 def export(arguments: Arguments) -> int:
@@ -51,25 +58,33 @@ def export(arguments: Arguments) -> int:
     On the run's own mesh, or on one device where there are fewer than it takes.
 
     Raises:
-      ValueError: the folder holds no run or no checkpoint, or the target exists.
+      ValueError: the folder holds no run or no checkpoint, the target exists, or a run without
+        adapters is to be written as such.
     """
     config = read_config(arguments.run)
     owner = identity(config)
+    if arguments.form == "peft" and config.model.lora is None:
+        raise ValueError(
+            f"export: {arguments.run} trained all parameters; it has no adapters. Use --form whole."
+        )
     if config.layout.devices > jax.device_count():
         config = dataclasses.replace(config, layout=LayoutConfig())
     mesh = make_mesh(config.layout)
     policy = abstract_policy(config.model)
-    state = abstract_state(config, policy, mesh)
+    state = with_frozen(config, abstract_state(config, policy, mesh))
+    folder, frozen = arguments.run / "checkpoints", frozen_leaves(config.model)
     with (
         jax.set_mesh(mesh),
-        Checkpoints(arguments.run / "checkpoints", owner=owner, read_only=True) as checkpoints,
+        Checkpoints(folder, owner=owner, read_only=True, frozen=frozen) as checkpoints,
     ):
         number, restored, _ = checkpoints.read(state, arguments.which)
-    pretrained.save(
-        arguments.target,
-        restored.policy(config.model),
-        like=_like(config) if arguments.like is None else arguments.like,
-    )
+        trained = restored.policy(config.model)
+        like = _like(config) if arguments.like is None else arguments.like
+        if arguments.form == "peft":
+            base = None if like is None else str(like)
+            pretrained.save_adapters(arguments.target, trained, base=base)
+        else:
+            pretrained.save(arguments.target, trained, like=like)
     return number
 
 

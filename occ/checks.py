@@ -47,6 +47,7 @@ RANGES = {
         "top_groups": ABOVE_ZERO,
         "capacity_factor": ABOVE_ZERO,
     },
+    "LoRAConfig": {"rank": ABOVE_ZERO, "alpha": ABOVE_ZERO},
     "RopeScaling": {"factor": ABOVE_ZERO, "original_length": ABOVE_ZERO},
     "PolicyConfig": {
         "clip_low": SHARE,

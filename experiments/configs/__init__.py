@@ -14,7 +14,12 @@ from experiments.configs.claims import (
     star_parallel,
 )
 from experiments.configs.laptop import laptop
-from experiments.configs.paper import glm_4_5_air_dapo, mimo_7b_dapo, mimo_7b_gspo
+from experiments.configs.paper import (
+    glm_4_5_air_dapo,
+    mimo_7b_dapo,
+    mimo_7b_gspo,
+    mimo_7b_lora,
+)
 from experiments.configs.smollm2 import smollm2_arithmetic
 from occ.training.config import TrainConfig
 
@@ -30,5 +35,6 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     "smollm2_arithmetic": smollm2_arithmetic,
     "mimo_7b_dapo": mimo_7b_dapo,
     "mimo_7b_gspo": mimo_7b_gspo,
+    "mimo_7b_lora": mimo_7b_lora,
     "glm_4_5_air_dapo": glm_4_5_air_dapo,
 }

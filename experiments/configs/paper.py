@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from occ.models.config import ModelConfig, MoEConfig, MTPConfig
+from occ.models.config import LoRAConfig, ModelConfig, MoEConfig, MTPConfig
 from occ.objectives.policy import PolicyConfig, gspo
 from occ.training.config import (
     EvaluationConfig,
@@ -28,6 +28,8 @@ RESPONSE_TOKENS = 8192
 
 # For 128 TPU v5p chips; `python -m experiments.instruments.plan` shows what they need.
 MIMO_LAYOUT = LayoutConfig(fsdp=128, logits_chunk=512)
+# For 8; of one H100 with --config.layout.fsdp 1 --config.layout.micro-batches 256.
+LORA_LAYOUT = LayoutConfig(fsdp=8, micro_batches=32, logits_chunk=512, generation_rows=256)
 GLM_LAYOUT = LayoutConfig(
     fsdp=8, expert=16, micro_batches=4, logits_chunk=512, generation_rows=1024
 )
@@ -162,6 +164,21 @@ def mimo_7b_gspo() -> TrainConfig:
         dapo.objective, policy=gspo(), aggregation="seq-mean-token-mean"
     )
     return dataclasses.replace(dapo, objective=objective)
+
+
+def mimo_7b_lora() -> TrainConfig:
+    """MiMo-7B-RL with DAPO, as adapters of a frozen trunk: for 8 chips, or one.
+
+    Not the paper's. The learning rate is ten times that of all parameters; the optimizer and the
+    gradients are a few per cent of theirs.
+    """
+    lora = LoRAConfig(rank=32, alpha=32.0, frozen_dtype="bfloat16")
+    dapo = _dapo("mimo_7b_lora", mimo_7b(), LORA_LAYOUT, "MiMo-7B-RL")
+    return dataclasses.replace(
+        dapo,
+        model=dataclasses.replace(dapo.model, lora=lora),
+        optimizer=dataclasses.replace(dapo.optimizer, learning_rate=1e-5, decay="matrices"),
+    )
 
 
 def glm_4_5_air_dapo() -> TrainConfig:

@@ -95,6 +95,50 @@ def compile_traced(traced: Any) -> Compiled:
     return Compiled(traced.jaxpr, compiled.as_text(), compiled.memory_analysis(), seconds)
 
 
+class Trained(NamedTuple):
+    """What training holds beside the model, on one device.
+
+    Attributes:
+      parameters, frozen: numbers, of all devices together.
+      optimizer: bytes of the optimizer's state.
+      gradients: bytes of the gradients, one a loss where each is taken by itself.
+    """
+
+    parameters: int
+    frozen: int
+    optimizer: int
+    gradients: int
+
+    def __str__(self) -> str:
+        size = (self.optimizer + self.gradients) / 2**30
+        return (
+            f"{self.parameters / 1e6:.0f} million parameters trained, {self.frozen / 1e6:.0f} "
+            f"million frozen; optimizer and gradients {size:.2f} GiB a device"
+        )
+
+
+def trained(config: TrainConfig, state: Any) -> Trained:
+    """Of a run.
+
+    Args:
+      config: says how many losses have a gradient of their own.
+      state: shapes with shardings, from `abstract_state`.
+    """
+    params, rest = (jax.tree.leaves(tree) for tree in (state.params, state.rest))
+    return Trained(
+        parameters=sum(leaf.size for leaf in params),
+        frozen=sum(leaf.size for leaf in rest),
+        optimizer=sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state.opt_state)),
+        gradients=_losses_apart(config) * sum(_local_bytes(leaf) for leaf in params),
+    )
+
+
+def _losses_apart(config: TrainConfig) -> int:
+    """Gradients of all parameters that exist at one time."""
+    apart = config.mtp.loss != "none" and config.mtp.placement == "exact"
+    return 1 + config.model.mtp.num_modules if apart else 1
+
+
 def estimated_cost(
     config: TrainConfig, traced: Any, state: Any, shape: tuple[int, int], devices: int
 ) -> Cost:
@@ -111,7 +155,10 @@ def estimated_cost(
     arguments = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state))
     params = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state.params))
     # What a device has of the parameters when they are gathered for use: experts stay apart.
-    whole = sum(gathered_size(leaf) for leaf in jax.tree.leaves(state.params))
+    whole, frozen = (
+        sum(gathered_size(leaf) for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, state.rest)
+    )
     rows, length = shape[0] / layout.row_parts / layout.micro_batches, shape[1]
     tokens = rows * length
     hidden = model.mlp_width if model.moe is None else _active_width(model)
@@ -127,7 +174,7 @@ def estimated_cost(
     # In one micro-batch the weights are known on the way.
     measured_first = config.mtp.data_dependent and gradients == 1 and layout.micro_batches > 1
     passes = layout.micro_batches * (3 + measured_first)
-    gathered = whole * width
+    gathered = (whole + frozen) * width
     reduced = whole * 4 * gradients * layout.micro_batches
     summed = 4 * passes * model.num_layers * tokens * model.width * width
     collectives = {

@@ -29,9 +29,11 @@ from experiments.instruments.chips import Chip, chip_of, tpu_devices
 from experiments.instruments.costs import (
     Compiled,
     Cost,
+    Trained,
     compile_traced,
     estimated_cost,
     gathered_size,
+    trained,
 )
 from occ.generation.depth import expected_tokens
 from occ.generation.sampling import SamplingConfig
@@ -116,7 +118,7 @@ def portion_rows(config: TrainConfig) -> int:
 
 
 def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """The traced sampling of as many rows as decode at one time; shapes of the parameters."""
+    """The traced sampling of as many rows as decode at one time; shapes of the state."""
     policy = abstract_policy(config.model)
     state = abstract_state(config, policy, mesh)
     sampling = SamplingConfig(
@@ -139,7 +141,7 @@ def trace_generation(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[Any,
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding),
         prompt_of=jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding),
     )
-    return traced, state.params
+    return traced, state
 
 
 # ---------------------------------------------------------------------------------------------
@@ -162,12 +164,15 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
         )
     mesh: Any = make_mesh(config.layout, devices) if devices else abstract_mesh(config.layout)
     costs: dict[str, Cost] = {}
+    holds: dict[str, Trained] = {}
     context: Any = jax.set_mesh(mesh) if devices else jax.sharding.use_abstract_mesh(mesh)
     with context:
         for name in arguments.regimes:
             one = dataclasses.replace(config, mtp=regime(name))
             traced, state = trace_train_step(one, mesh)
             title = f"{name}, train step"
+            holds[name] = trained(one, state)
+            report(f"{title}: {holds[name]}")
             if not devices:
                 shape = minibatch_shapes(one, mesh).tokens.shape
                 costs[name] = estimated_cost(one, traced, state, shape, count)
@@ -183,6 +188,7 @@ def plan(arguments: Arguments, report: Any = print) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(config),
         "topology": arguments.topology,
+        "trained": {name: held._asdict() for name, held in holds.items()},
         "costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
         "seconds": {name: cost.seconds(chip) for name, cost in costs.items()},
         "table": text,
@@ -197,7 +203,7 @@ def plan_generation(
     The cache is read as far as it is filled, which is half of the response on average.
     """
     layout = dataclasses.replace(config.layout, draft_depth=depth)
-    traced, params = trace_generation(dataclasses.replace(config, layout=layout), mesh)
+    traced, state = trace_generation(dataclasses.replace(config, layout=layout), mesh)
     title = f"Generation of a portion, {depth} drafts a pass"
     compiled = compile_or_report(title, traced, generation_advice(config), report)
     if compiled is None:
@@ -215,7 +221,7 @@ def plan_generation(
         costs[name] = cost
         report(describe(name, cost, chip, generation_advice(config)))
     begun = compiled.cost(mesh.size, {response: 0})
-    used = _weights(params, config, depth), _cache(config, filled * CACHE_BLOCK)
+    used = _weights(state, config, depth), _cache(config, filled * CACHE_BLOCK)
     took = (cost.traffic - begun.traffic) * a_pass / response
     report(
         f"  a pass moves {took / 1e9:.1f} GB, {took / sum(used):.2f} times the weights "
@@ -224,15 +230,16 @@ def plan_generation(
     return costs
 
 
-def _weights(params: Any, config: TrainConfig, depth: int) -> float:
+def _weights(state: Any, config: TrainConfig, depth: int) -> float:
     """Bytes that a device reads of them in a pass: all but the embeddings, of which it has rows."""
-    parts = partition(params)
-    readout = {
-        name: leaf
-        for name, leaf in parts.readout.items()
-        if name != "embedding" or config.model.tied_embeddings
-    }
-    used = jax.tree.leaves((parts.blocks, readout, parts.modules if depth else {}))
+    used: list[Any] = []
+    for parts in (partition(state.params), partition(state.rest)):
+        readout = {
+            name: leaf
+            for name, leaf in parts.readout.items()
+            if name != "embedding" or config.model.tied_embeddings
+        }
+        used += jax.tree.leaves((parts.blocks, readout, parts.modules if depth else {}))
     return sum(gathered_size(leaf) for leaf in used) * config.model.compute.itemsize
 
 

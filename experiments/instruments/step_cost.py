@@ -15,6 +15,7 @@ Student-t interval.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import statistics
 import sys
@@ -32,7 +33,7 @@ from experiments import runs
 from experiments.instruments.chips import this_chip
 from experiments.instruments.flops import matrix_flops
 from occ.evaluation.intervals import ratio_interval
-from occ.models.config import ModelConfig, MTPConfig
+from occ.models.config import LoRAConfig, ModelConfig, MTPConfig
 from occ.models.policy import new_policy
 from occ.training.batch import Minibatch, positions_from_segments
 from occ.training.config import LayoutConfig, MTPTrainingConfig, TrainConfig
@@ -62,6 +63,8 @@ class Arguments:
       logits_chunk: measure every regime, and the RL loss alone, again with the logits of so many
         columns at a time (whose operations the compiler counts for one chunk alone); 0 leaves that
         out.
+      lora_rank: measure every regime again with adapters of this rank on all kernels, the rest of
+        the trunk frozen; 0 leaves that out.
       folder: for result.json and table.md.
     """
 
@@ -76,6 +79,7 @@ class Arguments:
     dtype: str = "float32"
     scan: bool = False
     logits_chunk: int = 0
+    lora_rank: int = 0
     folder: pathlib.Path = pathlib.Path("runs/step_cost")
 
     def __post_init__(self):
@@ -154,10 +158,13 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     model = model_config(arguments, remat)
     compiled, states, products = {}, {}, {}
     chunks = (0, arguments.logits_chunk) if arguments.logits_chunk else (0,)
-    variants = [(name, chunk) for chunk in chunks for name in arguments.regimes]
-    for name, chunk in tqdm.tqdm(variants, desc=f"compile, remat {remat}"):
+    ranks = (0, arguments.lora_rank) if arguments.lora_rank else (0,)
+    variants = list(itertools.product(ranks, chunks, arguments.regimes))
+    for rank, chunk, name in tqdm.tqdm(variants, desc=f"compile, remat {remat}"):
         label = f"{name}, logits of {chunk} columns" if chunk else name
-        made = compile_step(model, regime(name), batch, chunk)
+        label += f", adapters of rank {rank}" if rank else ""
+        lora = LoRAConfig(rank=rank) if rank else None
+        made = compile_step(dataclasses.replace(model, lora=lora), regime(name), batch, chunk)
         compiled[label], states[label], products[label] = made
 
     def run(name):
@@ -166,6 +173,8 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     costs = _costs(compiled, run, arguments.repeats)
     for name, cost in costs.items():
         cost["products"] = products[name]
+        held = (states[name].opt_state, states[name].params)  # and gradients like these
+        cost["trained_bytes"] = float(sum(leaf.nbytes for leaf in jax.tree.leaves(held)))
         if arguments.scan:  # of which the compiler counts one layer
             cost["flops"] = products[name]
     return costs
@@ -245,8 +254,9 @@ def predicted_share(arguments: Arguments, detach_flops: float) -> float:
 def table(costs: dict[str, dict[str, float]]) -> str:
     """A row a program, each figure with its ratio to the first's; of a known chip its share."""
     lines = [
-        "| program | GFLOP | ratio | temporary MiB | ratio | ms a step | ratio | of the chip |",
-        "|---|---|---|---|---|---|---|---|",
+        "| program | GFLOP | ratio | temporary MiB | ratio | optimizer, gradient MiB | ms a step "
+        "| ratio | of the chip |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     chip = this_chip()
     base = next(iter(costs.values()))
@@ -254,6 +264,8 @@ def table(costs: dict[str, dict[str, float]]) -> str:
         cells = [name]
         for key, unit, digits in (("flops", 1e9, 2), ("temporary_bytes", 2**20, 1)):
             cells += [f"{cost[key] / unit:.{digits}f}", f"{cost[key] / base[key]:.3f}"]
+        held = cost.get("trained_bytes")
+        cells.append("" if held is None else f"{held / 2**20:.1f}")
         interval = f"[{cost['ratio_low']:.3f}, {cost['ratio_high']:.3f}]"
         cells += [f"{cost['seconds'] * 1e3:.3g}", f"{cost['ratio']:.3f} {interval}"]
         cells.append("")

@@ -238,11 +238,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         queries = config.num_heads * config.head_dim
-        keys = config.num_kv_heads * config.head_dim
-        self.query = Linear(config.width, queries, config, rngs, bias=config.qkv_bias)
-        self.key = Linear(config.width, keys, config, rngs, bias=config.qkv_bias)
-        self.value = Linear(config.width, keys, config, rngs, bias=config.qkv_bias)
-        self.output = Linear(queries, config.width, config, rngs)
+        keys, bias = config.num_kv_heads * config.head_dim, config.qkv_bias
+        self.query = Linear(config.width, queries, config, rngs, bias=bias, name="query")
+        self.key = Linear(config.width, keys, config, rngs, bias=bias, name="key")
+        self.value = Linear(config.width, keys, config, rngs, bias=bias, name="value")
+        self.output = Linear(queries, config.width, config, rngs, name="output")
         self.query_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
         self.config = config

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from occ.checks import validate
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+LORA_KERNELS = ("query", "key", "value", "output", "gate", "up", "down")
+"""Kernels that may have adapters, by the layer's name."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -105,6 +107,49 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters beside kernels of the trunk, all else of which is frozen.
+
+        y = x W + (alpha / rank) (x A) B,   W frozen,   A [inputs, rank],   B [rank, outputs]
+
+    A begins uniform in +-1 / sqrt(inputs), B at 0, so that training begins at the model itself. MTP
+    modules are trained whole. Embedding, norms, biases, routers, output head and the kernels of
+    routed experts have no adapters.
+
+    Attributes:
+      rank: r, columns of A.
+      alpha: of the factor alpha / rank, which is fixed so that a learning rate serves every rank.
+      kernels: which have adapters, of `LORA_KERNELS`; "gate", "up" and "down" are those of dense
+        MLPs and of shared experts.
+      frozen_dtype: of the stored trunk; None is `param_dtype`, which is then that of adapters and
+        MTP modules alone. "bfloat16", as published, holds half the bytes, and no gradient is added
+        to it.
+
+    Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
+    section 4.1; A as in Hugging Face's PEFT.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    kernels: tuple[str, ...] = LORA_KERNELS
+    frozen_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+
+    def __post_init__(self):
+        validate(self)
+        known = [name for name in self.kernels if name in LORA_KERNELS]
+        _require(
+            len(set(known)) == len(self.kernels) > 0,
+            f"LoRAConfig.kernels must be different names among {LORA_KERNELS}, and one at least, "
+            f"got {self.kernels}.",
+        )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Rotary frequencies slowed down for contexts that are longer than those trained on.
 
@@ -155,7 +200,7 @@ class ModelConfig:
       qkv_bias: biases on query, key and value (Qwen2, MiMo).
       qk_norm: RMSNorm on every query and key head (Qwen3, GLM option).
       tied_embeddings: the output head is the embedding.
-      param_dtype: of stored parameters.
+      param_dtype: of stored parameters; with adapters, of those that are trained.
       compute_dtype: of activations and matrix products; norms, softmax and logits are at least
         float32.
       scan_layers: run the layers in a loop (compiles once) instead of unrolled. Parameters have a
@@ -172,6 +217,7 @@ class ModelConfig:
         head_dim allow it, and else "xla".
       moe: mixture of experts; None is dense.
       mtp: the MTP modules.
+      lora: adapters of a frozen trunk; None trains all parameters.
     """
 
     vocab_size: int
@@ -198,6 +244,7 @@ class ModelConfig:
     decode_attention: Literal["auto", "xla", "pallas"] = "auto"
     moe: MoEConfig | None = None
     mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
+    lora: LoRAConfig | None = None
 
     def __post_init__(self):
         validate(self)
@@ -232,3 +279,14 @@ class ModelConfig:
     def params(self) -> jnp.dtype:
         """`param_dtype` as a dtype."""
         return jnp.dtype(self.param_dtype)
+
+    @property
+    def base(self) -> jnp.dtype:
+        """The dtype of the model's own stored parameters, which adapters are not."""
+        frozen = None if self.lora is None else self.lora.frozen_dtype
+        return self.params if frozen is None else jnp.dtype(frozen)
+
+    @property
+    def whole(self) -> ModelConfig:
+        """The same architecture without adapters, all of it in `param_dtype`."""
+        return dataclasses.replace(self, lora=None)

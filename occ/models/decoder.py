@@ -15,6 +15,7 @@ from occ.models.cache import Past, StackCache, columns_in_blocks, decode_kernel
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
+from occ.models.parameters import is_trained
 from occ.models.partitioning import ROWS, constrain
 
 
@@ -68,7 +69,8 @@ class Decoder(nnx.Module):
             self.output_head = Linear(config.width, config.vocab_size, config, rngs)
         if config.mtp.num_modules:
             module = SequentialModule if config.mtp.kind == "sequential" else ParallelHead
-            self.mtp = nnx.List([module(config, rngs) for _ in range(config.mtp.num_modules)])
+            whole = config.whole
+            self.mtp = nnx.List([module(whole, rngs) for _ in range(config.mtp.num_modules)])
 
     def trunk(
         self,
@@ -373,9 +375,14 @@ def split_model(model: Decoder) -> tuple[nnx.GraphDef, dict[str, Any], dict[str,
 
     Returns:
       The graph definition (static, hashable), the trained parameters, and all other variables
-      (a router's correction bias).
+      (a router's correction bias; beside adapters, the frozen trunk).
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    adapted = model.config.lora is not None
+
+    def trained(path, variable):
+        return isinstance(variable, nnx.Param) and is_trained(path, adapted)
+
+    graphdef, params, rest = nnx.split(model, trained, ...)
     return graphdef, _plain(nnx.to_pure_dict(params)), _plain(nnx.to_pure_dict(rest))
 
 

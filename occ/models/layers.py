@@ -25,20 +25,45 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b); kernel [inputs, outputs]."""
+    """y = x W (+ b); kernel [inputs, outputs]. With an adapter, y = x W + s (x A) B (+ b).
+
+    Args:
+      inputs, outputs: sizes of the last axis.
+      config: of the model.
+      rngs: random numbers for the initial weights.
+      bias: whether there is one.
+      name: of the kernel in `LoRAConfig.kernels`; None never has an adapter.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, config: ModelConfig, rngs: nnx.Rngs, *, bias: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+        name: str | None = None,
     ):
-        scale = inputs**-0.5
-        kernel = scale * jax.random.normal(rngs.params(), (inputs, outputs), config.params)
-        self.kernel = nnx.Param(kernel)
-        self.bias = nnx.Param(jnp.zeros((outputs,), config.params)) if bias else None
+        scale, key = inputs**-0.5, rngs.params()
+        self.kernel = nnx.Param(scale * jax.random.normal(key, (inputs, outputs), config.base))
+        self.bias = nnx.Param(jnp.zeros((outputs,), config.base)) if bias else None
         self.dtype = config.compute
+        lora = config.lora
+        self.scale = None if lora is None or name not in lora.kernels else lora.scale
+        if self.scale is not None:
+            assert lora is not None
+            # Folded in, since a draw of its own would change all kernels after this one.
+            key, shape = jax.random.fold_in(key, 1), (inputs, lora.rank)
+            self.lora_a = nnx.Param(jax.random.uniform(key, shape, config.params, -scale, scale))
+            self.lora_b = nnx.Param(jnp.zeros((lora.rank, outputs), config.params))
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """Multiplies the last axis."""
         y = x @ self.kernel[...].astype(self.dtype)
+        if self.scale is not None:
+            low = x @ self.lora_a[...].astype(self.dtype)
+            y = y + self.scale * (low @ self.lora_b[...].astype(self.dtype))
         if self.bias is not None:
             y = y + jax.lax.broadcast_in_dim(
                 self.bias[...].astype(self.dtype), y.shape, (y.ndim - 1,)
@@ -50,7 +75,7 @@ class Embedding(nnx.Module):
     """Token embedding [V, D]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        normal = jax.random.normal(rngs.params(), (config.vocab_size, config.width), config.params)
+        normal = jax.random.normal(rngs.params(), (config.vocab_size, config.width), config.base)
         self.embedding = nnx.Param(config.width**-0.5 * normal)
         self.dtype = config.compute
 
@@ -115,7 +140,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, width: int, config: ModelConfig):
-        self.scale = nnx.Param(jnp.ones((width,), config.params))
+        self.scale = nnx.Param(jnp.ones((width,), config.base))
         self.epsilon = config.norm_epsilon
         self.dtype = config.compute
 
@@ -178,9 +203,9 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, hidden: int):
-        self.gate = Linear(config.width, hidden, config, rngs)
-        self.up = Linear(config.width, hidden, config, rngs)
-        self.down = Linear(hidden, config.width, config, rngs)
+        self.gate = Linear(config.width, hidden, config, rngs, name="gate")
+        self.up = Linear(config.width, hidden, config, rngs, name="up")
+        self.down = Linear(hidden, config.width, config, rngs, name="down")
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
         """down(silu(gate(x)) * up(x))."""

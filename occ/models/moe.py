@@ -39,7 +39,7 @@ class MixtureOfExperts(nnx.Module):
             raise ValueError("MixtureOfExperts needs ModelConfig.moe, got None.")
 
         def kernel(*shape):
-            normal = jax.random.normal(rngs.params(), shape, config.params)
+            normal = jax.random.normal(rngs.params(), shape, config.base)
             return nnx.Param(shape[-2] ** -0.5 * normal)
 
         self.router = kernel(config.width, moe.num_experts)

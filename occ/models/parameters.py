@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,17 @@ BLOCKS = ("dense_layers", "layers")
 MODULES = ("mtp",)
 """Top-level names of the MTP modules' own parameters."""
 
+ADAPTERS = ("lora_a", "lora_b")
+"""Names of the leaves beside a kernel that adapt it: A [inputs, rank] and B [rank, outputs]."""
+
 
 class Parts(NamedTuple):
     """The parameters by stage; each a dict of some of the model's top-level names.
 
     Attributes:
-      blocks: the trunk's layers.
-      readout: what every loss reaches directly: embedding, final norm and output head.
+      blocks: the trunk's layers; with adapters, these alone.
+      readout: what every loss reaches directly: embedding, final norm and output head; {} with
+        adapters, beside which they are frozen.
       modules: the MTP modules' own.
     """
 
@@ -53,6 +58,14 @@ def is_stacked(path: str) -> bool:
 def is_shared(path: str) -> bool:
     """Whether both losses reach the parameter at "path/of/leaf": all but the modules' own."""
     return path.split("/")[0] not in MODULES
+
+
+def is_trained(path: Sequence[Any], adapted: bool) -> bool:
+    """Whether the parameter with these names is trained: of a model with adapters, these alone.
+
+    And the MTP modules, which are trained whole.
+    """
+    return not adapted or path[0] in MODULES or path[-1] in ADAPTERS
 
 
 def module_leaves(params: dict[str, Any]) -> list[list[Any]]:

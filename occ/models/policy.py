@@ -24,7 +24,8 @@ class Policy:
     Attributes:
       config: the architecture; static.
       params: nested dict of arrays, the trained parameters.
-      rest: the model's other variables (a router's correction bias); {} without any.
+      rest: the model's other variables (a router's correction bias; beside adapters, the frozen
+        trunk); {} without any.
     """
 
     config: ModelConfig = dataclasses.field(metadata={"static": True})

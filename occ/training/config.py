@@ -342,6 +342,14 @@ class TrainConfig:
                 "(data x fsdp x expert). Change RolloutConfig or LayoutConfig."
             )
         self._check_halves(rows)
+        without_adapters = ("readout", "embedding")
+        measured = self.mtp.loss != "none" and self.mtp.data_dependent
+        if self.model.lora and measured and self.mtp.measure in without_adapters:
+            raise ValueError(
+                f"TrainConfig: measure {self.mtp.measure!r} reads gradients of embedding, final "
+                "norm or output head, which model.lora freezes. Use a measure that is not in "
+                f"{without_adapters}, or train all parameters (model.lora=None)."
+            )
         if self.layout.pack and self.mtp.data_dependent and self.mtp.measure == "released_unmasked":
             raise ValueError(
                 "TrainConfig: measure 'released_unmasked' is a mean over all positions, padding "

@@ -29,7 +29,7 @@ from occ.training.processes import any_of_all, to_host, to_mesh
 from occ.training.programs import Programs, build, init_policy
 from occ.training.rollout import Rollout, collect
 from occ.training.sharding import batch_shardings
-from occ.training.state import TrainState
+from occ.training.state import TrainState, frozen_leaves
 
 __all__ = ["Programs", "build", "init_policy", "run"]
 
@@ -92,7 +92,10 @@ def _run(
         return result
     reference = start if config.objective.kl_coefficient else None
     with Checkpoints(
-        files.path / "checkpoints", config.keep_checkpoints, owner=identity(config)
+        files.path / "checkpoints",
+        config.keep_checkpoints,
+        owner=identity(config),
+        frozen=frozen_leaves(config.model),
     ) as checkpoints:
         first, state, history = _restore(programs, start, checkpoints, files)
         files.keep_rows_before(first)
@@ -176,7 +179,8 @@ def _restore(
 ) -> Restored:
     """The newest checkpoint, or a beginning."""
     recorded = files.recorded()
-    check_finite(start.params, "the model that the run starts from")
+    for variables in (start.params, start.rest):
+        check_finite(variables, "the model that the run starts from")
     fresh = programs.begin(start)
     restored = checkpoints.restore(fresh, recorded.rollouts if recorded.cut else None)
     if restored is not None:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from occ.models.parameters import is_shared
+from occ.models.parameters import ADAPTERS, is_shared
 from occ.training.config import OptimizerConfig
 from occ.trees import path_string
 
-MATRICES = ("kernel", "embedding", "router", "gate_kernel", "up_kernel", "down_kernel")
+MATRICES = ("kernel", "embedding", "router", "gate_kernel", "up_kernel", "down_kernel", *ADAPTERS)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:

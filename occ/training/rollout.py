@@ -124,7 +124,10 @@ def sampler(sampling: SamplingConfig, config: TrainConfig) -> Callable[..., Gene
     """
 
     def sample(policy, prompts, prompt_mask, key, rows=None, prompt_of=None, draft_depth=None):
-        policy = policy.replace(params=for_generation(policy.params, config.model.compute))
+        dtype = config.model.compute
+        policy = policy.replace(
+            params=for_generation(policy.params, dtype), rest=for_generation(policy.rest, dtype)
+        )
         return generate(
             policy,
             prompts,
@@ -160,7 +163,7 @@ def score_sequences(
       prompt_columns: leading columns that are not scored.
     """
     batch = Sequences(tokens, segment_ids, positions_from_segments(segment_ids))
-    stages = Stages(policy, batch, temperature, logits_chunk, prompt_columns)
+    stages = Stages(policy, batch, temperature, logits_chunk, prompt_columns).with_frozen_head()
     main, *heads = stages.score(policy.params)
     if not heads:
         nothing = jnp.zeros((0, *tokens.shape), main.log_prob.dtype)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from occ.models.parameters import ADAPTERS
 from occ.models.partitioning import AXES, ROWS, parts, several_devices
 from occ.training.batch import Minibatch
 from occ.training.config import LayoutConfig
@@ -17,6 +18,7 @@ from occ.trees import path_string
 P = jax.P
 
 STACKED = re.compile(r"(dense_layers|layers)/")  # their leaves have a leading layer axis
+STACK = r"(dense_layers|layers)"  # of the trunk, which may have adapters
 BLOCK = r"(dense_layers|layers|mtp/\d+/block)"
 CUT = ("fsdp", "expert")  # experts apart, parameters are cut along both
 
@@ -35,13 +37,21 @@ class Row(NamedTuple):
     spec: jax.P
 
 
-COMPUTED = ("kernel", "embedding", "gate_kernel", "up_kernel", "down_kernel")
+COMPUTED = ("kernel", "embedding", "gate_kernel", "up_kernel", "down_kernel", *ADAPTERS)
 """Names of leaves that layers cast to the dtype of computation before they use them."""
 
 TABLE = (
     Row(r"(mtp/\d+/)?embedding/embedding", "vocab width", P("tensor", CUT)),
     Row(r"(mtp/\d+/)?output_head/kernel", "width vocab", P(CUT, "tensor")),
     Row(rf"{BLOCK}/attention/(query|key|value)/kernel", "width heads*head_dim", P(CUT, "tensor")),
+    Row(rf"{STACK}/attention/(query|key|value)/lora_a", "width rank", P(CUT, None)),
+    Row(rf"{STACK}/attention/(query|key|value)/lora_b", "rank heads*head_dim", P(None, "tensor")),
+    Row(rf"{STACK}/attention/output/lora_a", "heads*head_dim rank", P("tensor", None)),
+    Row(rf"{STACK}/attention/output/lora_b", "rank width", P(None, CUT)),
+    Row(rf"{STACK}/mlp/(shared/)?(gate|up)/lora_a", "width rank", P(CUT, None)),
+    Row(rf"{STACK}/mlp/(shared/)?(gate|up)/lora_b", "rank hidden", P(None, "tensor")),
+    Row(rf"{STACK}/mlp/(shared/)?down/lora_a", "hidden rank", P("tensor", None)),
+    Row(rf"{STACK}/mlp/(shared/)?down/lora_b", "rank width", P(None, CUT)),
     Row(rf"{BLOCK}/attention/(query|key|value)/bias", "heads*head_dim", P("tensor")),
     Row(rf"{BLOCK}/attention/output/kernel", "heads*head_dim width", P("tensor", CUT)),
     Row(rf"{BLOCK}/attention/(query|key)_norm/scale", "head_dim", P(None)),

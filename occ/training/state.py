@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,8 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: int32 [], minibatches seen, skipped ones included.
       params: nested dict of arrays, the trained parameters.
-      rest: the model's other variables (a router's correction bias); {} without any.
+      rest: the model's other variables (a router's correction bias; beside adapters, the frozen
+        trunk); {} without any.
       opt_state: the optimizer's.
       calibration: `CalibrationState`, the same tree in both placements; () without MTP loss.
       skipped: int32 [], updates left out because a loss or gradient was not finite.
@@ -36,6 +39,19 @@ class TrainState(struct.PyTreeNode):
     def policy(self, config: ModelConfig) -> Policy:
         """What is trained, as a policy of this architecture."""
         return Policy(config, self.params, self.rest)
+
+
+def frozen_leaves(config: ModelConfig) -> Callable[[str], bool]:
+    """Which leaves of a state, by path, no training ever changes: the trunk beside adapters.
+
+    >>> frozen_leaves(ModelConfig(11, 2, 16, 2, 1, 8, 24, 32))("rest/layers/mlp/up/kernel")
+    False
+    """
+
+    def is_frozen(path: str) -> bool:
+        return config.lora is not None and path.startswith("rest/") and "router_bias" not in path
+
+    return is_frozen
 
 
 def init_state(

@@ -10,9 +10,18 @@ Folders of safetensors files in Hugging Face's layout: Llama, Qwen2, Qwen3, MiMo
 is downloaded, and nothing is unpickled. It takes the extra `pretrained`.
 """
 
+from occ.models.pretrained.adapters import load_adapters, save_adapters
 from occ.models.pretrained.attaching import attach
 from occ.models.pretrained.model import PretrainedWarning
 from occ.models.pretrained.reading import load, read_config
 from occ.models.pretrained.writing import save
 
-__all__ = ["PretrainedWarning", "attach", "load", "read_config", "save"]
+__all__ = [
+    "PretrainedWarning",
+    "attach",
+    "load",
+    "load_adapters",
+    "read_config",
+    "save",
+    "save_adapters",
+]

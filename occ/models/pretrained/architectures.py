@@ -78,6 +78,7 @@ RUNTIME = (
     "attention_chunk",
     "decode_attention",
     "mtp",
+    "lora",
 )
 """Fields of `ModelConfig` in which two models of one architecture may differ."""
 

@@ -70,8 +70,13 @@ def load(
 
     Raises:
       ValueError: tensors are missing, left over or of another shape, and all are listed; or a file
-        of a folder that `save` wrote has changed.
+        of a folder that `save` wrote has changed; or the configuration has adapters.
     """
+    if config is not None and config.lora is not None:
+        raise ValueError(
+            "load: files hold models without adapters. Load with config.whole, then "
+            "occ.models.lora.adapt(policy, config)."
+        )
     packaged = str(path).startswith("package:")
     source = resolve(str(path)) if packaged else pathlib.Path(path)
     if source.suffix == ".gguf":

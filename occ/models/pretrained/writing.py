@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from occ.models.config import ModelConfig
+from occ.models.lora import merge
 from occ.models.policy import Policy
 from occ.models.pretrained import architectures, names
 from occ.models.pretrained.folder import (
@@ -54,7 +55,7 @@ def save(
     like: str | pathlib.Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model as a folder that `load` and other tools read.
+    """Writes a model as a folder that `load` and other tools read; adapters merged into kernels.
 
     The folder appears when it is whole, with digests that `load` compares. Of several processes all
     take part and the first writes.
@@ -75,7 +76,8 @@ def save(
     target = pathlib.Path(path)
     if target.exists():
         raise ValueError(f"save: {target} exists already. Choose another folder, or delete it.")
-    config = policy.config if config is None else config
+    policy = merge(policy)
+    config = policy.config if config is None else config.whole
     source = None if like is None else WeightFolder(like)
     raw = architectures.to_json(
         config, None if source is None else architectures.read_json(source.path)

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -56,19 +56,31 @@ class Checkpoints:
     of every array of the state, and a digest of them all. A changed bit in an array is an error
     that neither Orbax nor TensorStore would notice, and so is a copy of another checkpoint.
 
+    What every start brings and training never changes is not written: its fingerprints are, so that
+    a run does not go on beside other frozen weights.
+
     Args:
       folder: where they are, inside the run's folder; made if missing.
       keep: how many of the newest to keep, beside the best by sampled accuracy.
       owner: whose they are, in a word; "" saves none, and reads those of all.
       read_only: nothing in the folder is made, deleted or renamed, so that a run which is writing
-        there is not disturbed; for `read`.
+        writing there is not disturbed; for `read`.
+      frozen: whether the leaf at a "path/of/leaf" of the state is brought and not written; `like`
+        must then hold its array.
     """
 
     def __init__(
-        self, folder: pathlib.Path, keep: int = 2, *, owner: str = "", read_only: bool = False
+        self,
+        folder: pathlib.Path,
+        keep: int = 2,
+        *,
+        owner: str = "",
+        read_only: bool = False,
+        frozen: Callable[[str], bool] = lambda path: False,
     ):
         self._folder = folder.absolute()
         self._owner = owner
+        self._frozen = frozen
         self._policy = _NewestAndBest(keep)
         self._read_only = read_only
         self._bytes = 0  # of the last state that was given to save
@@ -102,6 +114,7 @@ class Checkpoints:
             "fingerprint": {name: int(value) for name, value in prints.items()},
         }
         record["digest"] = _digest(record)
+        leaves = {name: leaf for name, leaf in leaves.items() if not self._is_frozen(name)}
         self._bytes = sum(leaf.nbytes for leaf in leaves.values())
         self._policy.best = history.best_rollout
         with self._full_disk_explained(), _ONE_AT_A_TIME:
@@ -231,9 +244,17 @@ class Checkpoints:
 
     def _read(self, number: int, like: Any) -> Restored:
         wanted = _as_dict(like)
+        brought = {name: leaf for name, leaf in wanted.items() if self._is_frozen(name)}
+        if unknown := [name for name, x in brought.items() if not isinstance(x, jax.Array)]:
+            raise ValueError(
+                f"checkpoints in {self._folder} hold no frozen weights, and whoever reads one must "
+                f"bring its frozen weights: expected arrays, got shapes, as {unknown[0]}. Use "
+                "occ.training.start.starting_point.with_frozen."
+            )
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in wanted.items()
+            if name not in brought
         }
         with _UnreadableIsDamaged(), _ONE_AT_A_TIME:
             restored = self._manager.restore(
@@ -242,7 +263,7 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
                 ),
             )
-            leaves, record = restored["state"], restored["record"]
+            leaves, record = {**restored["state"], **brought}, restored["record"]
             digest = record.pop("digest")
             history, saved = History.read(record["history"]), record["fingerprint"]
         if digest != _digest(record):
@@ -256,11 +277,19 @@ class Checkpoints:
                 raise DamagedError(f"{name} is {leaves[name].dtype}, not {leaf.dtype}")
         found = jax.device_get(fingerprint(leaves))
         changed = [name for name in wanted if int(found[name]) != saved.get(name)]
+        if frozen := [name for name in changed if name in brought]:
+            raise DamagedError(
+                f"it was saved beside other frozen weights than the run has now, for example "
+                f"{frozen[0]}: put the files back that the run began from"
+            )
         if changed:
             raise DamagedError(f"not what was saved: {', '.join(changed)}")
         structure = jax.tree.structure(like)
         ordered = [leaves[name] for name in wanted]
         return Restored(number, jax.tree.unflatten(structure, ordered), history)
+
+    def _is_frozen(self, name: str) -> bool:
+        return self._frozen(name.split(":", 1)[1].replace(".", "/"))
 
     def _set_aside(self, number: int, reason: DamagedError, used: int) -> None:
         source = self._folder / str(number)

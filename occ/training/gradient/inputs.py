@@ -70,4 +70,5 @@ def step_inputs(
         config.layout.logits_chunk,
         prompt_columns,
     )
+    stages = stages.with_frozen_head()
     return StepInputs(stages, partition(policy.params), config, second_moment)

@@ -65,6 +65,11 @@ class Stages:
         """The same model on another batch."""
         return dataclasses.replace(self, batch=batch)
 
+    def with_frozen_head(self) -> Stages:
+        """The same with an output head that is not trained gathered, as `head` does with others."""
+        rest = self._gathered(self.policy.rest)
+        return dataclasses.replace(self, policy=self.policy.replace(rest=rest))
+
     def model(self, parts: Parts) -> decoder.Decoder:
         """The model around these parameters."""
         return self.policy.replace(params=join(parts)).model

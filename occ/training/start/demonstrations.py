@@ -79,9 +79,9 @@ def learn_from_demonstrations(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     @jax.jit
-    def step(params, opt_state, tokens, segment_ids, response_mask):
+    def step(params, rest, opt_state, tokens, segment_ids, response_mask):
         def loss(params):
-            moved = policy.replace(params=params)
+            moved = policy.replace(params=params, rest=rest)
             return supervised_loss(moved, tokens, segment_ids, response_mask, settings.mtp_weight)
 
         gradient, losses = jax.grad(loss, has_aux=True)(params)
@@ -92,7 +92,7 @@ def learn_from_demonstrations(
     opt_state = optimizer.init(params)
     for number in range(settings.steps):
         batch = demonstration_batch(config, task, number)
-        params, opt_state, losses = step(params, opt_state, *batch)
+        params, opt_state, losses = step(params, policy.rest, opt_state, *batch)
         if number % 50 == 0 or number == settings.steps - 1:
             on_step(number, np.asarray(losses).tolist())
     return policy.replace(params=params)

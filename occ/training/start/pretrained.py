@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from occ.models import pretrained
 from occ.models.agreement import check_agrees
 from occ.models.config import ModelConfig
+from occ.models.lora import adapt
 from occ.models.policy import Policy, abstract_policy
 from occ.sources import resolve
 from occ.training.config import TrainConfig
@@ -22,10 +23,22 @@ from occ.training.sharding import make_mesh, tree_shardings
 def load_policy(config: TrainConfig) -> Policy:
     """The model of `config.pretrained`, its variables born where they will live.
 
+    With adapters the files are read in the dtype of the frozen trunk, and adapters are attached.
+
     Raises:
       ValueError: there are no such files, they hold another model than `config.model` describes,
         or something that cannot be read.
     """
+    if config.model.lora is None:
+        return _load_whole(config)
+    whole = dataclasses.replace(config.model.whole, param_dtype=config.model.base.name)
+    policy = _load_whole(dataclasses.replace(config, model=whole))
+    mesh = make_mesh(config.layout)
+    shardings = tree_shardings(abstract_policy(config.model).params, mesh)
+    return adapt(policy, config.model, seed=config.seed, shardings=shardings)
+
+
+def _load_whole(config: TrainConfig) -> Policy:
     assert config.pretrained is not None
     path = resolve(config.pretrained.path)
     stored = _stored_modules(config.model, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 
 from occ.models.parameters import partition
 from occ.models.policy import Policy
+from occ.models.pretrained.model import PretrainedWarning
 from occ.tasks import Task
 from occ.training.config import TrainConfig
 from occ.training.durable.bad_updates import check_finite
@@ -19,6 +21,8 @@ from occ.training.start.demonstrations import learn_from_demonstrations
 from occ.training.start.own_samples import warm_up_modules
 from occ.training.start.pretrained import load_policy, stamp
 from occ.training.start.saved import load_start, save_start
+from occ.training.state import TrainState, frozen_leaves
+from occ.trees import path_string
 
 OnStep = Callable[[int, list[float]], None]
 
@@ -71,6 +75,14 @@ def starting_point(
         return start
     if config.pretrained is not None and not config.warm_start.steps:
         return Start(initial_policy(config))
+    if config.model.lora is not None:  # the frozen trunk is in its own files, or quickly made
+        fresh = initial_policy(config)
+        trained = load_start(folder, decides, (like.params, {}))
+        if trained is not None:
+            return Start(fresh.replace(params=trained[0]))
+        start = _warm_start(config, task, programs, fresh, on_step)
+        save_start(folder, decides, (start.policy.params, {}))
+        return start
     saved = load_start(folder, decides, (like.params, like.rest))
     if saved is not None:
         return Start(Policy(config.model, *saved))
@@ -82,6 +94,30 @@ def starting_point(
 def initial_policy(config: TrainConfig) -> Policy:
     """Pretrained or fresh variables of the model, where they will live."""
     return init_policy(config) if config.pretrained is None else load_policy(config)
+
+
+def with_frozen(config: TrainConfig, state: TrainState) -> TrainState:
+    """The state, in place of whose frozen leaves are the weights that the run began from.
+
+    A run with adapters does not write them; a state of shapes then serves to read a checkpoint.
+    Without adapters the state is returned as it is.
+
+    Args:
+      config: of the run.
+      state: arrays or shapes.
+    """
+    if config.model.lora is None:
+        return state
+    with warnings.catch_warnings():
+        # That fresh modules were never trained; the checkpoint's were.
+        warnings.simplefilter("ignore", PretrainedWarning)
+        rest = initial_policy(config).rest
+    is_frozen = frozen_leaves(config.model)
+
+    def bring(path, leaf, weight):
+        return weight if is_frozen(f"rest/{path_string(path)}") else leaf
+
+    return state.replace(rest=jax.tree_util.tree_map_with_path(bring, state.rest, rest))
 
 
 def what_decides(config: TrainConfig) -> dict[str, Any]:

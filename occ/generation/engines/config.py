@@ -16,6 +16,7 @@ RESERVED = (
     "gpu_memory_utilization",
     "tensor_parallel_size",
     "enable_sleep_mode",
+    "enforce_eager",
     "worker_extension_cls",
     "load_format",
     "logprobs_mode",
@@ -41,6 +42,7 @@ class EngineConfig:
       cache_gib: memory for keys and values, GiB; None leaves it to vLLM.
       memory_share: of the device that it takes in all, where both share one; None likewise. Give
         JAX the rest (XLA_PYTHON_CLIENT_MEM_FRACTION).
+      eager: no compilation there: it starts in seconds, and each pass takes a little longer.
       tensor: devices that a copy of the model is cut over.
       sleep: it frees the device while the run trains (vLLM's sleep mode, GPUs alone).
       importance_cap: of the truncated importance weights old / rollout policy, where
@@ -61,6 +63,7 @@ class EngineConfig:
     draft_depth: int = 0
     cache_gib: float | None = None
     memory_share: float | None = None
+    eager: bool = False
     tensor: int = 1
     sleep: bool = False
     importance_cap: float | None = 2.0

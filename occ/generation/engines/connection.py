@@ -95,7 +95,7 @@ class Connection:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     # Its workers import by name what lies beside it, and nothing of this process.
-                    env={**os.environ, "PYTHONPATH": str(SERVER)},
+                    env={**os.environ, "PYTHONPATH": str(SERVER), "PYTHONUNBUFFERED": "1"},
                     start_new_session=True,  # Ctrl-C ends the run after the rollout in hand
                 )
         except OSError as error:

@@ -51,6 +51,9 @@ class InProcessEngine:
             f"of {[sampler.sampling for sampler in self.samplers]}."
         )
 
+    def rest(self) -> None:
+        """It holds nothing of its own."""
+
     def metrics(self) -> dict[str, Any]:
         """None: weights take no way."""
         return {}

@@ -58,7 +58,7 @@ class Request:
 class RolloutEngine(Protocol):
     """Samples responses of a policy whose weights it was given.
 
-    A new one needs these four methods, and passes `tests/test_engines.py`.
+    A new one needs these methods, and passes `tests/test_engines.py`.
     """
 
     def update_weights(self, policy: Policy) -> None:
@@ -79,6 +79,9 @@ class RolloutEngine(Protocol):
           StaleWeightsError: it holds other weights.
           EngineError: it gave no answer.
         """
+
+    def rest(self) -> None:
+        """Frees the device, if it can, until it is used again; a run calls it before it trains."""
 
     def metrics(self) -> dict[str, Any]:
         """What the last update of weights and the last `generate` took, for a row of metrics."""

@@ -112,7 +112,7 @@ class VLLMEngine:
         return assemble(request, made, reply.get("speculation", {}), self._config.draft_depth)
 
     def rest(self) -> None:
-        """Frees the device until the next weights, where `EngineConfig.sleep` is on."""
+        """As `RolloutEngine.rest`, where `EngineConfig.sleep` is on."""
         if self._config.sleep and self._digest is not None:
             self._ask("sleep")
             self._asleep, self._digest = True, None
@@ -141,7 +141,7 @@ class VLLMEngine:
         config = self._config
         dtype = self._model.compute_dtype if config.dtype == "auto" else config.dtype
         options: dict[str, Any] = {"dtype": dtype, "max_model_len": self._max_length}
-        options["tensor_parallel_size"] = config.tensor
+        options |= {"tensor_parallel_size": config.tensor, "enforce_eager": config.eager}
         if config.cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(config.cache_gib * 2**30)
         if config.memory_share is not None:

@@ -13,6 +13,7 @@ import numpy as np
 # The engine's core in this process: workers are asked by name, and nothing is pickled for them.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+import transformers
 import vllm
 
 DEFAULTS = {
@@ -24,6 +25,15 @@ DEFAULTS = {
     "generation_config": "vllm",  # sampling is the client's alone
 }
 SPECULATION = "vllm:spec_decode_num_"
+
+
+class MiMoConfig(transformers.Qwen2Config):
+    """config.json of MiMo, which otherwise needs code out of the model's folder."""
+
+    model_type = "mimo"
+
+
+transformers.AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
 
 
 class VLLMModel:

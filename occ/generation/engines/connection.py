@@ -125,7 +125,9 @@ class Connection:
         limit = self._config.request_seconds if seconds is None else seconds
         deadline = time.monotonic() + limit
         what = header["do"]
-        with self._connect(what, deadline) as connection:
+        # A server that starts does not listen yet; one that has answered before does, or is gone.
+        patience = limit if what == "status" else min(limit, self._config.silence_seconds)
+        with self._connect(what, time.monotonic() + patience) as connection:
             try:
                 wire.send(connection, {"version": wire.VERSION, **header}, **arrays)
                 reply, made = self._reply(connection, what, deadline, limit)

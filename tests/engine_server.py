@@ -12,11 +12,10 @@ import time
 
 import numpy as np
 
-from occ.generation.engines.connection import SERVER
-
+SERVER = pathlib.Path(__file__).parent.parent / "occ/generation/engines/server"
 sys.path.insert(0, str(SERVER))  # as where it is run
 
-import service
+import service  # noqa: E402
 
 
 class OwnModel:

@@ -293,10 +293,7 @@ def started(tmp_path):
         engines.append(engine)
         return engine
 
-    root = str(pathlib.Path(__file__).parent.parent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "SERVER", f"{connections.SERVER}{os.pathsep}{root}")
-        yield start
+    yield start
     for engine in engines:
         process = engine._connection._process
         if process is not None:
@@ -316,7 +313,7 @@ def built():
     ("how", "changes", "message"),
     [
         ("dies", {}, r"(?s)went away within 'generate'.*out of memory, says the kernel"),
-        ("hangs", {"silence_seconds": 3.0}, "no sign of life for 3 s within 'generate'"),
+        ("hangs", {"silence_seconds": 8.0}, "no sign of life for 8 s within 'generate'"),
         ("slow", {"request_seconds": 3.0}, "has not done 'generate' in 3 s: it is at 'generate'"),
         ("raises", {}, "refused 'generate': RuntimeError: no such kernel"),
     ],
@@ -356,14 +353,12 @@ def test_a_started_server_ends_with_a_run_that_is_killed(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     command = [sys.executable, str(SCRIPT), "well", "--address", f"unix:{scratch}/socket"]
-    path = f"{connections.SERVER}{os.pathsep}{pathlib.Path(__file__).parent.parent}"
     process = subprocess.Popen(
         [*command, "--scratch", str(scratch)],
         stdin=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (scratch / "socket").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.stdin.close()

@@ -81,6 +81,7 @@ class Connection:
         logger.info("the engine answers after %.0f s", time.monotonic() - began)
 
     def _launch(self, model: pathlib.Path, options: dict[str, Any]) -> None:
+        self._end()  # one that died
         self._address = f"unix:{self.scratch / 'socket'}"
         pathlib.Path(self.scratch / "socket").unlink(missing_ok=True)
         python = sys.executable if self._config.python is None else self._config.python
@@ -201,6 +202,12 @@ class Connection:
 
     def close(self) -> None:
         """Ends the process, if it was started here, and deletes what lies in `scratch`."""
+        self._end()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             assert process.stdin is not None
@@ -210,6 +217,3 @@ class Connection:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = None

@@ -296,7 +296,7 @@ def started(tmp_path):
     yield start
     for engine in engines:
         process = engine._connection._process
-        if process is not None:
+        if process is not None and process.poll() is None:
             os.kill(process.pid, signal.SIGCONT)  # that hangs would not end
         engine.close()
 
@@ -451,7 +451,7 @@ def test_a_client_of_another_version_is_refused(serving, monkeypatch):
         ({"request_seconds": 0.0}, "must be > 0"),
     ],
 )
-def test_settings_that_cannot_be_meant(changes, message):
+def test_settings_that_cannot_be_meant(unchecked, changes, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**{"kind": "vllm", **changes})
 

@@ -43,7 +43,7 @@ def end_with_input(scratch: str | None) -> None:
     """Ends this process and those that it started when the run at the other end is gone."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(1):
+        while os.read(0, 1):  # sys.stdin has a lock, which this would hold to the end
             pass
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -473,7 +473,7 @@ def test_sampling_that_was_not_compiled_is_refused(setting):
         inside.generate(request_of())
     inside.update_weights(policy_for(config))
     with pytest.raises(ValueError, match="nothing was compiled for SamplingConfig"):
-        inside.generate(request_of())
+        inside.generate(request_of(temperature=0.7))
 
 
 def test_rollouts_are_what_an_engine_is_asked_for(setting):

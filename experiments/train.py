@@ -13,6 +13,10 @@ On several hosts, with the same command on each (experiments/launch has both for
     python -m experiments.train laptop --distributed --coordinator 10.0.0.1:1234 \
         --processes 2 --index 0 --config.layout.data 2
 
+Responses sampled by vLLM, in an environment of its own (experiments/README.md says how):
+
+    python -m experiments.train smollm2_arithmetic --engine vllm --config.engine.python PYTHON
+
 Ctrl-C, SIGTERM or SIGHUP ends after the rollout in hand; the same command goes on from there, as it
 does after a crash.
 """
@@ -25,7 +29,7 @@ import gc
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -34,6 +38,7 @@ from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.dashboards import Dashboard
 from experiments.progress import Interrupt, interrupt
+from occ.generation.engines import EngineError
 from occ.training import loop, metrics, regimes
 from occ.training.config import TrainConfig
 from occ.training.durable.disk import DiskFullError
@@ -51,6 +56,7 @@ class Arguments:
       config: the configuration; every field can be given.
       regime: a named training regime in place of `config.mtp`, whose fields that are given on the
         command line change it.
+      engine: what samples responses, in place of `config.engine.kind`, whose other fields stay.
       folder: for the run; default runs/CONFIG/REGIME-seedN.
       log: dashboards beside the folder's own files; `experiments.dashboards` says where they are.
       distributed: one of several processes, on a file system that all of them share.
@@ -61,6 +67,7 @@ class Arguments:
 
     config: TrainConfig
     regime: RegimeName | None = None
+    engine: Literal["in_process", "vllm"] | None = None
     folder: pathlib.Path | None = None
     log: tuple[Dashboard, ...] = ("tensorboard",)
     distributed: bool = False
@@ -84,8 +91,8 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
       beside: fields of `config.mtp` that go on top of the regime.
 
     Returns:
-      The exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1 where the disk is full or another
-      process has the folder, which is said.
+      The exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1 where the disk is full, another
+      process has the folder, or the engine failed, which is said.
     """
     dashboards.check(arguments.log)
     if arguments.distributed:
@@ -96,6 +103,9 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
         config = dataclasses.replace(
             config, mtp=dataclasses.replace(regime(arguments.regime), **changes)
         )
+    if arguments.engine is not None:
+        engine = dataclasses.replace(config.engine, kind=arguments.engine)
+        config = dataclasses.replace(config, engine=engine)
     label = "custom" if arguments.regime is None else arguments.regime
     root = pathlib.Path("runs") / config.name
     folder = arguments.folder or root / f"{label}-seed{config.seed}"
@@ -106,7 +116,10 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
         keep_compiled(root / "compiled")
         task = runs.load_task(config)
         programs = loop.build(config, task)
-        with contextlib.closing(runs.job(config, starts=1, runs=1)) as progress:
+        with (
+            contextlib.closing(programs.rollout.engine),
+            contextlib.closing(runs.job(config, starts=1, runs=1)) as progress,
+        ):
             start = runs.starting_point(config, task, programs, root / "starts", progress)
             with interrupt() as should_stop:
                 result = runs.run(
@@ -120,7 +133,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
                     should_stop,
                     arguments.log,
                 )
-    except (DiskFullError, LockedError) as error:
+    except (DiskFullError, EngineError, LockedError) as error:
         ended = str(error)
     except KeyboardInterrupt:  # in the warm start, or a second one
         print(f"stopped; the same command goes on from what is in {folder}")

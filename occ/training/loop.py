@@ -226,6 +226,7 @@ def _train_on_rollout(
     started = time.perf_counter()
     policy = state.policy(config.model)
     rollout = collect(programs.rollout, policy, config, task, number, reference)
+    programs.rollout.engine.rest()
     sampled = time.perf_counter()
     steps = []
     batches = minibatches(rollout.batch, config)

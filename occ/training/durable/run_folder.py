@@ -23,7 +23,20 @@ from occ.training.durable import disk
 from occ.training.durable.lock import FolderLock
 from occ.training.processes import from_first, is_first, on_first
 
-FREE = ("layout.", "checkpoint_every", "keep_checkpoints", "max_bad_updates")
+FREE = (
+    "layout.",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_bad_updates",
+    "engine.python",
+    "engine.address",
+    "engine.folder",
+    "engine.cache_gib",
+    "engine.memory_share",
+    "engine.start_seconds",
+    "engine.request_seconds",
+    "engine.silence_seconds",
+)
 """Fields, or beginnings of their names, that a resumed run may change: they change no result."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 

@@ -12,12 +12,12 @@ import functools
 import hashlib
 import importlib.util
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from experiments.events import EventFile, Guarded, Logger, scalars
+from occ.buckets import Path, absolute
 from occ.training.durable.run_folder import flatten, read_rows
 
 Dashboard = Literal["tensorboard", "wandb", "mlflow"]
@@ -40,12 +40,12 @@ class Subject:
     name: str
     group: str
     config: dict[str, Any]
-    folder: pathlib.Path
+    folder: Path
 
     @property
     def identity(self) -> str:
         """The same whenever the same run goes on."""
-        return hashlib.blake2b(str(self.folder.absolute()).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(str(absolute(self.folder)).encode(), digest_size=8).hexdigest()
 
     def samples(self) -> list[list[Any]]:
         """Rollout, prompt, completion and reward of the newest samples."""
@@ -53,7 +53,7 @@ class Subject:
         rows = read_rows(file)[-SAMPLES:] if file.exists() else []
         return [[row[name] for name in SAMPLE_COLUMNS] for row in rows]
 
-    def pictures(self) -> list[pathlib.Path]:
+    def pictures(self) -> list[Path]:
         """Figures in the folder."""
         return sorted(self.folder.glob("*.png"))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
+from occ.buckets import Path
 from occ.models.parameters import partition
 from occ.models.policy import Policy
 from occ.tasks import Task
@@ -39,7 +39,7 @@ def starting_point(
     config: TrainConfig,
     task: Task,
     programs: Programs,
-    folder: pathlib.Path,
+    folder: Path,
     on_step: OnStep = lambda step, losses: None,
 ) -> Start:
     """The policy after the warm start, from the folder if it was made there before.

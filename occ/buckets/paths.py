@@ -39,12 +39,10 @@ def path(text: str | pathlib.PurePath) -> Path:
             "path at which all hosts see it."
         )
     require("buckets", "a path in a bucket", "gcsfs", "google.cloud.storage")
-    from etils import epath
-
     from occ.buckets import store
 
     store.use()
-    return epath.Path(words.rstrip("/"))
+    return store.named(words.removeprefix("gs://").rstrip("/"))
 
 
 def is_bucket(path: Path) -> bool:

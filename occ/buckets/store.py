@@ -12,12 +12,13 @@ import functools
 import inspect
 import json
 import os
+import re
 import shutil
 import uuid
 from typing import Any, NamedTuple
 
 import fsspec
-import gcsfs
+from etils import epath
 from fsspec import asyn
 from gcsfs import core
 from gcsfs.retry import is_retriable
@@ -47,12 +48,8 @@ class ChangedError(RuntimeError):
     """An object is not the one that this process wrote: another process has written to it."""
 
 
-# An emulator has no kinds of buckets, which gcsfs would ask another service for.
-_Base: Any = core.GCSFileSystem if os.environ.get(EMULATOR) else gcsfs.GCSFileSystem
-
-
-class PatientStore(_Base):
-    """gcsfs that remembers no listings, and waits for a bucket that does not answer.
+class PatientStore(core.GCSFileSystem):
+    """gcsfs, without what it does for zonal buckets, that remembers no listings, and waits for a bucket that does not answer.
 
     Others write to the same folders (TensorStore, other processes), so what was listed before may
     be wrong; and what could not be asked is never taken for what is not there.
@@ -66,7 +63,9 @@ class PatientStore(_Base):
     async def _request(self, method: str, path: str, *args: Any, **options: Any) -> Any:
         once = inspect.unwrap(core.GCSFileSystem._request)  # without gcsfs's own six tries
         request = functools.partial(once, self, method, path, *args, **options)
-        return await patiently(request, self._location, _transient)
+        found = re.search(r"\bb/([^/]+)", path.format(*args) if args else path)
+        bucket = f"gs://{found[1]}" if found else "the buckets"
+        return await patiently(request, f"{bucket} at {self._location}", _transient)
 
     async def _isdir(self, path: str) -> bool:
         try:
@@ -198,16 +197,27 @@ def append(file: Path, content: bytes) -> None:
     _written[name] = Object(whole, generation)
 
 
-def upload(source: os.PathLike[str], target: Path) -> None:
+def upload(source: str | os.PathLike[str], target: Path) -> None:
     """Copies a local file of any size to an object, which appears whole."""
     with open(source, "rb") as content, target.open("wb") as out:
         shutil.copyfileobj(content, out, CHUNK)
 
 
-def download(source: Path, target: os.PathLike[str]) -> None:
+def download(source: Path, target: str | os.PathLike[str]) -> None:
     """Copies an object of any size to a local file."""
     with source.open("rb") as content, open(target, "wb") as out:
         shutil.copyfileobj(content, out, CHUNK)
+
+
+def listing(folder: Path) -> dict[str, dict[str, Any]]:
+    """What gcsfs knows of an object, or of all objects of a folder, by name ("BUCKET/KEY")."""
+    found = _store().find(str(folder), detail=True)
+    return {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
+
+
+def named(name: str) -> Path:
+    """The path of an object, by its name in a listing."""
+    return epath.Path(f"gs://{name}")
 
 
 def check_bucket(folder: Path) -> None:

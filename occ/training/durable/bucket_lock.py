@@ -44,7 +44,7 @@ class BucketLock:
         self._refusal = refusal
         self._ended = threading.Event()
         self._lost: dict[str, Any] | None = None
-        self._owner = {
+        self._owner: dict[str, Any] = {
             "process": os.getpid(),
             "host": socket.gethostname(),
             "machine": _machine(),

@@ -81,7 +81,8 @@ class RunFolder:
     def _open(self) -> None:
         check_usable(self.path, self._resolved)
         with disk.explained(self.path, 0):
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not is_bucket(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock.take(self.path)
         self._write_json("config.json", self._resolved)
         if not (self.path / "environment.json").exists():

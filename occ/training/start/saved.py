@@ -1,8 +1,8 @@
 """A saved starting point: parameters after the warm start, with what decided them.
 
-FOLDER/KEY/                   Orbax, and decides.json; KEY is a digest of what decided them
-FOLDER/KEY.json               in a bucket: written last, it names the folder and what decided
-FOLDER/KEY.PROCESS.new/       in a bucket that folder, elsewhere what is being written
+FOLDER/KEY/           Orbax, and decides.json; KEY is a digest of what decided it
+FOLDER/KEY.json       in a bucket, written last: which folder it is, and what decided it
+FOLDER/KEY.NUMBER/    in a bucket, Orbax
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def save_start(folder: Path, decides: dict[str, Any], start: tuple[Any, Any]) ->
     # Hosts that share a bucket have processes of one number.
     number = secrets.randbits(31) if is_bucket(folder) else os.getpid()
     writer = int(from_first(np.array(number, np.int32)))
-    beside = absolute(folder) / f"{key}.{writer}.new"
+    beside = absolute(folder) / f"{key}.{writer}{'' if is_bucket(folder) else '.new'}"
     published = False
 
     def publish() -> None:

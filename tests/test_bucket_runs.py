@@ -12,10 +12,11 @@ import time
 import pytest
 
 from tests import bucket_server, test_durability
-from tests.test_durability import PATIENCE, ROLLOUTS, outcome
+from tests.test_durability import ROLLOUTS, outcome
 
 pytestmark = [pytest.mark.slow, bucket_server.needs_server]
 KILLS = 10
+PATIENCE = 1500  # seconds, for any one process
 
 
 @pytest.fixture(scope="module")

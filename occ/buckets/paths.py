@@ -38,7 +38,7 @@ def path(text: str | pathlib.PurePath) -> Path:
             "supported (Orbax renames folders there, copy by copy); mount the bucket, and give the "
             "path at which all hosts see it."
         )
-    require("buckets", "a path in a bucket", "gcsfs", "google.cloud.storage")
+    require("buckets", "a path in a bucket", "etils", "gcsfs")
     from occ.buckets import store
 
     store.use()

@@ -49,10 +49,11 @@ class ChangedError(RuntimeError):
 
 
 class PatientStore(core.GCSFileSystem):
-    """gcsfs, without what it does for zonal buckets, that remembers no listings, and waits for a bucket that does not answer.
+    """gcsfs that remembers no listings, and waits for a bucket that does not answer.
 
-    Others write to the same folders (TensorStore, other processes), so what was listed before may
-    be wrong; and what could not be asked is never taken for what is not there.
+    The plain one: what it does for zonal buckets asks another service at the first request. Others
+    write to the same folders (TensorStore, other processes), so what was listed before may be
+    wrong; and what could not be asked is never taken for what is not there.
     """
 
     def __init__(self, *args: Any, **options: Any):

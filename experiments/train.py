@@ -37,7 +37,9 @@ from experiments import dashboards, runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.dashboards import Dashboard
+from experiments.paths import PathArgument
 from experiments.progress import Interrupt, interrupt
+from occ.buckets import Path, UnreachableError, is_bucket
 from occ.generation.engines import EngineError
 from occ.training import loop, metrics, regimes
 from occ.training.config import TrainConfig
@@ -57,7 +59,9 @@ class Arguments:
       regime: a named training regime in place of `config.mtp`, whose fields that are given on the
         command line change it.
       engine: what samples responses, in place of `config.engine.kind`, whose other fields stay.
-      folder: for the run; default runs/CONFIG/REGIME-seedN.
+      folder: for the run, or gs://BUCKET/FOLDER; default runs/CONFIG/REGIME-seedN.
+      shared: folder for what runs have in common, starting points and compiled programs; default
+        runs/CONFIG, or for a run in a bucket the folder around its own.
       log: dashboards beside the folder's own files; `experiments.dashboards` says where they are.
       distributed: one of several processes, on a file system that all of them share.
       coordinator: host:port of process 0; on TPU pods and under SLURM the cluster knows.
@@ -68,19 +72,13 @@ class Arguments:
     config: TrainConfig
     regime: RegimeName | None = None
     engine: Literal["in_process", "vllm"] | None = None
-    folder: pathlib.Path | None = None
+    folder: PathArgument | None = None
+    shared: PathArgument | None = None
     log: tuple[Dashboard, ...] = ("tensorboard",)
     distributed: bool = False
     coordinator: str | None = None
     processes: int | None = None
     index: int | None = None
-
-    def __post_init__(self):
-        if self.folder is not None and self.folder.parts and self.folder.parts[0].endswith(":"):
-            raise ValueError(
-                f"train: --folder {self.folder} looks like the address of a bucket, expected a "
-                "path. Mount the bucket, and give the path at which all hosts see it."
-            )
 
 
 def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
@@ -92,7 +90,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
 
     Returns:
       The exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1 where the disk is full, another
-      process has the folder, or the engine failed, which is said.
+      process has the folder, its bucket does not answer, or the engine failed, which is said.
     """
     dashboards.check(arguments.log)
     if arguments.distributed:
@@ -108,7 +106,11 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
         config = dataclasses.replace(config, engine=engine)
     label = "custom" if arguments.regime is None else arguments.regime
     root = pathlib.Path("runs") / config.name
-    folder = arguments.folder or root / f"{label}-seed{config.seed}"
+    folder = root / f"{label}-seed{config.seed}" if arguments.folder is None else arguments.folder
+    if arguments.shared is not None:
+        root = arguments.shared
+    elif is_bucket(folder):
+        root = folder.parent
     check_alike("command and packages", _of_command(config, folder))
     ended, should_stop = None, Interrupt()
     try:
@@ -133,7 +135,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
                     should_stop,
                     arguments.log,
                 )
-    except (DiskFullError, EngineError, LockedError) as error:
+    except (DiskFullError, EngineError, LockedError, UnreachableError) as error:
         ended = str(error)
     except KeyboardInterrupt:  # in the warm start, or a second one
         print(f"stopped; the same command goes on from what is in {folder}")
@@ -155,7 +157,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
     return 0
 
 
-def _of_command(config: TrainConfig, folder: pathlib.Path) -> dict[str, Any]:
+def _of_command(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """What all processes of a run must have in common, by name."""
     return {
         **flatten(as_json(config)),

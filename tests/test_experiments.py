@@ -272,8 +272,10 @@ def test_a_wrong_option_ends_with_a_message(at, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main()
     assert "rollout" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"gs:/bucket/run looks like .* Mount the bucket"):
-        train.Arguments(small(), folder=pathlib.Path("gs://bucket/run"))
+    monkeypatch.setattr(sys, "argv", ["train", "laptop", "--folder", "s3://bucket/run"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "expected a path or gs://BUCKET/FOLDER" in capsys.readouterr().err
     with pytest.raises(
         ValueError, match=r"unknown config 'lap'; expected one of \['arithmetic_easy', .*'laptop'"
     ):

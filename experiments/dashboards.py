@@ -7,17 +7,20 @@ WANDB_MODE=offline, MLFLOW_TRACKING_URI).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import os
 import pathlib
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from experiments.events import EventFile, Guarded, Logger, scalars
+from occ.buckets import Path, absolute, is_bucket
 from occ.training.durable.run_folder import flatten, read_rows
 
 Dashboard = Literal["tensorboard", "wandb", "mlflow"]
@@ -40,12 +43,12 @@ class Subject:
     name: str
     group: str
     config: dict[str, Any]
-    folder: pathlib.Path
+    folder: Path
 
     @property
     def identity(self) -> str:
         """The same whenever the same run goes on."""
-        return hashlib.blake2b(str(self.folder.absolute()).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(str(absolute(self.folder)).encode(), digest_size=8).hexdigest()
 
     def samples(self) -> list[list[Any]]:
         """Rollout, prompt, completion and reward of the newest samples."""
@@ -53,9 +56,21 @@ class Subject:
         rows = read_rows(file)[-SAMPLES:] if file.exists() else []
         return [[row[name] for name in SAMPLE_COLUMNS] for row in rows]
 
-    def pictures(self) -> list[pathlib.Path]:
+    def pictures(self) -> list[Path]:
         """Figures in the folder."""
         return sorted(self.folder.glob("*.png"))
+
+
+@contextlib.contextmanager
+def on_disk(file: Path) -> Iterator[pathlib.Path]:
+    """The file, or a copy of one in a bucket, which is gone after the block."""
+    if not is_bucket(file):
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / file.name
+        copy.write_bytes(file.read_bytes())
+        yield copy
 
 
 SAMPLE_COLUMNS = ("rollout", "prompt", "completion", "reward")
@@ -75,7 +90,7 @@ class WeightsAndBiases:
             id=subject.identity,
             resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
             config=subject.config,
-            dir=str(subject.folder),
+            dir=None if is_bucket(subject.folder) else str(subject.folder),
             reinit="create_new",  # runs that go on side by side in one process
         )
 
@@ -89,7 +104,8 @@ class WeightsAndBiases:
             table = self._wandb.Table(columns=list(SAMPLE_COLUMNS), data=samples)
             self._run.log({"samples": table})
         for picture in self._subject.pictures():
-            self._run.log({picture.stem: self._wandb.Image(str(picture))})
+            with on_disk(picture) as file:
+                self._run.log({picture.stem: self._wandb.Image(str(file))})
         self._run.finish()
 
 
@@ -120,7 +136,8 @@ class MLflow:
         """Sends samples and figures, and ends the run."""
         for file in (*self._subject.pictures(), self._subject.folder / "samples.jsonl"):
             if file.exists():
-                self._client.log_artifact(self._id, str(file))
+                with on_disk(file) as here:
+                    self._client.log_artifact(self._id, str(here))
         self._client.set_terminated(self._id)
 
 

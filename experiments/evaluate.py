@@ -27,6 +27,8 @@ import tyro
 from experiments import evaluate_report as report
 from experiments import evaluated, runs
 from experiments.compiled import keep_compiled
+from experiments.paths import PathArgument
+from occ.buckets import Path
 from occ.evaluation import benchmarks
 from occ.evaluation.completions import Settings, complete, open_folder
 from occ.models.partitioning import AXES
@@ -41,9 +43,9 @@ class Run:
     """Samples completions, and judges them.
 
     Attributes:
-      folders: of runs.
-      pretrained: published models, each a folder, a .gguf file, or "package:NAME" of a package that
-        holds one; their evaluations go to runs/evaluations/NAME.
+      folders: of runs, local or gs://BUCKET/FOLDER.
+      pretrained: published models, each a folder (of a bucket too), a .gguf file, or "package:NAME"
+        of a package that holds one; their evaluations go to runs/evaluations/NAME.
       benchmarks: names of published sets; none are the six of the paper's average.
       k: samples a problem.
       temperature, top_p, top_k: of sampling.
@@ -69,7 +71,7 @@ class Run:
         `experiments.train`.
     """
 
-    folders: tyro.conf.Positional[tuple[pathlib.Path, ...]] = ()
+    folders: tyro.conf.Positional[tuple[PathArgument, ...]] = ()
     pretrained: tuple[str, ...] = ()
     benchmarks: tuple[str, ...] = ()
     k: int = 32
@@ -77,7 +79,7 @@ class Run:
     top_p: float = 0.7
     top_k: int = 0
     checkpoint: Literal["newest", "best"] = "newest"
-    data_dir: pathlib.Path | None = None
+    data_dir: PathArgument | None = None
     extract: Literal["boxed", "answer_line"] | None = None
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
@@ -128,7 +130,7 @@ class Table:
       name: of the folder with the files, in each run's.
     """
 
-    folders: tyro.conf.Positional[tuple[pathlib.Path, ...]]
+    folders: tyro.conf.Positional[tuple[PathArgument, ...]]
     name: str = "evaluation"
 
 
@@ -145,7 +147,7 @@ class Fixtures:
     k: int = 4
 
 
-def run(arguments: Run) -> list[pathlib.Path]:
+def run(arguments: Run) -> list[Path]:
     """Evaluates every run and model; returns their folders.
 
     Raises:
@@ -157,7 +159,7 @@ def run(arguments: Run) -> list[pathlib.Path]:
         join(arguments.coordinator, arguments.processes, arguments.index)
     names = arguments.benchmarks or None
     options, layout = arguments.task_options(), arguments.layout()
-    folders = []
+    folders: list[Path] = []
     for folder in arguments.folders:
         model = evaluated.from_run(folder, arguments.checkpoint, names, options, layout)
         _evaluate_and_close(model, arguments, folder / arguments.name)
@@ -170,7 +172,7 @@ def run(arguments: Run) -> list[pathlib.Path]:
     return folders
 
 
-def _evaluate_and_close(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> None:
+def _evaluate_and_close(model: evaluated.Model, arguments: Run, folder: Path) -> None:
     try:
         evaluate(model, arguments, folder)
     finally:
@@ -178,7 +180,7 @@ def _evaluate_and_close(model: evaluated.Model, arguments: Run, folder: pathlib.
             model.task.verifier.close()
 
 
-def evaluate(model: evaluated.Model, arguments: Run, folder: pathlib.Path) -> dict[str, Any]:
+def evaluate(model: evaluated.Model, arguments: Run, folder: Path) -> dict[str, Any]:
     """One model on its benchmarks; returns what summary.json holds, on the first process."""
     prompt, response = lengths(model.config, model.task)
     if arguments.max_prompt_tokens is not None:

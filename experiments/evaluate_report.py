@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from occ import json_files
+from occ.buckets import Path
 from occ.evaluation import benchmarks
 from occ.evaluation.benchmarks import Result
 from occ.evaluation.bootstrap import bootstrap_interval, paired_test
@@ -32,7 +32,7 @@ class Evaluation:
     results: Mapping[str, Result]
 
 
-def read(folder: pathlib.Path, name: str) -> Evaluation:
+def read(folder: Path, name: str) -> Evaluation:
     """The results of a finished evaluation.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 
 from experiments import runs
 from occ import sources, tasks
+from occ.buckets import Path
 from occ.evaluation import acceptance
 from occ.evaluation.completions import Sampler, Settings, benchmark_key
 from occ.generation.drafting import check_depth
@@ -69,7 +69,7 @@ class Model:
 
 
 def from_run(
-    folder: pathlib.Path,
+    folder: Path,
     which: Literal["newest", "best"],
     benchmarks: Sequence[str] | None,
     task_options: dict[str, Any],
@@ -206,7 +206,7 @@ def _task(
     return task, dict(task.benchmarks)  # type: ignore[attr-defined]
 
 
-def label(config: TrainConfig, folder: pathlib.Path) -> str:
+def label(config: TrainConfig, folder: Path) -> str:
     """The regime of a run, by its configuration, and its seed; or the folder's name."""
     for name in REGIMES:
         if config.mtp in (regime(name), regime(name, exact=True)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import queue
 import socket
 import sys
@@ -17,6 +16,8 @@ import tqdm
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
+
+from occ.buckets import Path
 
 
 class Logger(Protocol):
@@ -39,7 +40,7 @@ class EventFile:
       folder: for the file.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._file = RecordWriter(str(folder / name))

@@ -14,13 +14,15 @@ beside the MTP modules.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import sys
 from typing import Literal
 
 import jax
 import tyro
 
+from experiments.paths import PathArgument
+from occ import buckets
+from occ.buckets import Path
 from occ.models import pretrained
 from occ.models.policy import abstract_policy
 from occ.training.config import TrainConfig
@@ -38,17 +40,17 @@ class Arguments:
     """What to export.
 
     Attributes:
-      run: folder of the run.
+      run: folder of the run, local or gs://BUCKET/FOLDER, as all others here.
       target: folder to be written, which must not exist.
       which: of its checkpoints.
       like: folder that the run began from.
       form: "whole" is a model, "peft" the adapters of a run that has some.
     """
 
-    run: tyro.conf.Positional[pathlib.Path]
-    target: tyro.conf.Positional[pathlib.Path]
+    run: tyro.conf.Positional[PathArgument]
+    target: tyro.conf.Positional[PathArgument]
     which: Literal["newest", "best"] = "newest"
-    like: pathlib.Path | None = None
+    like: PathArgument | None = None
     form: Literal["whole", "peft"] = "whole"
 
 
@@ -88,11 +90,11 @@ def export(arguments: Arguments) -> int:
     return number
 
 
-def _like(config: TrainConfig) -> pathlib.Path | None:
+def _like(config: TrainConfig) -> Path | None:
     """The folder that the run began from, if there is one and it is here."""
     if config.pretrained is None:
         return None
-    path = pathlib.Path(config.pretrained.path)
+    path = buckets.path(config.pretrained.path)
     return path if path.is_dir() else None
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import pathlib
 import statistics
 from typing import Any
 
 import numpy as np
 
+from occ.buckets import Path
 from occ.evaluation.intervals import Estimate, mean_interval, paired_difference
 from occ.training.durable.run_folder import read_result, read_rows
 from occ.training.regimes import REGIMES
@@ -40,7 +40,7 @@ NOTE = (
 )
 
 
-def read(folder: pathlib.Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
     """Result, reward of every rollout, and the usual seconds of one, of a finished run."""
     rows = read_rows(folder / "metrics.jsonl")
     return read_result(folder) | {

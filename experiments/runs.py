@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import tqdm
 from experiments.dashboards import Dashboard, Dashboards, Subject
 from experiments.progress import Progress, summary
 from occ import json_files, tasks
+from occ.buckets import Path
 from occ.models.policy import Policy
 from occ.training import loop
 from occ.training.config import TrainConfig
@@ -33,7 +33,7 @@ def load_task(config: TrainConfig) -> tasks.Task:
     return tasks.load(config.task, **config.task_options)
 
 
-def check_folder(folder: pathlib.Path, config: TrainConfig) -> None:
+def check_folder(folder: Path, config: TrainConfig) -> None:
     """Finds out before anything is computed whether a run can work in a folder.
 
     Raises:
@@ -42,7 +42,7 @@ def check_folder(folder: pathlib.Path, config: TrainConfig) -> None:
     """
     check_usable(folder, as_json(config))
     if (folder / lock.NAME).exists():
-        lock.FolderLock(folder).close()
+        lock.take(folder).close()
 
 
 def job(config: TrainConfig, starts: int, runs: int) -> Progress:
@@ -59,7 +59,7 @@ def starting_point(
     config: TrainConfig,
     task: tasks.Task,
     programs: loop.Programs,
-    folder: pathlib.Path,
+    folder: Path,
     progress: Progress | None = None,
     title: str = "warm start",
     should_stop: Callable[[], bool] = lambda: False,
@@ -92,7 +92,7 @@ def run(
     task: tasks.Task,
     programs: loop.Programs,
     start: Policy,
-    folder: pathlib.Path,
+    folder: Path,
     progress: Progress,
     should_stop: Callable[[], bool],
     log: Sequence[Dashboard] = ("tensorboard",),
@@ -114,12 +114,12 @@ def run(
             dashboards.close()
 
 
-def write_json(file: pathlib.Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
     """Writes a JSON file for people to read."""
     replace(file, json_files.dump(value, indent=2) + "\n")
 
 
-def replace(file: pathlib.Path, content: str | bytes) -> None:
+def replace(file: Path, content: str | bytes) -> None:
     """Writes beside the file, then renames: a file that exists is whole.
 
     Raises:
@@ -129,14 +129,14 @@ def replace(file: pathlib.Path, content: str | bytes) -> None:
         disk.replace(file, content)
 
 
-def save_figure(file: pathlib.Path, figure: Figure, dpi: int) -> None:
+def save_figure(file: Path, figure: Figure, dpi: int) -> None:
     """Writes a picture in the same way."""
     content = io.BytesIO()
     figure.savefig(content, format=file.suffix.removeprefix("."), dpi=dpi)
     replace(file, content.getvalue())
 
 
-def write_rows(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """Writes rows of JSON, all or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     replace(file, "".join(json_files.dump(row) + "\n" for row in rows))

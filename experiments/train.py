@@ -13,6 +13,10 @@ On several hosts, with the same command on each (experiments/launch has both for
     python -m experiments.train laptop --distributed --coordinator 10.0.0.1:1234 \
         --processes 2 --index 0 --config.layout.data 2
 
+Responses sampled by vLLM, in an environment of its own (experiments/README.md says how):
+
+    python -m experiments.train smollm2_arithmetic --engine vllm --config.engine.python PYTHON
+
 Ctrl-C, SIGTERM or SIGHUP ends after the rollout in hand; the same command goes on from there, as it
 does after a crash.
 """
@@ -25,7 +29,7 @@ import gc
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -33,7 +37,10 @@ from experiments import dashboards, runs
 from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.dashboards import Dashboard
+from experiments.paths import PathArgument
 from experiments.progress import Interrupt, interrupt
+from occ.buckets import Path, UnreachableError, is_bucket
+from occ.generation.engines import EngineError
 from occ.training import loop, metrics, regimes
 from occ.training.config import TrainConfig
 from occ.training.durable.disk import DiskFullError
@@ -51,7 +58,10 @@ class Arguments:
       config: the configuration; every field can be given.
       regime: a named training regime in place of `config.mtp`, whose fields that are given on the
         command line change it.
-      folder: for the run; default runs/CONFIG/REGIME-seedN.
+      engine: what samples responses, in place of `config.engine.kind`, whose other fields stay.
+      folder: for the run, or gs://BUCKET/FOLDER; default runs/CONFIG/REGIME-seedN.
+      shared: folder for what runs have in common, starting points and compiled programs; default
+        runs/CONFIG, or for a run in a bucket the folder around its own.
       log: dashboards beside the folder's own files; `experiments.dashboards` says where they are.
       distributed: one of several processes, on a file system that all of them share.
       coordinator: host:port of process 0; on TPU pods and under SLURM the cluster knows.
@@ -61,19 +71,14 @@ class Arguments:
 
     config: TrainConfig
     regime: RegimeName | None = None
-    folder: pathlib.Path | None = None
+    engine: Literal["in_process", "vllm"] | None = None
+    folder: PathArgument | None = None
+    shared: PathArgument | None = None
     log: tuple[Dashboard, ...] = ("tensorboard",)
     distributed: bool = False
     coordinator: str | None = None
     processes: int | None = None
     index: int | None = None
-
-    def __post_init__(self):
-        if self.folder is not None and self.folder.parts and self.folder.parts[0].endswith(":"):
-            raise ValueError(
-                f"train: --folder {self.folder} looks like the address of a bucket, expected a "
-                "path. Mount the bucket, and give the path at which all hosts see it."
-            )
 
 
 def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
@@ -84,8 +89,8 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
       beside: fields of `config.mtp` that go on top of the regime.
 
     Returns:
-      The exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1 where the disk is full or another
-      process has the folder, which is said.
+      The exit status: 0, even after SIGTERM; 130 after Ctrl-C; 1 where the disk is full, another
+      process has the folder, its bucket does not answer, or the engine failed, which is said.
     """
     dashboards.check(arguments.log)
     if arguments.distributed:
@@ -96,9 +101,16 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
         config = dataclasses.replace(
             config, mtp=dataclasses.replace(regime(arguments.regime), **changes)
         )
+    if arguments.engine is not None:
+        engine = dataclasses.replace(config.engine, kind=arguments.engine)
+        config = dataclasses.replace(config, engine=engine)
     label = "custom" if arguments.regime is None else arguments.regime
     root = pathlib.Path("runs") / config.name
-    folder = arguments.folder or root / f"{label}-seed{config.seed}"
+    folder = root / f"{label}-seed{config.seed}" if arguments.folder is None else arguments.folder
+    if arguments.shared is not None:
+        root = arguments.shared
+    elif is_bucket(folder):
+        root = folder.parent
     check_alike("command and packages", _of_command(config, folder))
     ended, should_stop = None, Interrupt()
     try:
@@ -106,7 +118,10 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
         keep_compiled(root / "compiled")
         task = runs.load_task(config)
         programs = loop.build(config, task)
-        with contextlib.closing(runs.job(config, starts=1, runs=1)) as progress:
+        with (
+            contextlib.closing(programs.rollout.engine),
+            contextlib.closing(runs.job(config, starts=1, runs=1)) as progress,
+        ):
             start = runs.starting_point(config, task, programs, root / "starts", progress)
             with interrupt() as should_stop:
                 result = runs.run(
@@ -120,7 +135,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
                     should_stop,
                     arguments.log,
                 )
-    except (DiskFullError, LockedError) as error:
+    except (DiskFullError, EngineError, LockedError, UnreachableError) as error:
         ended = str(error)
     except KeyboardInterrupt:  # in the warm start, or a second one
         print(f"stopped; the same command goes on from what is in {folder}")
@@ -142,7 +157,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
     return 0
 
 
-def _of_command(config: TrainConfig, folder: pathlib.Path) -> dict[str, Any]:
+def _of_command(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """What all processes of a run must have in common, by name."""
     return {
         **flatten(as_json(config)),

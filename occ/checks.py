@@ -97,6 +97,17 @@ RANGES = {
         "samples": ABOVE_ZERO,
         "top_p": NUCLEUS,
     },
+    "EngineConfig": {
+        "draft_depth": NOT_NEGATIVE,
+        "cache_gib": ABOVE_ZERO,
+        "memory_share": NUCLEUS,
+        "tensor": ABOVE_ZERO,
+        "importance_cap": ABOVE_ZERO,
+        "largest_mismatch": ABOVE_ZERO,
+        "start_seconds": ABOVE_ZERO,
+        "request_seconds": ABOVE_ZERO,
+        "silence_seconds": ABOVE_ZERO,
+    },
     "WarmStartConfig": {
         "steps": NOT_NEGATIVE,
         "batch_size": ABOVE_ZERO,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 from typing import Any
 
+from occ.buckets import Path
 
-def read(file: pathlib.Path) -> Any:
+
+def read(file: Path) -> Any:
     """The value in a file of JSON in UTF-8, with or without a byte order mark.
 
     Raises:
@@ -17,7 +18,7 @@ def read(file: pathlib.Path) -> Any:
     return parse(file.read_bytes(), str(file))
 
 
-def read_object(file: pathlib.Path, *keys: str) -> dict[str, Any]:
+def read_object(file: Path, *keys: str) -> dict[str, Any]:
     """The object in a file.
 
     Args:
@@ -30,7 +31,7 @@ def read_object(file: pathlib.Path, *keys: str) -> dict[str, Any]:
     return _object(read(file), str(file), keys)
 
 
-def read_lines(file: pathlib.Path, *keys: str, cut: bool = False) -> list[dict[str, Any]]:
+def read_lines(file: Path, *keys: str, cut: bool = False) -> list[dict[str, Any]]:
     """The objects of a file with one on each line, blank lines left out.
 
     Args:

@@ -1,10 +1,12 @@
-"""Where files that others made are found: a path, a package, or the cache of huggingface_hub."""
+"""Where files of others are found: a path, a bucket, a package, or huggingface_hub's cache."""
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
 import re
+
+from occ import buckets
 
 PACKAGE = "package:"
 
@@ -13,13 +15,20 @@ def resolve(source: str) -> pathlib.Path:
     """The file or folder that a source names.
 
     Args:
-      source: a path; or "OWNER/NAME", a model that huggingface_hub has fetched before (nothing is
-        fetched here); or "package:NAME/FILE" for a file of an installed package, which is not
-        imported; or "package:NAME" where the package holds one .gguf file.
+      source: a path; or "gs://BUCKET/FOLDER", of which what is returned is a local copy
+        (`occ.buckets.staging`); or "OWNER/NAME", a model that huggingface_hub has fetched before
+        (nothing is fetched here); or "package:NAME/FILE" for a file of an installed package, which
+        is not imported; or "package:NAME" where the package holds one .gguf file.
 
     Raises:
+      ImportError: the extra buckets is not installed.
       ValueError: no such package, file, folder or model, or not exactly one .gguf file.
     """
+    if source.startswith("gs://"):
+        found = buckets.path(source)
+        from occ.buckets.staging import stage
+
+        return stage(found)
     if not source.startswith(PACKAGE):
         path = pathlib.Path(source).expanduser()
         if path.exists():

@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import pathlib
 import sys
 
 from experiments import train
+from occ.buckets import path
 from occ.training.config import (
     EvaluationConfig,
     WarmStartConfig,
@@ -24,7 +24,7 @@ CONFIG = tiny.run_config(
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("folder", type=path)
     parser.add_argument("--keep", type=int, default=CONFIG.keep_checkpoints)
     parser.add_argument("--every", type=int, default=CONFIG.checkpoint_every)
     given = parser.parse_args()

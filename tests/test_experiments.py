@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import compare_regimes, report_figure, runs, train
+from experiments import compare_regimes, curves, report_figure, runs, train
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
 from experiments.instruments import rollout_speed, step_cost
@@ -272,8 +272,10 @@ def test_a_wrong_option_ends_with_a_message(at, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main()
     assert "rollout" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"gs:/bucket/run looks like .* Mount the bucket"):
-        train.Arguments(small(), folder=pathlib.Path("gs://bucket/run"))
+    monkeypatch.setattr(sys, "argv", ["train", "laptop", "--folder", "s3://bucket/run"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "expected a path or gs://BUCKET/FOLDER" in capsys.readouterr().err
     with pytest.raises(
         ValueError, match=r"unknown config 'lap'; expected one of \['arithmetic_easy', .*'laptop'"
     ):
@@ -320,6 +322,23 @@ def test_the_transformation_alone_needs_jax_and_optax_alone():
         "occ.calibrate(occ.measures.gradients(), occ.rules.optimal())\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_curves_of_committed_rows_are_drawn(tmp_path, monkeypatch, capsys):
+    file = pathlib.Path(step_cost.__file__).parent.parent
+    file = file / "studies/results/one_gpu/occ.jsonl"
+    picture = tmp_path / "curves.png"
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["curves", *map(str, words), f"--output={picture}"])
+        return curves.main()
+
+    assert command(file) == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    figure = curves.draw({"occ": read_rows(file)}, ("reward",))
+    assert figure.axes[0].lines[0].get_ydata()[-1] == 0.627
+    with pytest.raises(ValueError, match="no run has the metric 'rewards'; there are .*'reward'"):
+        command(file, "--metrics", "rewards")
+    assert command(tmp_path / "nothing") == 2 and "nothing" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from occ.generation.decoding import generate
 from occ.generation.sampling import SamplingConfig
-from occ.models import cache
+from occ.models import cache_kernels
 from occ.models.attention import Context, attend, prefill_kernel
 from occ.models.cache import Past, StackCache, attend_to_past, columns_in_blocks, decode_kernel
 from occ.models.policy import Policy
@@ -21,7 +21,7 @@ ON_GPU = jax.default_backend() == "gpu"
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 3, 2, 3, 32
 
 
-def past(lengths, first, dtype, columns=3 * cache.cache_kernels.BLOCK):
+def past(lengths, first, dtype, columns=512):
     rng = np.random.default_rng(0)
     shape = (LAYERS, len(lengths), KV_HEADS, columns, HEAD_DIM)
     stack = StackCache(*(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2)))
@@ -40,20 +40,27 @@ def read_all(heads, seen, kernel):
     return jax.jit(lambda *heads: attend_to_past(*heads, seen, kernel))(*heads)
 
 
+def for_tpus(*inputs, first, interpret=False):
+    return cache_kernels.on_tpu(*inputs, first=first, interpret=interpret)
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("first", "time"), [(0, 1), (2, 3)])
-def test_the_kernel_for_gpus_reads_what_the_compilers_does(unchecked, first, time, dtype):
+def test_a_kernel_reads_what_the_compilers_does(unchecked, monkeypatch, first, time, dtype, device):
     """Rows with nothing, one token, one block and more behind them."""
-    lengths = [0, 1, cache.cache_kernels.BLOCK, 150]
+    if device == "tpu":
+        monkeypatch.setattr(cache_kernels, "on_gpu", for_tpus)
+    lengths = [0, 1, 128, 300]
     heads, seen = further(4, time, dtype), past(lengths, first, dtype)
     expected = read_all([h.astype("float32") for h in heads], _wide(seen), "xla")
     tolerance = 1e-5 if dtype == "float32" else 2e-2
-    got = read_all(heads, seen, "triton").astype("float32")
+    got = read_all(heads, seen, "pallas").astype("float32")
     np.testing.assert_allclose(got, expected, atol=tolerance)
     shorter = seen._replace(lengths=jnp.maximum(seen.lengths - 1, 0))
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(
-            read_all(heads, shorter, "triton").astype("float32"), expected, atol=tolerance
+            read_all(heads, shorter, "pallas").astype("float32"), expected, atol=tolerance
         )
 
 
@@ -62,11 +69,11 @@ def _wide(seen):
 
 
 def test_few_rows_share_their_columns_between_programs(unchecked, monkeypatch):
-    heads, seen = further(2, 1, "float32"), past([100, 192], 0, "float32")
+    heads, seen = further(2, 1, "float32"), past([300, 512], 0, "float32")
     expected = read_all(heads, seen, "xla")
     for programs in (1, 12):  # three programs a pair of row and head, or one
         monkeypatch.setattr("occ.models.cache_kernels.PROGRAMS", programs)
-        np.testing.assert_allclose(read_all(heads, seen, "triton"), expected, atol=1e-5)
+        np.testing.assert_allclose(read_all(heads, seen, "pallas"), expected, atol=1e-5)
 
 
 def test_a_cache_written_at_once_is_that_written_row_by_row(monkeypatch):
@@ -105,7 +112,7 @@ def test_generation_with_the_kernel_says_the_same(unchecked, depth):
             draft_depth=depth,
         )
 
-    plain, kernel = run("xla"), run("triton")
+    plain, kernel = run("xla"), run("pallas")
     np.testing.assert_array_equal(kernel.tokens, plain.tokens)
     np.testing.assert_allclose(kernel.log_prob, plain.log_prob, atol=1e-5)
 
@@ -117,12 +124,12 @@ def test_each_device_takes_the_kernel_that_suits_it(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert (prefill_kernel(config), decode_kernel(config)) == ("xla", "xla")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert (prefill_kernel(config), decode_kernel(config)) == ("cudnn", "triton")
+    assert (prefill_kernel(config), decode_kernel(config)) == ("cudnn", "pallas")
     assert (prefill_kernel(wide), decode_kernel(wide)) == ("xla", "xla")
     assert (prefill_kernel(uneven), decode_kernel(uneven)) == ("cudnn", "xla")
     chosen = dataclasses.replace(config, attention="xla", decode_attention="xla")
     assert (prefill_kernel(chosen), decode_kernel(chosen)) == ("xla", "xla")
-    assert columns_in_blocks(1, "triton") == cache.cache_kernels.BLOCK
+    assert columns_in_blocks(1, "pallas") == cache_kernels.COLUMNS
 
 
 def test_several_cotangents_go_back_through_cudnn_one_by_one(x64, monkeypatch):

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from experiments.configs import CONFIGS
 from experiments.instruments import flops, hlo, plan
-from experiments.instruments.chips import CHIPS, chip_of
+from experiments.instruments.chips import CHIPS, chip_of, tpu_devices
 from occ.models.attention import Context, attend
+from occ.models.cache import Past, StackCache, attend_to_past
 from occ.training.config import LayoutConfig, RolloutConfig
 
 pytestmark = pytest.mark.standard_promotion
@@ -259,6 +260,27 @@ def test_a_small_slice_compiles_for_tpus(tmp_path):
     cost = result["costs"]["occ_paper"]
     assert 0 < cost["temporaries"] < 2**30
     assert cost["collectives"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_cache_kernel_compiles_for_tpus_and_copies_no_cache(unchecked, dtype):
+    where = NamedSharding(Mesh(tpu_devices("v5e:2x2")[:1], ("x",)), P())
+
+    def shaped(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def read(query, key, value, keys, values, layer, lengths):
+        past = Past(StackCache(keys, values), layer, lengths, 2)
+        return attend_to_past(query, key, value, past, "pallas")
+
+    new, cached = shaped(4, 2, 3, 128), shaped(4, 4, 2, 512, 128)
+    numbers = shaped(dtype="int32"), shaped(4, dtype="int32")
+    inputs = shaped(4, 3, 4, 128), new, new, cached, cached, *numbers
+    compiled = jax.jit(read).lower(*inputs).compile()
+    assert "custom-call(" in compiled.as_text()
+    cache = 4 * 4 * 2 * 512 * 128 * jnp.dtype(dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < cache
 
 
 @needs_compiler

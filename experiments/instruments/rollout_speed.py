@@ -65,7 +65,7 @@ class Arguments:
 
     quick: bool = False
     dtype: str = "float32"
-    decode_attention: Literal["auto", "xla", "triton"] = "auto"
+    decode_attention: Literal["auto", "xla", "pallas"] = "auto"
     warm_up: int = 60
     rows: tuple[int, ...] = (1, 4, 16)
     depth: int = 3

@@ -5,7 +5,8 @@
 #       --requeue experiments/launch/slurm.sh CONFIG [arguments of experiments.train]
 #
 # Submit from this checkout, on a file system that all nodes share, with a virtual environment
-# .venv in which 'jax[cuda13]' is installed. The processes find each other through SLURM's
+# .venv in which 'jax[cuda13]' is installed. The run's folder is there too, or in a bucket (--folder
+# gs://BUCKET/FOLDER, extra buckets, GOOGLE_APPLICATION_CREDENTIALS as for any client). The processes find each other through SLURM's
 # environment. Five minutes before its time is over the run gets SIGTERM, saves and ends with
 # status 0; the same command goes on from there, and --requeue does so after a node fails.
 #SBATCH --job-name=occ-jax

@@ -4,13 +4,14 @@
 #   experiments/launch/tpu_pod.sh NAME ZONE CONFIG [arguments of experiments.train]
 #
 #   experiments/launch/tpu_pod.sh v5p-128-a us-east5-a mimo_7b_dapo --regime occ_paper \
-#       --folder /mnt/shared/runs/mimo-occ
+#       --folder gs://my-bucket/mimo-occ
 #
 # Each host needs this checkout in ~/occ-jax with a virtual environment .venv, installed by
-#   pip install -e '.[experiments]' 'jax[tpu]'
-# and sees the run folder at the same path, on a file system that all hosts share (NFS, or a bucket
-# that is mounted). The processes find each other through the pod's own metadata. The same command
-# goes on after a preemption.
+#   pip install -e '.[experiments,buckets]' 'jax[tpu]'
+# The run folder is in a bucket that the pod's service account may write (storage.objectUser), or on
+# a file system that all hosts see at the same path; in a bucket, starting points and compiled
+# programs lie beside the run's folder, here in gs://my-bucket. The processes find each other
+# through the pod's own metadata. The same command goes on after a preemption.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then

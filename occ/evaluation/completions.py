@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from occ import json_files
+from occ.buckets import Path
 from occ.evaluation.portions import Portion, portions
 from occ.generation.sampling import Generation
 from occ.tasks import Problem, Task
@@ -70,7 +70,7 @@ class Settings:
             )
 
 
-def open_folder(folder: pathlib.Path, settings: Settings) -> None:
+def open_folder(folder: Path, settings: Settings) -> None:
     """Makes the folder, or checks that it was begun with the same settings.
 
     Raises:
@@ -102,7 +102,7 @@ def complete(
     name: str,
     problems: Sequence[Problem],
     settings: Settings,
-    folder: pathlib.Path,
+    folder: Path,
     on_portion: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """All samples of a benchmark; those in its file are not made again.
@@ -176,7 +176,7 @@ def benchmark_key(seed: int, name: str) -> jax.Array:
     return key_on_mesh(seed, int.from_bytes(digest, "big") >> 1)
 
 
-def _whole_portions(file: pathlib.Path, cut: Sequence[Portion]) -> list[dict[str, Any]]:
+def _whole_portions(file: Path, cut: Sequence[Portion]) -> list[dict[str, Any]]:
     """The rows of portions that are there whole; all others are dropped from the file."""
     found = read_rows(file)
     counts: dict[int, int] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from occ.generation.sampling import Generation, Work
+from occ.generation.sampling import Generation, SamplingConfig, Work
 from occ.models.policy import Policy
 
 COLUMN_RUNGS = 4
@@ -40,6 +40,7 @@ class Sampler:
       pad_token: stands on the left of prompts.
       draft_depth: tokens that the MTP modules draft for each pass of the trunk.
       fetch: whole values of arrays, on the host; several processes need one that gathers.
+      sampling: that the program was compiled for; engines find it by that.
     """
 
     program: Callable[..., Generation]
@@ -47,6 +48,7 @@ class Sampler:
     pad_token: int
     draft_depth: int = 0
     fetch: Callable[[Any], Any] = jax.device_get
+    sampling: SamplingConfig | None = None
 
     def __call__(
         self, policy: Policy, prompts: Any, prompt_mask: Any, key: jax.Array, samples: int = 1

@@ -26,20 +26,21 @@ def columns_in_blocks(columns: int, kernel: str = "xla") -> int:
 
     >>> columns_in_blocks(100), columns_in_blocks(CACHE_BLOCK + 1) // CACHE_BLOCK
     (100, 2)
-    >>> columns_in_blocks(100, "triton") // cache_kernels.BLOCK
-    2
+    >>> columns_in_blocks(100, "pallas") // cache_kernels.COLUMNS
+    1
     """
-    block = cache_kernels.BLOCK if kernel == "triton" else CACHE_BLOCK
-    if columns <= block and kernel != "triton":
-        return columns
-    return -(-columns // block) * block
+    if columns > CACHE_BLOCK:
+        return -(-columns // CACHE_BLOCK) * CACHE_BLOCK
+    if kernel == "pallas":
+        return -(-columns // cache_kernels.COLUMNS) * cache_kernels.COLUMNS
+    return columns
 
 
 def decode_kernel(config: ModelConfig) -> str:
     """`decode_attention`, where "auto" is what suits the devices of this process."""
     if config.decode_attention != "auto":
         return config.decode_attention
-    return "triton" if jax.default_backend() == "gpu" and cache_kernels.suits(config) else "xla"
+    return "pallas" if jax.default_backend() == "gpu" and cache_kernels.suits(config) else "xla"
 
 
 class StackCache(NamedTuple):
@@ -133,8 +134,8 @@ def attend_to_past(
       query, key, value: of the further tokens, after rotary positions.
       past: of this layer.
       kernel: "xla" reads the cache in blocks of columns up to the longest row's last, and a block
-        beyond a row's own last changes nothing of that row, to the bit; "triton" reads the columns
-        of each row, on GPUs.
+        beyond a row's own last changes nothing of that row, to the bit; "pallas" reads the columns
+        of each row, on GPUs and TPUs.
 
     Reference: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867.
     """
@@ -148,7 +149,7 @@ def attend_to_past(
     maximum = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - maximum)
     own = Sums(maximum, jnp.sum(weights, axis=-1, keepdims=True), _mixed(weights, value))
-    if kernel == "triton":
+    if kernel == "pallas":
         sums = own.join(_read_by_kernel(grouped, past))
     else:
         sums = _read_in_blocks(grouped, past, own)

@@ -212,9 +212,9 @@ class ModelConfig:
         head_dim allow it, and else "xla".
       attention_chunk: queries whose attention scores exist at one time; 0 is all of them. With
         a kernel it is not needed.
-      decode_attention: of new tokens to a cache: "xla" leaves it to the compiler; "triton" is this
-        package's kernel for GPUs, in 32 or 16 bits; "auto" is that on GPUs where dtype and head_dim
-        allow it, and else "xla".
+      decode_attention: of new tokens to a cache: "xla" leaves it to the compiler; "pallas" is this
+        package's kernel for GPUs and TPUs, in 32 or 16 bits; "auto" is that on GPUs where dtype and
+        head_dim allow it, and else "xla".
       moe: mixture of experts; None is dense.
       mtp: the MTP modules.
       lora: adapters of a frozen trunk; None trains all parameters.
@@ -241,7 +241,7 @@ class ModelConfig:
     remat: Literal["none", "full", "dots"] = "none"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     attention_chunk: int = 0
-    decode_attention: Literal["auto", "xla", "triton"] = "auto"
+    decode_attention: Literal["auto", "xla", "pallas"] = "auto"
     moe: MoEConfig | None = None
     mtp: MTPConfig = dataclasses.field(default_factory=MTPConfig)
     lora: LoRAConfig | None = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from occ import measures, rules
 from occ.checks import validate
+from occ.generation.engines.config import EngineConfig as EngineConfig
 from occ.models.config import ModelConfig
 from occ.objectives.advantages import METHODS, TOKEN_METHODS, WITHOUT_GROUP
 from occ.objectives.policy import PolicyConfig
@@ -48,7 +49,8 @@ class ObjectiveConfig:
       kl_clamp: nats, bound on |log pi - log reference| of a token before use, without which k3
         overflows (verl: 20); None is none (TRL).
       entropy_coefficient: weight of the entropy bonus; 0 is off.
-      importance_cap: truncation of the importance weight old / rollout policy; None is off.
+      importance_cap: truncation of the importance weight old / rollout policy; None is off, but
+        for `EngineConfig.importance_cap`, where another process samples.
     """
 
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
@@ -274,7 +276,7 @@ class TrainConfig:
       task: name of a task in `occ.tasks`.
       task_options: keyword options of that task.
       pretrained: weights to begin with; None begins with random ones.
-      objective, mtp, optimizer, rollout, warm_start, evaluation, layout: see their classes.
+      objective, mtp, optimizer, rollout, engine, warm_start, evaluation, layout: see their classes.
       rollouts: how many rollouts are trained on.
       max_prompt_tokens, max_response_tokens: tokens; None takes the task's.
       checkpoint_every: rollouts between checkpoints.
@@ -294,6 +296,7 @@ class TrainConfig:
     mtp: MTPTrainingConfig = dataclasses.field(default_factory=MTPTrainingConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     layout: LayoutConfig = dataclasses.field(default_factory=LayoutConfig)
@@ -357,6 +360,19 @@ class TrainConfig:
                 "would be another. Use layout.pack=False, or another measure ('released_masked' is "
                 "the same mean over response tokens)."
             )
+        if self.engine.external and self.layout.draft_depth:
+            raise ValueError(
+                "TrainConfig: layout.draft_depth is of the in-process engine, got "
+                f"{self.layout.draft_depth!r} with engine {self.engine.kind!r}. Use "
+                "engine.draft_depth."
+            )
+
+    @property
+    def importance_cap(self) -> float | None:
+        """Of the truncated importance weights: the objective's, or else the engine's."""
+        if self.objective.importance_cap is not None or not self.engine.external:
+            return self.objective.importance_cap
+        return self.engine.importance_cap
 
     def _check_halves(self, rows: int) -> None:
         """Halves of a minibatch that are compared must not share a prompt."""

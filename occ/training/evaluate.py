@@ -39,10 +39,10 @@ def evaluate(
     prompts, mask = encode_prompts(task.tokenizer, [p.prompt for p in problems], columns)
     key = key_on_mesh(config.seed, SAMPLING_KEY)
 
-    greedy = programs.greedy(policy, prompts, mask, key)
+    greedy = programs.generate(programs.greedy, policy, prompts, mask, key)
     _, greedy_rewards, greedy_valid = judge(task, problems, greedy, columns)
     repeated = [problem for problem in problems for _ in range(k)]
-    sampled = programs.evaluation(policy, prompts, mask, key, k)
+    sampled = programs.generate(programs.evaluation, policy, prompts, mask, key, k)
     _, rewards, valid = judge(task, repeated, sampled, columns)
     return {
         "greedy": _share(greedy_rewards, greedy_valid),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from occ.buckets import Path
 from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.tasks.task import VerifierError
@@ -43,7 +43,7 @@ def run(
     task: Task,
     programs: Programs,
     start: Policy,
-    folder: pathlib.Path,
+    folder: Path,
     on_row: OnRow = lambda row: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
@@ -226,6 +226,7 @@ def _train_on_rollout(
     started = time.perf_counter()
     policy = state.policy(config.model)
     rollout = collect(programs.rollout, policy, config, task, number, reference)
+    programs.rollout.engine.rest()
     sampled = time.perf_counter()
     steps = []
     batches = minibatches(rollout.batch, config)

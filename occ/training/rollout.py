@@ -15,15 +15,19 @@ import numpy as np
 
 from occ.generation.decoding import generate
 from occ.generation.drafting import check_depth
+from occ.generation.engines import Request, RolloutEngine
+from occ.generation.engines.in_process import InProcessEngine
 from occ.generation.sampler import Sampler, padding_waste
 from occ.generation.sampling import Generation, SamplingConfig, Work, check_fits
 from occ.models.policy import Policy
 from occ.objectives import advantages
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
+from occ.training import mismatch
 from occ.training.batch import Minibatch, Sequences, positions_from_segments, segments_of
 from occ.training.config import TrainConfig
 from occ.training.credit import token_advantages
+from occ.training.engine import build_engine
 from occ.training.gradient.stages import Stages
 from occ.training.processes import collect_shares, key_on_mesh, my_share, to_host
 from occ.training.sharding import for_generation
@@ -53,20 +57,48 @@ class RolloutPrograms:
       greedy: the same with the most likely tokens.
       evaluation: the same as `EvaluationConfig` says, at temperature 1.
       score: `(policy, tokens, segment_ids) -> Scores`.
+      external: the engine that generates in their place; None is this process.
     """
 
     sample: Sampler
     greedy: Sampler
     evaluation: Sampler
     score: Callable[..., Scores]
+    external: RolloutEngine | None = None
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """What generates."""
+        if self.external is not None:
+            return self.external
+        return InProcessEngine((self.sample, self.greedy, self.evaluation))
+
+    def generate(
+        self,
+        like: Sampler,
+        policy: Policy,
+        prompts: np.ndarray,
+        prompt_mask: np.ndarray,
+        key: jax.Array,
+        samples: int = 1,
+    ) -> Any:
+        """Responses of the engine with this policy's weights; `like` says how they are sampled.
+
+        Raises:
+          EngineError: of another process, as `RolloutEngine` says.
+        """
+        assert like.sampling is not None
+        engine = self.engine
+        engine.update_weights(policy)
+        return engine.generate(Request(prompts, prompt_mask, like.sampling, key, samples))
 
     def drafting(self, depth: int) -> RolloutPrograms:
         """The same programs with so many drafts for each pass of the trunk."""
         samplers = {"sample": self.sample, "greedy": self.greedy, "evaluation": self.evaluation}
-        return dataclasses.replace(
-            self,
-            **{n: dataclasses.replace(one, draft_depth=depth) for n, one in samplers.items()},
-        )
+        changed: dict[str, Any] = {
+            name: dataclasses.replace(one, draft_depth=depth) for name, one in samplers.items()
+        }
+        return dataclasses.replace(self, **changed)
 
 
 def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
@@ -104,7 +136,7 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
         compiled = jax.jit(sampler(sampling, config), static_argnames="draft_depth")
         narrow = config.layout.generation_rows > 0
         pad, depth = task.tokenizer.pad_id, config.layout.fixed_depth
-        return Sampler(compiled, narrow, pad, depth, to_host)
+        return Sampler(compiled, narrow, pad, depth, to_host, sampling)
 
     score = functools.partial(
         score_sequences,
@@ -112,7 +144,9 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
         logits_chunk=config.layout.logits_chunk,
         prompt_columns=columns,
     )
-    return RolloutPrograms(program(sample), program(greedy), program(evaluation), jax.jit(score))
+    samplers = program(sample), program(greedy), program(evaluation)
+    external = build_engine(config, columns + response)
+    return RolloutPrograms(*samplers, jax.jit(score), external)
 
 
 def sampler(sampling: SamplingConfig, config: TrainConfig) -> Callable[..., Generation]:
@@ -225,7 +259,8 @@ def collect(
     texts = [task.train[i].prompt for i in indices]
     prompts, prompt_mask = encode_prompts(task.tokenizer, texts, columns)
     key = key_on_mesh(config.seed, step)
-    sampled = programs.sample(policy, prompts, prompt_mask, key, rollout.samples)
+    inputs = policy, prompts, prompt_mask, key
+    sampled = programs.generate(programs.sample, *inputs, rollout.samples)
     completions, rewards, valid = judge(task, problems, sampled, columns)
 
     grouped = (rollout.prompts, rollout.samples)
@@ -246,7 +281,7 @@ def collect(
     greedy, comparable = None, valid
     if config.objective.advantage == "remax":
         each = slice(None, None, rollout.samples)
-        most_likely = programs.greedy(policy, prompts, prompt_mask, key)
+        most_likely = programs.generate(programs.greedy, *inputs)
         _, baseline, judged = judge(task, problems[each], most_likely, columns)
         greedy = jnp.asarray(baseline + _length_penalty(most_likely, config, response))
         comparable = valid & np.repeat(judged, rollout.samples)
@@ -265,6 +300,7 @@ def collect(
     metrics = _metrics(batch, sampled, rewards, valid, kept)
     metrics["rollout/padding_waste"] = padding_waste(prompt_mask, sampled.work)
     metrics |= _draft_metrics(sampled.work, sampled.lengths, step)
+    metrics |= mismatch.metrics(batch, sampled.response_mask, config) | programs.engine.metrics()
     examples = [
         (problems[i].prompt, completions[i], float(rewards[i]) if valid[i] else math.nan)
         for i in range(0, len(problems), rollout.samples)

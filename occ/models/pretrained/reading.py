@@ -63,7 +63,8 @@ def load(
     memory at one time is that part of one layer's tensor (of a mixture, of its experts').
 
     Args:
-      path: the folder, the file, or "package:NAME" for the file that an installed package holds.
+      path: the folder or the file, also as "gs://BUCKET/FOLDER"; or "package:NAME" for the file
+        that an installed package holds.
       config: the architecture; None reads the folder's. Leaves take its `param_dtype`.
       shardings: (of params, of rest), trees of `jax.sharding.Sharding` as
         `occ.training.sharding.tree_shardings` makes them; None is the default device.
@@ -77,8 +78,8 @@ def load(
             "load: files hold models without adapters. Load with config.whole, then "
             "occ.models.lora.adapt(policy, config)."
         )
-    packaged = str(path).startswith("package:")
-    source = resolve(str(path)) if packaged else pathlib.Path(path)
+    elsewhere = str(path).startswith(("package:", "gs://"))
+    source = resolve(str(path)) if elsewhere else pathlib.Path(path)
     if source.suffix == ".gguf":
         from occ.models import gguf  # here, since folders are read without that package
 

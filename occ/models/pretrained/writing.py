@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from occ import buckets
+from occ.buckets import Path
 from occ.models.config import ModelConfig
 from occ.models.lora import merge
 from occ.models.policy import Policy
@@ -25,6 +28,7 @@ from occ.models.pretrained.folder import (
     write_digests,
 )
 from occ.models.pretrained.names import Stored
+from occ.sources import resolve
 from occ.trees import path_string
 
 SHARD_BYTES = 2 * 2**30
@@ -48,20 +52,21 @@ class _Tensor(NamedTuple):
 
 
 def save(
-    path: str | pathlib.Path,
+    path: str | Path,
     policy: Policy,
     *,
     config: ModelConfig | None = None,
-    like: str | pathlib.Path | None = None,
+    like: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model as a folder that `load` and other tools read; adapters merged into kernels.
 
-    The folder appears when it is whole, with digests that `load` compares. Of several processes all
+    The folder appears when it is whole, with digests that `load` compares. In a bucket its files
+    come one by one, from a copy on this host's disk, and config.json last. Of several processes all
     take part and the first writes.
 
     Args:
-      path: the folder, which must not exist.
+      path: the folder, which must not exist; may be "gs://BUCKET/FOLDER".
       policy: the model, its arrays on any mesh.
       config: what config.json is to say where it differs (a longer context); None takes the
         policy's own.
@@ -73,11 +78,22 @@ def save(
     Raises:
       ValueError: the folder exists, or the architecture has no published form.
     """
-    target = pathlib.Path(path)
+    target = buckets.path(path)
     if target.exists():
         raise ValueError(f"save: {target} exists already. Choose another folder, or delete it.")
+    if buckets.is_bucket(target):
+        with tempfile.TemporaryDirectory() as here:
+            written = pathlib.Path(here) / target.name
+            save(written, policy, config=config, like=like, shard_bytes=shard_bytes)
+            if jax.process_index() == 0:
+                from occ.buckets.staging import publish
+
+                publish(written, target, last="config.json")
+        return
     policy = merge(policy)
     config = policy.config if config is None else config.whole
+    if like is not None and str(like).startswith("gs://"):
+        like = resolve(str(like))
     source = None if like is None else WeightFolder(like)
     raw = architectures.to_json(
         config, None if source is None else architectures.read_json(source.path)

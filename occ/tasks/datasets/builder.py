@@ -33,6 +33,8 @@ import numpy as np
 import requests
 import tensorflow_datasets as tfds
 
+from occ import buckets
+from occ.buckets import Path
 from occ.tasks.datasets.files import FORMATS, Row, rows, sha256
 from occ.tasks.datasets.published import TABLE, File, Published, find
 
@@ -207,7 +209,8 @@ def prepare(name: str, data_dir: str | pathlib.Path, *, verify: bool = True) -> 
 
     Args:
       name: of the set, a key of `published.TABLE`.
-      data_dir: for all of its files.
+      data_dir: for all of its files. From a bucket those in manual/NAME are copied to this host's
+        disk, and prepared there, since array_record files are read in place.
       verify: refuse files whose sum is known and not theirs.
 
     Raises:
@@ -216,6 +219,8 @@ def prepare(name: str, data_dir: str | pathlib.Path, *, verify: bool = True) -> 
       FileNotFoundError: a file is not there and cannot be downloaded.
     """
     find(name)
+    if str(data_dir).startswith("gs://"):
+        data_dir = _staged(buckets.path(data_dir), name)
     builder = PublishedProblems(
         config=name,
         data_dir=str(data_dir),
@@ -227,6 +232,16 @@ def prepare(name: str, data_dir: str | pathlib.Path, *, verify: bool = True) -> 
     with contextlib.redirect_stdout(sys.stderr):  # where its progress goes too
         builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
     return builder
+
+
+def _staged(data_dir: Path, name: str) -> pathlib.Path:
+    """A data_dir on this host's disk, with the files that lie in a bucket's."""
+    from occ.buckets.staging import stage, staging_folder
+
+    by_hand = data_dir / "manual" / name
+    if by_hand.is_dir():
+        stage(by_hand)
+    return staging_folder() / str(data_dir).removeprefix("gs://")
 
 
 def counts(builder: PublishedProblems) -> dict[str, Counts]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
+import re
 import shutil
 import threading
 import warnings
@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from occ.buckets import Path, UnreachableError, absolute, is_bucket
 from occ.training.durable import disk
 from occ.training.durable.fingerprint import fingerprint
 from occ.training.durable.history import History
@@ -25,6 +26,11 @@ from occ.training.processes import is_first, wait_for_all
 UNREADABLE = (ValueError, LookupError, TypeError, FileNotFoundError)
 """What Orbax, TensorStore and JSON raise for files that are missing, cut or changed."""
 
+
+_UNANSWERED = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|Connection refused"
+)
+"""Words of TensorStore's errors that tell nothing of what is in a bucket."""
 
 _ONE_AT_A_TIME = threading.RLock()
 """Orbax's signals and event loops are a process's: two threads that save at once break both."""
@@ -52,6 +58,7 @@ class Checkpoints:
     """Checkpoints in one folder, numbered by the rollouts that were finished.
 
     A folder with a number for its name is a whole checkpoint: Orbax writes beside it and renames.
+    In a bucket it is one with commit_success.txt, which Orbax writes last.
     Each holds the state and, as JSON, a record: its number, whose it is, the history, a fingerprint
     of every array of the state, and a digest of them all. A changed bit in an array is an error
     that neither Orbax nor TensorStore would notice, and so is a copy of another checkpoint.
@@ -71,18 +78,19 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: pathlib.Path,
+        folder: Path,
         keep: int = 2,
         *,
         owner: str = "",
         read_only: bool = False,
         frozen: Callable[[str], bool] = lambda path: False,
     ):
-        self._folder = folder.absolute()
+        self._folder = absolute(folder)
         self._owner = owner
         self._frozen = frozen
         self._policy = _NewestAndBest(keep)
         self._read_only = read_only
+        self._in_bucket = is_bucket(folder)
         self._bytes = 0  # of the last state that was given to save
         options = ocp.CheckpointManagerOptions(
             create=True, cleanup_tmp_directories=True, preservation_policy=self._policy
@@ -234,7 +242,7 @@ class Checkpoints:
             if error is None:  # else the first error tells more
                 raise
         finally:
-            if kind is not None and is_first() and not self._read_only:
+            if kind is not None and is_first() and not (self._read_only or self._in_bucket):
                 # At the next start they would go anyway; a full disk needs the space now.
                 for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(unfinished, ignore_errors=True)
@@ -256,7 +264,7 @@ class Checkpoints:
             for name, x in wanted.items()
             if name not in brought
         }
-        with _UnreadableIsDamaged(), _ONE_AT_A_TIME:
+        with _UnreadableIsDamaged(self._in_bucket), _ONE_AT_A_TIME:
             restored = self._manager.restore(
                 number,
                 args=ocp.args.Composite(
@@ -303,8 +311,11 @@ class Checkpoints:
         )
 
 
-def set_aside(source: pathlib.Path) -> pathlib.Path:
-    """Renames a damaged folder to `NAME.damaged`, or `.damaged-2` and so on; returns the path."""
+def set_aside(source: Path) -> Path:
+    """Renames a damaged folder to `NAME.damaged`, or `.damaged-2` and so on; returns the path.
+
+    In a bucket it is copied there and deleted; what a kill leaves on both sides is still damaged.
+    """
     target, copies = source.with_name(f"{source.name}.damaged"), 1
     while target.exists():
         copies += 1
@@ -328,8 +339,11 @@ class _NewestAndBest:
         return [info.step in newest or info.step == self.best for info in checkpoints]
 
 
+@dataclasses.dataclass(frozen=True)
 class _UnreadableIsDamaged(contextlib.AbstractContextManager[None]):
     """Turns the errors of unreadable files into `DamagedError`, and no others."""
+
+    in_bucket: bool
 
     def __exit__(
         self,
@@ -337,6 +351,10 @@ class _UnreadableIsDamaged(contextlib.AbstractContextManager[None]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.in_bucket and isinstance(error, ValueError) and _UNANSWERED.search(str(error)):
+            raise UnreachableError(
+                f"a checkpoint could not be read, and may be whole: {error}"
+            ) from error
         # Orbax raises Exception itself, no subclass, for a piece of an array that is not there.
         if kind is Exception or isinstance(error, UNREADABLE):
             words = f"{kind.__name__ if kind else ''}: {error}".split("\n")[0]

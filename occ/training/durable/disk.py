@@ -1,4 +1,7 @@
-"""Writing that survives a power cut, and full disks that say what would help."""
+"""Writing that survives a power cut, and full disks that say what would help.
+
+In a bucket the same words mean what `occ.buckets` says.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import errno
 import os
 import pathlib
 import shutil
+import types
 from collections.abc import Iterator
+
+from occ.buckets import Path, is_bucket
 
 
 class DiskFullError(OSError):
@@ -17,11 +23,14 @@ class DiskFullError(OSError):
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def replace(file: pathlib.Path, content: str | bytes) -> None:
+def replace(file: Path, content: str | bytes) -> None:
     """Writes beside the file, then renames: whatever happens, it holds the old or the new."""
+    content = content.encode() if isinstance(content, str) else content
+    if is_bucket(file):
+        return _store().replace(file, content)
     beside = file.with_name(file.name + ".new")
     with beside.open("wb") as out:
-        out.write(content.encode() if isinstance(content, str) else content)
+        out.write(content)
         out.flush()
         _to_disk(out.fileno())
     beside.replace(file)
@@ -32,12 +41,24 @@ def replace(file: pathlib.Path, content: str | bytes) -> None:
         os.close(folder)
 
 
-def append_text(file: pathlib.Path, text: str) -> None:
-    """Adds to the end of a file; returns when the disk has it."""
+def append_text(file: Path, text: str) -> None:
+    """Adds to the end of a file; returns when the disk has it.
+
+    Raises:
+      ChangedError: another process has written to it, of an object in a bucket.
+    """
+    if is_bucket(file):
+        return _store().append(file, text.encode())
     with file.open("a") as out:
         out.write(text)
         out.flush()
         _to_disk(out.fileno())
+
+
+def _store() -> types.ModuleType:
+    from occ.buckets import store  # which the extra buckets installs
+
+    return store
 
 
 def _to_disk(descriptor: int) -> None:
@@ -57,7 +78,7 @@ def is_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explained(run: pathlib.Path, needed: int) -> Iterator[None]:
+def explained(run: Path, needed: int) -> Iterator[None]:
     """Turns the error of a full disk into one that says what to do.
 
     Args:
@@ -72,6 +93,8 @@ def explained(run: pathlib.Path, needed: int) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if not is_full(error):
             raise
+        if is_bucket(run):  # an account's quota, which nothing that is deleted here would mend
+            raise DiskFullError(errno.ENOSPC, f"no space left for {run}: {error}") from error
         there = next(part for part in (run, *run.parents) if part.exists())
         free = shutil.disk_usage(there).free
         raise DiskFullError(

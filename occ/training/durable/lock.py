@@ -10,9 +10,13 @@ import pathlib
 import socket
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from occ import json_files
+from occ.buckets import Path, is_bucket
+
+if TYPE_CHECKING:
+    from occ.training.durable.bucket_lock import BucketLock
 
 NAME = "lock.json"
 BEAT = 5.0  # seconds between signs of life of the process that has a folder
@@ -52,6 +56,9 @@ class FolderLock:
             raise
         threading.Thread(target=self._beat, daemon=True).start()
 
+    def check(self) -> None:
+        """Nothing: while this process is there, the operating system lets nobody else have it."""
+
     def close(self) -> None:
         """Lets others in."""
         if self._ended.is_set():
@@ -64,6 +71,20 @@ class FolderLock:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):
                 os.utime(self._file)
+
+
+def take(folder: Path) -> FolderLock | BucketLock:
+    """The lock of a folder, local or in a bucket.
+
+    Raises:
+      LockedError: another process has it, or this one.
+      ValueError: there is no such bucket.
+    """
+    if not is_bucket(folder):
+        return FolderLock(folder)
+    from occ.training.durable.bucket_lock import BucketLock
+
+    return BucketLock(folder / NAME, _refusal)
 
 
 def _take(file: pathlib.Path) -> int:
@@ -139,7 +160,7 @@ def _owner(descriptor: int) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _refusal(file: pathlib.Path, owner: dict[str, Any]) -> LockedError:
+def _refusal(file: Path, owner: dict[str, Any]) -> LockedError:
     process, host = owner.get("process", "unknown"), owner.get("host", "unknown")
     return LockedError(
         f"{file.parent} is in use by process {process} on host {host}. Wait for it or end it, and "

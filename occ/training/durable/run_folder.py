@@ -12,18 +12,34 @@ import types
 import typing
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from occ import json_files
+from occ.buckets import Path, is_bucket
 from occ.training.config import TrainConfig
-from occ.training.durable import disk
-from occ.training.durable.lock import FolderLock
+from occ.training.durable import disk, lock
 from occ.training.processes import from_first, is_first, on_first
 
-FREE = ("layout.", "checkpoint_every", "keep_checkpoints", "max_bad_updates")
+if TYPE_CHECKING:
+    from occ.training.durable.bucket_lock import BucketLock
+
+FREE = (
+    "layout.",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_bad_updates",
+    "engine.python",
+    "engine.address",
+    "engine.folder",
+    "engine.cache_gib",
+    "engine.memory_share",
+    "engine.start_seconds",
+    "engine.request_seconds",
+    "engine.silence_seconds",
+)
 """Fields, or beginnings of their names, that a resumed run may change: they change no result."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 
@@ -55,18 +71,19 @@ class RunFolder:
     Of several processes the first writes, and all read.
 
     Args:
-      path: the folder; made if missing.
+      path: the folder, local or in a bucket; made if missing.
       config: the run's configuration.
 
     Raises:
       ValueError: the folder holds a run with another configuration; the fields are named. Or there
         is a file in its place.
-      LockedError: another process works here.
+      LockedError: another process works here; so do later writes in a bucket, where one may have
+        taken over from a process that was silent for too long.
     """
 
-    def __init__(self, path: pathlib.Path, config: TrainConfig):
+    def __init__(self, path: Path, config: TrainConfig):
         self.path = path
-        self._lock: FolderLock | None = None
+        self._lock: lock.FolderLock | BucketLock | None = None
         self._resolved = as_json(config)
         try:
             on_first(self._open)
@@ -77,8 +94,9 @@ class RunFolder:
     def _open(self) -> None:
         check_usable(self.path, self._resolved)
         with disk.explained(self.path, 0):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.path)
+            if not is_bucket(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock.take(self.path)
         self._write_json("config.json", self._resolved)
         if not (self.path / "environment.json").exists():
             self._write_json("environment.json", environment())
@@ -169,6 +187,7 @@ class RunFolder:
         """Adds rows, all in one write."""
         text = _lines(rows)
         if is_first():
+            self._check_lock()
             with disk.explained(self.path, len(text)):
                 disk.append_text(self.path / name, text)
 
@@ -177,11 +196,16 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         if is_first():
+            self._check_lock()
             with disk.explained(self.path, len(text)):
                 disk.replace(self.path / name, text)
 
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
 
-def check_usable(path: pathlib.Path, resolved: dict[str, Any]) -> None:
+
+def check_usable(path: Path, resolved: dict[str, Any]) -> None:
     """Whether a run may work in a folder, without touching it.
 
     Args:
@@ -192,7 +216,8 @@ def check_usable(path: pathlib.Path, resolved: dict[str, Any]) -> None:
       ValueError: it, or a folder above it, is a file; or it holds a run with another configuration,
         whose fields are named.
     """
-    for part in (path, *path.parents):
+    # Anything may lie beside anything in a bucket.
+    for part in () if is_bucket(path) else (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise ValueError(f"run folder {path}: {part} is a file. Choose another folder.")
     file = path / "config.json"
@@ -228,7 +253,7 @@ def identity(config: TrainConfig) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def read_config(folder: pathlib.Path) -> TrainConfig:
+def read_config(folder: Path) -> TrainConfig:
     """The configuration of a run, from its folder.
 
     Raises:
@@ -247,7 +272,7 @@ def read_config(folder: pathlib.Path) -> TrainConfig:
         ) from error
 
 
-def read_result(folder: pathlib.Path) -> dict[str, Any]:
+def read_result(folder: Path) -> dict[str, Any]:
     """The result of a finished run, from its folder.
 
     Raises:
@@ -278,7 +303,7 @@ def _as_declared(kind: Any, value: Any) -> Any:
     return value
 
 
-def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; a last line that was cut off by a crash is left out.
 
     Raises:
@@ -287,11 +312,11 @@ def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
     return json_files.read_lines(file, cut=True) if file.exists() else []
 
 
-def _rows_of_rollouts(file: pathlib.Path) -> list[dict[str, Any]]:
+def _rows_of_rollouts(file: Path) -> list[dict[str, Any]]:
     return json_files.read_lines(file, "rollout", cut=True) if file.exists() else []
 
 
-def _recorded(file: pathlib.Path) -> Recorded:
+def _recorded(file: Path) -> Recorded:
     lines = file.read_bytes().split(b"\n") if file.exists() else []
     rows = _rows_of_rollouts(file)
     for place, row in enumerate(rows):

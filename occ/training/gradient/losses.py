@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from occ.objectives import divergences, masked, mtp, policy
 from occ.training.batch import Minibatch
-from occ.training.config import MTPTrainingConfig, ObjectiveConfig, TrainConfig
+from occ.training.config import MTPTrainingConfig, TrainConfig
 from occ.training.gradient.stages import TokenScores
 
 
@@ -61,7 +61,7 @@ def rl_loss(
         config=objective.policy,
         sequences_per_row=config.layout.most_in_a_row,
     )
-    policy_term = _aggregate(terms.loss * _importance(batch, objective), mask, batch, config)
+    policy_term = _aggregate(terms.loss * _importance(batch, config), mask, batch, config)
     loss = policy_term.mean()
     if objective.kl_coefficient and not objective.kl_in_reward:
         kl = divergences.kl(
@@ -116,7 +116,7 @@ def mtp_loss(
             config=config.objective.policy,
             sequences_per_row=config.layout.most_in_a_row,
         )
-        token_loss = terms.loss * _importance(batch, config.objective)
+        token_loss = terms.loss * _importance(batch, config)
         metrics = _clip_fractions(terms, mask, "mtp")
     aggregate = _aggregate(token_loss, mask, batch, config)
     loss = aggregate.mean()
@@ -194,7 +194,7 @@ def _aggregate(values, mask, batch: Minibatch, config: TrainConfig) -> masked.Ag
     )
 
 
-def _importance(batch: Minibatch, config: ObjectiveConfig) -> Any:
+def _importance(batch: Minibatch, config: TrainConfig) -> Any:
     """Truncated importance weight of the old policy against the one that was sampled from."""
     if config.importance_cap is None:
         return jnp.ones((), batch.old_log_prob.dtype)

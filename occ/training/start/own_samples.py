@@ -157,7 +157,8 @@ def draw(
         texts = [task.train[i].prompt for i in indices]
         prompts, prompt_mask = encode_prompts(task.tokenizer, texts, columns)
         key = key_on_mesh(config.seed, SAMPLING_KEY + portion)
-        sampled = programs.rollout.sample(policy, prompts, prompt_mask, key)
+        rollout = programs.rollout
+        sampled = rollout.generate(rollout.sample, policy, prompts, prompt_mask, key)
         segment_ids = segments_of(prompt_mask, sampled.response_mask)
         drawn.append(Samples(sampled.tokens, segment_ids, sampled.response_mask))
     pool = jax.tree.map(lambda *portions: np.concatenate(portions), *drawn[1:])

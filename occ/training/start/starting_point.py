@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
+from occ.buckets import Path
 from occ.models.parameters import partition
 from occ.models.policy import Policy
 from occ.models.pretrained.model import PretrainedWarning
@@ -43,7 +43,7 @@ def starting_point(
     config: TrainConfig,
     task: Task,
     programs: Programs,
-    folder: pathlib.Path,
+    folder: Path,
     on_step: OnStep = lambda step, losses: None,
 ) -> Start:
     """The policy after the warm start, from the folder if it was made there before.

@@ -1,0 +1,1 @@
+"""What runs in the engine's process; `wire` is shared with the client."""

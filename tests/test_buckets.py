@@ -19,6 +19,7 @@ import pytest
 from occ import sources
 from occ.buckets import UnreachableError, is_bucket, outage, path
 from occ.models import pretrained
+from occ.models.config import LoRAConfig
 from occ.models.policy import create_policy
 from occ.training.durable import checkpoints as checkpoints_module
 from occ.training.durable import disk, lock
@@ -314,6 +315,21 @@ def test_weights_go_out_to_a_bucket_and_come_back(folder, tmp_path, monkeypatch)
     chex.assert_trees_all_equal(pretrained.load(str(target)).params, moved.params)
     with pytest.raises(ValueError, match="no such object or folder"):
         sources.resolve(str(folder / "nothing"))
+
+
+@needs_server
+def test_adapters_go_out_to_a_bucket_and_come_back(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OCC_STAGING", str(tmp_path / "staged"))
+    monkeypatch.chdir(tmp_path)
+    policy = create_policy(tiny.model_config(1, lora=LoRAConfig(rank=2)), 0)
+    target = folder / "adapters"
+    pretrained.save_adapters(str(target), policy)
+    fresh = policy.replace(params=jax.tree.map(lambda x: x + 1, policy.params))
+    back = pretrained.load_adapters(str(target), fresh)
+    chex.assert_trees_all_equal(back.params, policy.params)
+    with pytest.raises(ValueError, match="exists already"):
+        pretrained.save_adapters(str(target), policy)
+    assert not (tmp_path / "gs:").exists()
 
 
 # -- an outage --------------------------------------------------------------------------------

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from occ import json_files
+from occ import buckets, json_files
+from occ.buckets import Path
 from occ.models.lora import is_adapter
 from occ.models.parameters import ADAPTERS, MODULES
 from occ.models.policy import Policy, abstract_policy
 from occ.models.pretrained import names
 from occ.models.pretrained.folder import listed
+from occ.sources import resolve
 from occ.trees import path_string
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -34,13 +37,14 @@ Place = tuple[str, tuple[int, ...], bool]
 """Of a tensor: the leaf's path, the index of its leading dimensions, whether it is transposed."""
 
 
-def save_adapters(path: str | pathlib.Path, policy: Policy, *, base: str | None = None) -> None:
+def save_adapters(path: str | Path, policy: Policy, *, base: str | None = None) -> None:
     """Writes the trained parts of a model with adapters, in their own dtype: PEFT's folder.
 
-    The folder appears when it is whole. Of several processes all take part and the first writes.
+    The folder appears when it is whole; in a bucket its files come one by one, adapter_config.json
+    last. Of several processes all take part and the first writes.
 
     Args:
-      path: the folder, which must not exist.
+      path: the folder, which must not exist; may be "gs://BUCKET/FOLDER".
       policy: the model, its arrays on any mesh.
       base: folder or name of the model that was adapted, which PEFT loads first.
 
@@ -48,52 +52,71 @@ def save_adapters(path: str | pathlib.Path, policy: Policy, *, base: str | None 
       ValueError: the folder exists, the model has no adapters, or it is a mixture of experts with
         adapters in its MLPs.
     """
-    target, lora = pathlib.Path(path), policy.config.lora
-    if lora is None:
-        raise ValueError("save_adapters: the model has no adapters. Write it whole, with `save`.")
+    target = buckets.path(path)
+    _check_writable(policy)
     if target.exists():
         raise ValueError(f"save_adapters: {target} exists already. Choose another folder.")
+    tensors = _gather(policy, {**_adapter_places(policy), **_module_places(policy)})
+    if jax.process_index() != 0:
+        return
+    if buckets.is_bucket(target):
+        from occ.buckets.staging import publish
+
+        with tempfile.TemporaryDirectory() as here:
+            _write(pathlib.Path(here), policy, tensors, base)
+            publish(pathlib.Path(here), target, last=CONFIG)
+        return
+    beside = target.with_name(target.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    _write(beside, policy, tensors, base)
+    beside.rename(target)
+
+
+def _check_writable(policy: Policy) -> None:
+    lora = policy.config.lora
+    if lora is None:
+        raise ValueError("save_adapters: the model has no adapters. Write it whole, with `save`.")
     mlp = sorted({"gate", "up", "down"}.intersection(lora.kernels))
     if policy.config.moe is not None and mlp:
         raise ValueError(
             f"save_adapters: PEFT takes {mlp} of a mixture for those of its routed experts, which "
             "have no adapters. Write the model merged, with `save`, or adapt attention alone."
         )
+
+
+def _write(
+    folder: pathlib.Path, policy: Policy, tensors: dict[str, np.ndarray], base: str | None
+) -> None:
     from safetensors.numpy import save_file
 
-    tensors = _gather(policy, {**_adapter_places(policy), **_module_places(policy)})
-    if jax.process_index() != 0:
-        return
+    lora = policy.config.lora
+    assert lora is not None
     own = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
     modules = {name: value for name, value in tensors.items() if name not in own}
-    targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in own}
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": sorted(targets),
+        "target_modules": sorted({name.rsplit(".", 3)[1] for name in own}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    beside = target.with_name(target.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    (beside / CONFIG).write_text(json_files.dump(described, indent=2) + "\n", encoding="utf-8")
-    save_file(own, beside / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json_files.dump(described, indent=2) + "\n", encoding="utf-8")
+    save_file(own, folder / WEIGHTS, metadata={"format": "pt"})
     if modules:
-        save_file(modules, beside / MODULE_WEIGHTS, metadata={"format": "pt"})
-    beside.rename(target)
+        save_file(modules, folder / MODULE_WEIGHTS, metadata={"format": "pt"})
 
 
-def load_adapters(path: str | pathlib.Path, policy: Policy) -> Policy:
+def load_adapters(path: str | Path, policy: Policy) -> Policy:
     """The model with the adapters of a PEFT folder, and its MTP modules where it holds some.
 
     Args:
-      path: the folder.
+      path: the folder, or what else `occ.sources.resolve` finds.
       policy: with adapters of the same rank, alpha and kernels, as `occ.models.lora.adapt` makes
         them; its other arrays are shared with the result.
 
@@ -107,6 +130,7 @@ def load_adapters(path: str | pathlib.Path, policy: Policy) -> Policy:
         raise ValueError(
             "load_adapters: give the model adapters first, with occ.models.lora.adapt."
         )
+    folder = resolve(str(path))
     raw = json_files.read_object(folder / CONFIG, "r", "lora_alpha")
     if (raw["r"], float(raw["lora_alpha"])) != (lora.rank, lora.alpha):
         raise ValueError(

@@ -15,6 +15,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import transformers
 import vllm
+from vllm.platforms import current_platform
 
 DEFAULTS = {
     "load_format": "dummy",  # all weights come by `load`, the first ones too
@@ -24,6 +25,8 @@ DEFAULTS = {
     "worker_extension_cls": "vllm_worker.WeightReceiver",
     "generation_config": "vllm",  # sampling is the client's alone
 }
+# A prompt that is cut over two passes has its seed's generator set back, which CPUs' cannot be.
+ON_CPUS = {"enable_chunked_prefill": False}
 SPECULATION = "vllm:spec_decode_num_"
 
 
@@ -45,7 +48,8 @@ class VLLMModel:
     """
 
     def __init__(self, folder: str, options: dict[str, Any]):
-        self._llm = vllm.LLM(model=folder, **{**DEFAULTS, **options})
+        defaults = {**DEFAULTS, **(ON_CPUS if current_platform.is_cpu() else {})}
+        self._llm = vllm.LLM(model=folder, **{**defaults, **options})
         self._sleeps = bool(options.get("enable_sleep_mode"))
         self._counted = self._counts()
 

@@ -30,6 +30,7 @@ EMULATOR = "STORAGE_EMULATOR_HOST"
 """Where it is set there is an emulator at that address, which asks for no credentials."""
 
 CHUNK = 2**24  # bytes of a file that are copied at one time
+ONE_PIECE = 2**20  # bytes of a body that aiohttp sends without leave for others in between
 TRIES = 3  # of an upload of a large file
 
 
@@ -80,6 +81,9 @@ class PatientStore(core.GCSFileSystem):
         super().__init__(*args, **{**options, "use_listings_cache": False})
 
     async def _request(self, method: str, path: str, *args: Any, **options: Any) -> Any:
+        data = options.get("data")
+        if isinstance(data, bytes | bytearray | memoryview) and len(data) > ONE_PIECE:
+            options["data"] = core.UnclosableBytesIO(data)
         once = inspect.unwrap(core.GCSFileSystem._request)  # without gcsfs's own six tries
         request = functools.partial(once, self, method, path, *args, **options)
         found = re.search(r"\bb/([^/]+)", path.format(*args) if args else path)

@@ -167,10 +167,12 @@ def test_a_lock_of_another_machine_is_watched(beats, folder, quick):
     if beats:
         thread = threading.Thread(target=beat)
         thread.start()
-        with pytest.raises(LockedError, match="process 1 on host elsewhere"):
-            lock.take(folder)
-        ended.set()
-        thread.join()
+        try:
+            with pytest.raises(LockedError, match="process 1 on host elsewhere"):
+                lock.take(folder)
+        finally:
+            ended.set()
+            thread.join()
     else:
         began = time.monotonic()
         lock.take(folder).close()

@@ -65,22 +65,30 @@ def rows(files):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def saving(files):
-    """Whether a checkpoint was begun and not finished; what was deleted leaves empty folders."""
+def saving(files, since=0.0):
+    """Whether a checkpoint was begun since, and not finished.
+
+    What was deleted leaves empty folders, and what was begun is written to until it is finished.
+    """
     for folder in (files / "run" / "checkpoints").glob("*"):
-        begun = any(path.is_file() for path in folder.rglob("*"))
-        if begun and not (folder / "commit_success.txt").exists():
+        begun = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+        if begun and max(begun) > since and not (folder / "commit_success.txt").exists():
             return True
     return False
 
 
 def moment(generator, files, seconds):
     """A condition and a delay: at any time, after some row, or while a checkpoint is written."""
-    kind = generator.choice(["any time", "a row", "a save", "a save"])
+    kind = generator.choice(["any time", "a row", "a save"])
     if kind == "any time":
         return kind, lambda: True, generator.uniform(0, seconds)
     if kind == "a save":
-        return kind, lambda: saving(files), generator.uniform(0, 0.1)
+        began, after = time.time(), rows(files)
+        return (
+            kind,
+            lambda: saving(files, began) and (rows(files) > after or after == 0),
+            generator.uniform(0, 0.3),
+        )
     row = generator.randint(min(rows(files) + 1, ROLLOUTS), ROLLOUTS)
     return kind, lambda: rows(files) >= row, generator.uniform(0, 0.2)
 

@@ -106,6 +106,27 @@ def test_an_append_to_what_another_process_wrote_is_refused(folder):
 
 
 @needs_server
+def test_a_small_object_takes_one_request(folder, monkeypatch):
+    """A session of an upload, which the server forgets when it is away, would be lost with it."""
+    from occ.buckets import store
+
+    asked, request = [], store.PatientStore._request
+
+    async def count(self, method, at, *args, **options):
+        asked.append((method, options.get("uploadType")))
+        return await request(self, method, at, *args, **options)
+
+    monkeypatch.setattr(store.PatientStore, "_request", count)
+    (folder / "text").write_text("one")  # as Orbax and JAX do
+    disk.replace(folder / "file", "two")
+    assert asked == [("POST", "multipart")] * 2
+    large = bytes(range(256)) * 2**15
+    (folder / "large").write_bytes(large)
+    assert (folder / "large").read_bytes() == large
+    assert (folder / "text").read_text() + (folder / "file").read_text() == "onetwo"
+
+
+@needs_server
 def test_a_write_holds_its_condition_and_may_be_asked_for_twice(folder):
     from occ.buckets import store
 
@@ -147,10 +168,12 @@ def test_a_lock_of_another_machine_is_watched(beats, folder, quick):
     if beats:
         thread = threading.Thread(target=beat)
         thread.start()
-        with pytest.raises(LockedError, match="process 1 on host elsewhere"):
-            lock.take(folder)
-        ended.set()
-        thread.join()
+        try:
+            with pytest.raises(LockedError, match="process 1 on host elsewhere"):
+                lock.take(folder)
+        finally:
+            ended.set()
+            thread.join()
     else:
         began = time.monotonic()
         lock.take(folder).close()

@@ -30,6 +30,8 @@ EMULATOR = "STORAGE_EMULATOR_HOST"
 """Where it is set there is an emulator at that address, which asks for no credentials."""
 
 CHUNK = 2**24  # bytes of a file that are copied at one time
+ONE_PIECE = 2**20  # bytes of a body that aiohttp sends without leave for others in between
+TRIES = 3  # of an upload of a large file
 
 
 class Object(NamedTuple):
@@ -48,6 +50,23 @@ class ChangedError(RuntimeError):
     """An object is not the one that this process wrote: another process has written to it."""
 
 
+class _Written(core.GCSFile):
+    """A file that is written in one request where it is no larger than a block (5 MiB).
+
+    gcsfs begins a session for each, in two requests, which a server may forget between them.
+    """
+
+    def _initiate_upload(self) -> None:
+        if not (self.forced and self.autocommit):  # else all of it is in the buffer
+            super()._initiate_upload()
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        if self.location is not None:
+            return super()._upload_chunk(final)
+        self._simple_upload()
+        return True
+
+
 class PatientStore(core.GCSFileSystem):
     """gcsfs that remembers no listings, and waits for a bucket that does not answer.
 
@@ -62,11 +81,20 @@ class PatientStore(core.GCSFileSystem):
         super().__init__(*args, **{**options, "use_listings_cache": False})
 
     async def _request(self, method: str, path: str, *args: Any, **options: Any) -> Any:
+        data = options.get("data")
+        if isinstance(data, bytes | bytearray | memoryview) and len(data) > ONE_PIECE:
+            options["data"] = core.UnclosableBytesIO(data)
         once = inspect.unwrap(core.GCSFileSystem._request)  # without gcsfs's own six tries
         request = functools.partial(once, self, method, path, *args, **options)
         found = re.search(r"\bb/([^/]+)", path.format(*args) if args else path)
         bucket = f"gs://{found[1]}" if found else "the buckets"
         return await patiently(request, f"{bucket} at {self._location}", _transient)
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if "r" in mode:
+            return super()._open(path, mode, **options)
+        options = {"block_size": self.default_block_size, "consistency": self.consistency} | options
+        return _Written(self, path, mode, **options)
 
     async def _isdir(self, path: str) -> bool:
         try:
@@ -168,7 +196,7 @@ def delete(file: Path, generation: int) -> bool:
 def replace(file: Path, content: bytes) -> None:
     """Writes an object, whatever was there: it holds the old or the new."""
     _written.pop(str(file), None)
-    file.write_bytes(content)
+    _store().pipe_file(str(file), content)
 
 
 _written: dict[str, Object] = {}
@@ -200,8 +228,13 @@ def append(file: Path, content: bytes) -> None:
 
 def upload(source: str | os.PathLike[str], target: Path) -> None:
     """Copies a local file of any size to an object, which appears whole."""
-    with open(source, "rb") as content, target.open("wb") as out:
-        shutil.copyfileobj(content, out, CHUNK)
+    for tries_left in reversed(range(TRIES)):
+        try:
+            _store().put_file(os.fspath(source), str(target))
+            return
+        except FileNotFoundError:  # the session of a large upload, which the server has forgotten
+            if not (tries_left and os.path.exists(source)):
+                raise
 
 
 def download(source: Path, target: str | os.PathLike[str]) -> None:

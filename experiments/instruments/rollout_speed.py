@@ -207,9 +207,9 @@ def slots(setting: Setting, arguments: Arguments) -> dict[str, Any]:
     count = 8 * size
     inputs = setting.prompts(count)
     vocabulary = setting.config.model.vocab_size
-    # One token in twelve ends a response, so that lengths are geometric.
-    hazard = 12
-    sampling = SamplingConfig(5 * hazard, stop_tokens=tuple(range(0, vocabulary, hazard)))
+    # Every 32nd token ends a response, so that lengths are about geometric; these are likelier than
+    # others, and the mean is a dozen.
+    sampling = SamplingConfig(5 * 12, stop_tokens=tuple(range(0, vocabulary, 32)))
     every = np.arange(count)
     together = setting.sample(*inputs, sampling, slots=size)
     portion = setting.sample(*inputs, sampling)

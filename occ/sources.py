@@ -53,6 +53,18 @@ def resolve(source: str) -> pathlib.Path:
     return found[0]
 
 
+def cached_dataset_file(repository: str, path: str, revision: str) -> pathlib.Path | None:
+    """A file of a dataset at a revision, where huggingface_hub has fetched it before; else None."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(
+        repository, path, constants.HF_HUB_CACHE, revision, repo_type="dataset"
+    )
+    return pathlib.Path(found) if isinstance(found, str) else None  # or what says: not there
+
+
 def _fetched(name: str) -> pathlib.Path:
     """The newest snapshot of a model in the cache of huggingface_hub."""
     if importlib.util.find_spec("huggingface_hub") is None:

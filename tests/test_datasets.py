@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -273,6 +274,30 @@ def test_without_file_and_network_the_error_says_where_to_put_it(tmp_path, monke
     with pytest.raises(FileNotFoundError, match="could not be downloaded") as caught:
         datasets.prepare("aime_2025", tmp_path)
     assert str(tmp_path / "manual" / "aime_2025" / "test.jsonl") in str(caught.value)
+
+
+def test_a_file_in_the_hubs_cache_is_used(tmp_path, monkeypatch):
+    """Of the pinned revision, under the repository's name too; what lies by hand comes first."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    entry = datasets.find("amc")
+    fixtures_math.write(tmp_path / "elsewhere", ["amc"])
+    name = entry.files["test"][0].path
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(requests, "head", _no_network)
+    owned = f"datasets--{entry.repository.replace('/', '--')}"
+    for revision in ("0" * 40, entry.revision):
+        with pytest.raises(FileNotFoundError, match=rf"hf download {entry.repository} .*dataset"):
+            datasets.prepare(entry.repository, tmp_path / "data", verify=False)
+        place = tmp_path / "hub" / owned / "snapshots" / revision / name
+        place.parent.mkdir(parents=True)
+        shutil.copy(tmp_path / "elsewhere" / "manual" / "amc" / name, place)
+    prepared = datasets.prepare(entry.repository, tmp_path / "data", verify=False)
+    assert datasets.counts(prepared)["test"].kept == 2
+    assert prepared.info.metadata["sha256"] == {name: files.sha256(place)}
+
+
+def _no_network(url, **_):
+    raise requests.exceptions.ConnectionError
 
 
 def test_a_downloaded_file_is_used(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """One TFDS builder for all published sets: their released files to array_record, and back.
 
-    data_dir/manual/NAME/PATH      files put there by hand, at their path in the repository
+    data_dir/manual/NAME/PATH      files put there by hand, at their path in the repository; else
+                                   those in huggingface_hub's cache are taken
     data_dir/downloads/            files that TFDS downloaded
     data_dir/published_problems/   what was prepared: array_record, with features and counts
 
@@ -33,7 +34,7 @@ import numpy as np
 import requests
 import tensorflow_datasets as tfds
 
-from occ import buckets
+from occ import buckets, sources
 from occ.buckets import Path
 from occ.tasks.datasets.files import FORMATS, Row, rows, sha256
 from occ.tasks.datasets.published import TABLE, File, Published, find
@@ -116,7 +117,11 @@ class PublishedProblems(tfds.core.GeneratorBasedBuilder):
         by_hand = self.by_hand(file)
         if by_hand.exists():
             return by_hand
-        url = self._published.url(file)
+        published = self._published
+        cached = sources.cached_dataset_file(published.repository, file.path, published.revision)
+        if cached is not None:
+            return cached
+        url = published.url(file)
         try:
             # TFDS tries for minutes before it says that there is no network.
             requests.head(url, allow_redirects=True, timeout=SECONDS).raise_for_status()
@@ -124,7 +129,10 @@ class PublishedProblems(tfds.core.GeneratorBasedBuilder):
         except OSError as error:  # of requests and of urllib too
             raise FileNotFoundError(
                 f"{self._published.title}: {by_hand} does not exist, and {url} could not be "
-                f"downloaded ({type(error).__name__}). Download it elsewhere, and put it there."
+                f"downloaded ({type(error).__name__}). Download it elsewhere, and put it there; or "
+                "fill huggingface_hub's cache where there is a network: hf download "
+                f"{published.repository} {file.path} --repo-type dataset "
+                f"--revision {published.revision}"
             ) from error
 
     def by_hand(self, file: File) -> pathlib.Path:
@@ -208,7 +216,7 @@ def prepare(name: str, data_dir: str | pathlib.Path, *, verify: bool = True) -> 
     """The builder of a set, prepared; what was prepared before is not read again.
 
     Args:
-      name: of the set, a key of `published.TABLE`.
+      name: of the set, a key of `published.TABLE`, or its repository "OWNER/NAME" on the hub.
       data_dir: for all of its files. From a bucket those in manual/NAME are copied to this host's
         disk, and prepared there, since array_record files are read in place.
       verify: refuse files whose sum is known and not theirs.
@@ -218,7 +226,7 @@ def prepare(name: str, data_dir: str | pathlib.Path, *, verify: bool = True) -> 
         field or has a wrong value there; what is prepared is of other files.
       FileNotFoundError: a file is not there and cannot be downloaded.
     """
-    find(name)
+    name = find(name).name
     if str(data_dir).startswith("gs://"):
         data_dir = _staged(buckets.path(data_dir), name)
     builder = PublishedProblems(

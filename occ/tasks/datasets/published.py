@@ -298,11 +298,18 @@ the paper's six; the others are those that are customary beside them."""
 
 
 def find(name: str) -> Published:
-    """The set of that name.
+    """The set of that name, or of that repository "OWNER/NAME".
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or the repository has several.
     """
+    if "/" in name:
+        released = [one for one in TABLE.values() if one.repository == name]
+        if len(released) == 1:
+            return released[0]
     if name not in TABLE:
-        raise ValueError(f"datasets: unknown set {name!r}; expected one of {sorted(TABLE)}.")
+        raise ValueError(
+            f"datasets: unknown set {name!r}; expected one of {sorted(TABLE)}, or the repository "
+            "of one."
+        )
     return TABLE[name]

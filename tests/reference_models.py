@@ -113,8 +113,8 @@ def packed(lengths, time, config, seed=0):
 # ---------------------------------------------------------------------------------------------
 
 
-def forward(params, rest, config, tokens, positions, segment_ids):
-    """The whole model on numpy arrays [B, T]."""
+def forward(params, rest, config, tokens, positions, segment_ids, replayed=None):
+    """The whole model on numpy arrays [B, T]; `replayed` are experts [L, k, B, T]."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     rest = jax.tree.map(lambda a: np.asarray(a, np.float64), rest)
     experts = config.moe.num_experts if config.moe else 0
@@ -128,8 +128,12 @@ def forward(params, rest, config, tokens, positions, segment_ids):
             for layer in range(len(params[name]["attention_norm"]["scale"])):
                 block_params = jax.tree.map(lambda a, i=layer: a[i], params[name])
                 block_rest = jax.tree.map(lambda a, i=layer: a[i], rest.get(name, {}))
-                load = loads[layer] if "router" in block_params["mlp"] else None
-                hidden = block(hidden, block_params, block_rest, config, *row_inputs[1:], load)
+                inputs = block_params, block_rest, config, *row_inputs[1:]
+                if "router" in block_params["mlp"]:
+                    again = None if replayed is None else replayed[layer, :, row]
+                    hidden = block(hidden, *inputs, loads[layer], again)
+                else:
+                    hidden = block(hidden, *inputs)
         logits = [readout(params, params["final_norm"]["scale"], h, config) for h in hidden]
         results.append((hidden, logits, *mtp(hidden, params, rest, config, *row_inputs)))
     hidden, logits, states, ahead = (np.array(part) for part in zip(*results, strict=True))
@@ -203,8 +207,8 @@ def mlp(x, params):
     return swiglu(x, *(params[name]["kernel"] for name in ("gate", "up", "down")))
 
 
-def route(x, params, bias, moe):
-    """The chosen experts and their gates: {expert: gate}."""
+def route(x, params, bias, moe, replayed):
+    """The chosen experts, or those that are replayed, and their gates: {expert: gate}."""
     score = [1 / (1 + np.exp(-float(column @ x))) for column in params["router"].T]
     choice = [s + b for s, b in zip(score, bias, strict=True)]
     size = moe.num_experts // moe.num_groups
@@ -212,22 +216,24 @@ def route(x, params, bias, moe):
     groups.sort(key=lambda group: -sum(sorted((choice[e] for e in group), reverse=True)[:2]))
     allowed = [e for group in groups[: moe.top_groups] for e in group]
     chosen = sorted(allowed, key=lambda e: -choice[e])[: moe.experts_per_token]
+    if replayed is not None:
+        chosen = [int(e) for e in replayed]
     total = sum(score[e] for e in chosen) if moe.normalise_top_k else 1.0
     return {e: moe.routed_scaling * score[e] / total for e in chosen}
 
 
-def mixture(x, params, bias, moe, valid, load):
+def mixture(x, params, bias, moe, valid, load, replayed=None):
     """One token; padding visits the shared experts alone."""
     y = np.zeros_like(x)
     if valid:
-        for e, gate in route(x, params, bias, moe).items():
+        for e, gate in route(x, params, bias, moe, replayed).items():
             kernels = (params[f"{name}_kernel"][e] for name in ("gate", "up", "down"))
             y = y + gate * swiglu(x, *kernels)
             load[e] += 1
     return y + mlp(x, params["shared"]) if moe.num_shared_experts else y
 
 
-def block(xs, params, rest, config, positions, segment_ids, load=None):
+def block(xs, params, rest, config, positions, segment_ids, load=None, replayed=None):
     def norm(x, name):
         return rms_norm(x, params[name]["scale"], config.norm_epsilon)
 
@@ -236,12 +242,13 @@ def block(xs, params, rest, config, positions, segment_ids, load=None):
     )
     xs = [x + m for x, m in zip(xs, mixed, strict=True)]
     outputs = []
-    for x, segment in zip(xs, segment_ids, strict=True):
+    for t, (x, segment) in enumerate(zip(xs, segment_ids, strict=True)):
         normal = norm(x, "mlp_norm")
         if "router" in params["mlp"]:
             load = np.zeros(config.moe.num_experts) if load is None else load
             bias = rest["mlp"]["router_bias"]
-            update = mixture(normal, params["mlp"], bias, config.moe, segment > 0, load)
+            again = None if replayed is None else replayed[:, t]
+            update = mixture(normal, params["mlp"], bias, config.moe, segment > 0, load, again)
         else:
             update = mlp(normal, params["mlp"])
         outputs.append(x + update)

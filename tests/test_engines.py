@@ -33,6 +33,7 @@ from occ.generation.engines.server import wire
 from occ.generation.engines.vllm import VLLMEngine, assemble
 from occ.generation.sampling import SamplingConfig
 from occ.models import pretrained
+from occ.models.config import MoEConfig
 from occ.training import loop
 from occ.training.config import EvaluationConfig, ObjectiveConfig, RolloutConfig
 from occ.training.evaluate import evaluate
@@ -257,6 +258,42 @@ def test_answers_become_a_generation():
     assert got.work.acceptance == (2 / 3, 1 / 2)
     greedy = assemble(request_of(temperature=0.0), made, {})
     assert not greedy.log_prob.any()  # as in this process: there is no distribution
+
+
+def test_experts_find_their_tokens():
+    """Two prompts of two and three tokens, of two responses each; layer 0 has no experts."""
+    request = request_of(keep_experts=True)
+    lengths = np.array([2, 2, 1, 1], np.int32)
+    seen = np.array([3, 3, 3, 3], np.int32)  # prompt and response, but for the last token
+    experts = np.arange(12 * 3 * 2, dtype=np.int16).reshape(12, 3, 2)
+    made = answer(4, lengths=lengths) | {"experts": experts, "experts_lengths": seen}
+    made |= {"tokens": np.ones(6, np.int32), "log_prob": np.zeros(6, np.float32)}
+    got = assemble(request, made, {}, first_sparse_layer=1).experts
+    assert got.shape == (2, 2, 4, 6)
+    np.testing.assert_array_equal(got[0, 0, 0], [-1, 2, 8, 14, -1, -1])  # token t is 2 + 6 t
+    np.testing.assert_array_equal(got[1, 1, 0], [-1, 5, 11, 17, -1, -1])
+    np.testing.assert_array_equal(got[0, 0, 3], [56, 62, 68, -1, -1, -1])
+    for wrong in ({"experts": experts[:5]}, {"experts_lengths": seen - 2}, {"experts": None}):
+        some = {name: value for name, value in (made | wrong).items() if value is not None}
+        with pytest.raises(EngineError, match="asked for the experts of 4 sequences of 4"):
+            assemble(request, some, {}, first_sparse_layer=1)
+
+
+def test_experts_of_an_engine_are_replayed(serving):
+    model = tiny.model_config(1, vocab_size=14, moe=MoEConfig(4, 2, 8))
+    rollout = RolloutConfig(prompts=4, samples=4, minibatches=2, routing_replay=True)
+    config = config_for(serving, model=model, rollout=rollout)
+    programs = build_programs(config, TASK)
+    there = collect(programs, policy_for(config), config, TASK, 0).batch
+    programs.engine.close()
+    assert there.experts.shape == (1, 2, *there.tokens.shape)
+    seen = (there.experts >= 0).all(axis=(0, 1))
+    assert seen.sum() == (there.segment_ids > 0).sum() - len(seen)
+    np.testing.assert_allclose(
+        there.old_log_prob[there.response_mask],
+        there.rollout_log_prob[there.response_mask],
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ class LayerOutput(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(graphdef, params, rest, x, valid):
     mixture = merge_model(graphdef, params, rest).mtp[0].block.mlp
-    y, load = mixture(x[None], valid[None])
-    return LayerOutput(y[0], load, *mixture._route(x, mixture._weights()))
+    routed = mixture(x[None], valid[None])
+    return LayerOutput(routed.y[0], routed.load, *mixture._route(x, mixture._weights()))
 
 
 def layer(moe, x, bias=None, valid=None):

@@ -99,6 +99,7 @@ def minibatch_shapes(config: TrainConfig, mesh: Any) -> Minibatch:
             sharding=sharding,
         )
         for name, sharding in vars(batch_shardings(mesh)).items()
+        if sharding is not None
     }
     return Minibatch(**fields)
 

@@ -62,6 +62,7 @@ class _Responses(NamedTuple):
     log_prob: jax.Array  # float32 [M, R]
     lengths: jax.Array  # int32 [M]
     stopped: jax.Array  # bool [M]
+    experts: jax.Array | None  # int [M, P + R, L, k], from each prompt's first token on
 
 
 class _Progress(NamedTuple):
@@ -105,10 +106,13 @@ def generate(
       One response to each sample, after its prompt, in the order of `prompt_of`.
 
     Raises:
-      ValueError: the model's context is too short, or its modules cannot draft so many tokens.
+      ValueError: the model's context is too short, its modules cannot draft so many tokens, or it
+        has no experts to keep.
     """
     model = policy.model
     check_depth(policy.config.mtp, draft_depth)
+    if config.keep_experts and policy.config.moe is None:
+        raise ValueError("generate: keep_experts is of a mixture of experts, got a dense model.")
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     if prompt_of is None:
         prompt_of = jnp.arange(prompts.shape[0], dtype=jnp.int32)
@@ -117,7 +121,7 @@ def generate(
         rows = jnp.arange(count, dtype=jnp.int32)
     size = min(slots, count) if slots else count
     empty = _empty(model, size, count, prompts.shape[1], config, draft_depth)
-    begin = _begin(model, prompts, prompt_mask, size, draft_depth)
+    begin = _begin(model, prompts, prompt_mask, size, config, draft_depth)
 
     def refill(progress: _Progress) -> _Progress:
         return _refill(progress, begin, prompt_of, config)
@@ -155,7 +159,20 @@ def generate(
         finished=responses.stopped,
         lengths=responses.lengths,
         work=end.work._replace(places=end.work.steps * size + prompts.size),
+        experts=_aligned(responses.experts, mask, taken),
     )
+
+
+def _aligned(experts: jax.Array | None, prompt_mask, taken) -> jax.Array | None:
+    """[L, k, M, P + R] in the columns of the tokens, -1 where no token is or none was seen."""
+    if experts is None:
+        return None
+    padding = jnp.sum(~prompt_mask, axis=1, dtype=jnp.int32)
+    from_left = jnp.arange(experts.shape[1], dtype=jnp.int32)[None] - padding[:, None]
+    moved = jnp.take_along_axis(experts, jnp.maximum(from_left, 0)[:, :, None, None], axis=1)
+    before_last = jnp.pad(taken[:, 1:], ((0, 0), (0, 1)))
+    seen = jnp.concatenate([prompt_mask, before_last], axis=1)
+    return jnp.where(seen, jnp.moveaxis(moved, (2, 3), (0, 1)), -1)
 
 
 def _modules(model: Decoder, depth: int) -> int:
@@ -163,7 +180,9 @@ def _modules(model: Decoder, depth: int) -> int:
     return model.config.mtp.num_modules if depth else 1
 
 
-def _begin(model: Decoder, prompts, prompt_mask, rows: int, depth: int) -> _Prompts:
+def _begin(
+    model: Decoder, prompts, prompt_mask, rows: int, config: SamplingConfig, depth: int
+) -> _Prompts:
     """Runs the prompts through the trunk and, for drafts, the modules; so many at one time.
 
     The last one is repeated until they can be cut evenly.
@@ -177,9 +196,9 @@ def _begin(model: Decoder, prompts, prompt_mask, rows: int, depth: int) -> _Prom
         return jnp.pad(values, ((0, parts * rows - count), (0, 0)), mode="edge")
 
     if parts == 1:
-        return _begin_all(model, cut(prompts), cut(prompt_mask), depth)
+        return _begin_all(model, cut(prompts), cut(prompt_mask), config, depth)
     begun = jax.lax.map(
-        lambda part: _begin_all(model, part[0], part[1], depth),
+        lambda part: _begin_all(model, part[0], part[1], config, depth),
         (cut(prompts).reshape(parts, rows, -1), cut(prompt_mask).reshape(parts, rows, -1)),
     )
 
@@ -191,17 +210,21 @@ def _begin(model: Decoder, prompts, prompt_mask, rows: int, depth: int) -> _Prom
         lambda values: join(values, 1), (begun.cache.stacks, begun.modules)
     )
     return _Prompts(
-        Cache(stacks, join(begun.cache.lengths)), modules, jax.tree.map(join, begun.window)
+        Cache(stacks, *jax.tree.map(join, (begun.cache.lengths, begun.cache.experts))),
+        modules,
+        jax.tree.map(join, begun.window),
     )
 
 
-def _begin_all(model: Decoder, prompts, prompt_mask, depth: int) -> _Prompts:
+def _begin_all(
+    model: Decoder, prompts, prompt_mask, config: SamplingConfig, depth: int
+) -> _Prompts:
     columns = prompts.shape[1]
     lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
     # From the left to the right end of the padding, so that token t is in column t.
     from_left = (columns - lengths)[:, None] + jnp.arange(columns, dtype=jnp.int32)[None]
     tokens = jnp.take_along_axis(prompts, from_left % columns, axis=1)
-    hidden, cache = model.prefill(tokens, lengths)
+    hidden, cache = model.prefill(tokens, lengths, config.keep_experts)
     modules = model.prefill_modules(hidden, tokens, lengths) if depth else None
     window = first_window(hidden if depth else None, tokens, lengths, _modules(model, depth), depth)
     return _Prompts(cache._replace(lengths=lengths - 1), modules, window)
@@ -212,7 +235,7 @@ def _empty(
 ) -> _Progress:
     """No row runs, and none has begun."""
     most, modules = config.max_new_tokens, _modules(model, depth)
-    cache = model.empty_cache(size, columns + most, depth + 1)
+    cache = model.empty_cache(size, columns + most, depth + 1, config.keep_experts)
     hidden = jnp.zeros((size, modules + depth, model.config.width), model.config.compute)
     of_slots, of_tokens = (size,), (size, most + depth + 1)
     slots = _Slots(
@@ -237,6 +260,9 @@ def _empty(
         log_prob=jnp.zeros((count, most), jnp.float32),
         lengths=jnp.zeros((count,), jnp.int32),
         stopped=jnp.zeros((count,), bool),
+        experts=None
+        if cache.experts is None
+        else jnp.full((count, columns + most, *cache.experts.shape[2:]), -1, cache.experts.dtype),
     )
     nothing, at_depths = jnp.zeros((), jnp.int32), jnp.zeros((depth,), jnp.int32)
     work = Work(nothing, nothing, at_depths, at_depths, nothing)
@@ -264,6 +290,7 @@ def _refill(progress: _Progress, begin: _Prompts, prompt_of, config: SamplingCon
             for old, new in zip(slots.cache.stacks, begin.cache.stacks, strict=True)
         ),
         take(slots.cache.lengths, begin.cache.lengths),
+        _taken_experts(slots.cache.experts, begin.cache.experts, take),
     )
     return progress._replace(
         slots=slots._replace(
@@ -278,6 +305,13 @@ def _refill(progress: _Progress, begin: _Prompts, prompt_of, config: SamplingCon
         begun=jnp.minimum(progress.begun + jnp.sum(idle, dtype=jnp.int32), count),
         responses=_collect(slots, progress.responses, config),
     )
+
+
+def _taken_experts(old: jax.Array | None, of_prompts: jax.Array | None, take) -> jax.Array | None:
+    if old is None or of_prompts is None:
+        return None
+    columns = of_prompts.shape[1]
+    return old.at[:, :columns].set(take(old[:, :columns], of_prompts))
 
 
 def _copy(old: StackCache, of_prompts: StackCache, fresh, prompt, first: int = 0) -> StackCache:
@@ -314,6 +348,9 @@ def _collect(slots: _Slots, responses: _Responses, config: SamplingConfig) -> _R
         jnp.where(taken, slots.log_prob[:, :most], 0),
         slots.made,
         slots.stopped,
+        None
+        if responses.experts is None or slots.cache.experts is None
+        else slots.cache.experts[:, : responses.experts.shape[1]],
     )
     nowhere = responses.lengths.shape[0]
     where = jnp.where(slots.running, nowhere, slots.sample)

@@ -75,12 +75,14 @@ class Sampler:
         )
 
         def widen(values, padding=0):
-            return np.pad(values, ((0, 0), (left_out, 0)), constant_values=padding)
+            before = [(0, 0)] * (values.ndim - 1) + [(left_out, 0)]
+            return np.pad(values, before, constant_values=padding)
 
         return generation._replace(
             tokens=widen(generation.tokens, self.pad_token),
             response_mask=widen(generation.response_mask),
             log_prob=widen(generation.log_prob),
+            experts=None if generation.experts is None else widen(generation.experts, -1),
         )
 
 

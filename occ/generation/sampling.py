@@ -25,6 +25,7 @@ class SamplingConfig:
       speculation: how the trunk judges drafts. "common": it samples with the random numbers that
         drew the draft, so that drafts change no sample. "rejection": it keeps more of them, and
         samples follow the same distribution, but are others with each depth of drafts.
+      keep_experts: of a mixture of experts, say which experts each token went to.
     """
 
     max_new_tokens: int
@@ -34,6 +35,7 @@ class SamplingConfig:
     stop_tokens: tuple[int, ...] = ()
     pad_token: int = 0
     speculation: Literal["common", "rejection"] = "common"
+    keep_experts: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
@@ -80,6 +82,8 @@ class Generation(NamedTuple):
       finished: bool [B], the response ended in a stop token and was not cut off.
       lengths: int32 [B], response tokens.
       work: what they took.
+      experts: int [L, k, B, P + R], of the trunk's L sparse layers; -1 on padding, and on the last
+        token of a response, which none has seen. None unless `SamplingConfig.keep_experts`.
     """
 
     tokens: jax.Array
@@ -88,6 +92,7 @@ class Generation(NamedTuple):
     finished: jax.Array
     lengths: jax.Array
     work: Work
+    experts: jax.Array | None = None
 
 
 def check_fits(prompt_mask: Any, max_length: int, config: SamplingConfig) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from occ.models.attention import Attention, Context
 from occ.models.cache import Past, StackCache
@@ -16,11 +16,19 @@ from occ.models.moe import MixtureOfExperts
 
 
 class BlockOutput(NamedTuple):
-    """What a block hands on: hidden state, its keys and values, the router's load [E] or None."""
+    """What a block hands on.
+
+    Attributes:
+      hidden: float [B, T, D].
+      new: its keys and values.
+      load: float32 [E], tokens that each expert received; None without experts.
+      experts: int32 [B, T, k], those of each token; None likewise.
+    """
 
     hidden: jax.Array
     new: StackCache
     load: jax.Array | None
+    experts: jax.Array | None
 
 
 class Block(nnx.Module):
@@ -41,6 +49,7 @@ class Block(nnx.Module):
         x: Float[Array, "batch time width"],
         context: Context,
         past: Past | None = None,
+        replayed: Int[Array, "batch time k"] | None = None,
         *,
         generating: bool = False,
     ) -> BlockOutput:
@@ -50,13 +59,14 @@ class Block(nnx.Module):
           x: hidden state.
           context: of the tokens.
           past: what they see before them; None are whole sequences.
+          replayed: experts of each token, as of `MixtureOfExperts`.
           generating: parameters are gathered along "fsdp", once for all tokens.
         """
         mixed, new = self.attention(self.attention_norm(x), context, past)
         x = x + mixed
         normal = self.mlp_norm(x)
         if isinstance(self.mlp, MixtureOfExperts):
-            update, load = self.mlp(normal, context.valid, whole=generating)
+            update, load, experts = self.mlp(normal, context.valid, replayed, whole=generating)
         else:
-            update, load = self.mlp(normal), None
-        return BlockOutput(x + update, new, load)
+            update, load, experts = self.mlp(normal), None, None
+        return BlockOutput(x + update, new, load, experts)

@@ -14,6 +14,7 @@ from occ.models.block import Block
 from occ.models.cache import Past, StackCache, columns_in_blocks, decode_kernel
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
+from occ.models.moe import MixtureOfExperts
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
 from occ.models.parameters import is_trained
 from occ.models.partitioning import ROWS, constrain
@@ -37,10 +38,12 @@ class Cache(NamedTuple):
     Attributes:
       stacks: of each stack of layers.
       lengths: int32 [B], tokens of each row; what is in later columns is not read.
+      experts: int [B, C, L, k], of each token in the L layers that have some; None keeps none.
     """
 
     stacks: tuple[StackCache, ...]
     lengths: jax.Array
+    experts: jax.Array | None = None
 
 
 class Decoder(nnx.Module):
@@ -77,6 +80,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "batch time"],
         positions: Int[Array, "batch time"],
         segment_ids: Int[Array, "batch time"],
+        experts: Int[Array, "layers k batch time"] | None = None,
     ) -> TrunkOutput:
         """Hidden states of whole sequences.
 
@@ -84,6 +88,8 @@ class Decoder(nnx.Module):
           tokens: int32 [B, T].
           positions: int32 [B, T], within each sequence.
           segment_ids: int32 [B, T], 0 on padding; no token sees another sequence's.
+          experts: int [L, k, B, T], the choice that each sparse layer repeats; as `replayed` of
+            `MixtureOfExperts`.
 
         Raises:
           ValueError: T exceeds `max_length`.
@@ -91,8 +97,9 @@ class Decoder(nnx.Module):
         context = self._context(tokens, positions, segment_ids)
         hidden, loads = constrain(self.embedding(tokens), ROWS), []
         for stack in self._stacks():
-            hidden, load, _ = _scan(stack, hidden, context, self.config)
-            loads += [] if load is None else [load]
+            passed = _scan(stack, hidden, context, self.config, replayed=experts)
+            hidden = passed.hidden
+            loads += [] if passed.load is None else [passed.load]
         return TrunkOutput(hidden, jnp.concatenate(loads) if loads else None)
 
     def mtp_hidden(
@@ -147,8 +154,12 @@ class Decoder(nnx.Module):
 
     # -- generation ---------------------------------------------------------------------------
 
-    def empty_cache(self, batch: int, columns: int, spare: int = 0) -> Cache:
+    def empty_cache(
+        self, batch: int, columns: int, spare: int = 0, keep_experts: bool = False
+    ) -> Cache:
         """A cache for `columns` tokens a row, and for `spare` that may be taken back.
+
+        With `keep_experts` it also remembers the experts of each token.
 
         Raises:
           ValueError: more columns than `max_length`.
@@ -156,7 +167,8 @@ class Decoder(nnx.Module):
         _check_length(columns, self.config)
         sizes = [jax.tree.leaves(nnx.state(stack))[0].shape[0] for stack in self._stacks()]
         stacks = tuple(self.empty_stack(size, batch, columns + spare) for size in sizes)
-        return Cache(stacks, jnp.zeros((batch,), jnp.int32))
+        experts = self._no_experts(batch, columns + spare) if keep_experts else None
+        return Cache(stacks, jnp.zeros((batch,), jnp.int32), experts)
 
     def empty_stack(self, layers: int, batch: int, columns: int) -> StackCache:
         """A cache for so many layers, in whole blocks of columns."""
@@ -167,21 +179,28 @@ class Decoder(nnx.Module):
         return StackCache(empty, empty)
 
     def prefill(
-        self, tokens: Int[Array, "batch time"], lengths: Int[Array, "batch"]
+        self,
+        tokens: Int[Array, "batch time"],
+        lengths: Int[Array, "batch"],
+        keep_experts: bool = False,
     ) -> tuple[Float[Array, "batch time width"], Cache]:
         """Hidden states of the first tokens of each row, and a cache of T columns with them.
 
         Args:
           tokens: int32 [B, T], padded on the right.
           lengths: int32 [B], of each row.
+          keep_experts: as of `empty_cache`.
         """
         context = self._beginning(tokens, lengths)
-        hidden, stacks = constrain(self.embedding(tokens), ROWS), []
+        hidden, stacks, experts = constrain(self.embedding(tokens), ROWS), [], None
         for stack in self._stacks():
-            hidden, _, new = _scan(stack, hidden, context, self.config, generating=True)
-            assert new is not None
-            stacks.append(new)
-        return hidden, Cache(tuple(stacks), lengths)
+            passed = _scan(stack, hidden, context, self.config, generating=True)
+            hidden = passed.hidden
+            assert passed.new is not None
+            stacks.append(passed.new)
+            if keep_experts and passed.experts is not None:
+                experts = _by_token(passed.experts).astype(self._expert_dtype)
+        return hidden, Cache(tuple(stacks), lengths, experts)
 
     def extend(
         self,
@@ -202,11 +221,16 @@ class Decoder(nnx.Module):
         context = _further(past, tokens.shape[1], running)
         hidden, stacks = constrain(self.embedding(tokens), ROWS), []
         for stack, before in zip(self._stacks(), cache.stacks, strict=True):
-            hidden, _, new = _scan(
+            passed = _scan(
                 stack, hidden, context, self.config, Past(before, 0, past), generating=True
             )
-            assert new is not None
-            stacks.append(before.write(new, past))
+            hidden = passed.hidden
+            assert passed.new is not None
+            stacks.append(before.write(passed.new, past))
+            if cache.experts is not None and passed.experts is not None:
+                # Rows that do not run write past the end, so that what they had stays.
+                columns = jnp.where(running, past, cache.experts.shape[1])
+                cache = cache._replace(experts=_write(cache.experts, passed.experts, columns))
         return hidden, cache._replace(stacks=tuple(stacks))
 
     def module_input(
@@ -269,6 +293,18 @@ class Decoder(nnx.Module):
 
     # -- pieces -------------------------------------------------------------------------------
 
+    @property
+    def _expert_dtype(self) -> Any:
+        """Of numbers of experts, and of -1 for none."""
+        return jnp.int8 if self.config.moe and self.config.moe.num_experts <= 128 else jnp.int16
+
+    def _no_experts(self, batch: int, columns: int) -> jax.Array:
+        moe = self.config.moe
+        assert moe is not None
+        sparse = self.config.num_layers - moe.first_dense_layers
+        shape = (batch, columns, sparse, moe.experts_per_token)
+        return constrain(jnp.full(shape, -1, self._expert_dtype), ROWS)
+
     def _beginning(self, tokens, lengths) -> Context:
         columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         valid = (columns[None] < lengths[:, None]).astype(jnp.int32)
@@ -323,16 +359,26 @@ def _further(lengths, time: int, running) -> Context:
     return Context(positions, jnp.broadcast_to(running[:, None], positions.shape).astype(jnp.int32))
 
 
+class _Passed(NamedTuple):
+    """What a stack of layers hands on, but for `hidden` with a leading layer axis."""
+
+    hidden: jax.Array
+    load: jax.Array | None
+    new: StackCache | None
+    experts: jax.Array | None
+
+
 def _scan(
     stack: Block,
     hidden: jax.Array,
     context: Context,
     config: ModelConfig,
     past: Past | None = None,
+    replayed: jax.Array | None = None,
     *,
     generating: bool = False,
-) -> tuple[jax.Array, jax.Array | None, StackCache | None]:
-    """Applies the layers in order: hidden state, and with a leading layer axis load and new keys.
+) -> _Passed:
+    """Applies the layers in order.
 
     All layers read the cache, and none writes into it: as an input and output of its own for each
     layer, it would be copied for every token.
@@ -341,18 +387,39 @@ def _scan(
     size = jax.tree.leaves(variables)[0].shape[0]
 
     def layer(hidden, inputs):
-        layer_variables, number = inputs
+        layer_variables, number, experts = inputs
         block = nnx.merge(graphdef, layer_variables)
         before = None if past is None else past._replace(layer=number)
-        output = block(hidden, context, before, generating=generating)
-        return constrain(output.hidden, ROWS), (output.load, output.new if generating else None)
+        output = block(hidden, context, before, experts, generating=generating)
+        further = (output.new, output.experts) if generating else (None, None)
+        return constrain(output.hidden, ROWS), (output.load, *further)
 
+    if replayed is not None:
+        replayed = jnp.moveaxis(replayed, 1, -1) if _is_sparse(stack) else None
     numbers = jnp.arange(size, dtype=jnp.int32) if generating else None
     unroll = 1 if config.scan_layers else size
-    hidden, (load, new) = jax.lax.scan(
-        _remat(layer, config), hidden, (variables, numbers), unroll=unroll
+    hidden, (load, new, experts) = jax.lax.scan(
+        _remat(layer, config), hidden, (variables, numbers, replayed), unroll=unroll
     )
-    return hidden, load, new
+    return _Passed(hidden, load, new, experts)
+
+
+def _is_sparse(stack: Block) -> bool:
+    return isinstance(stack.mlp, MixtureOfExperts)
+
+
+def _by_token(experts: Int[Array, "layers batch time k"]) -> Int[Array, "batch time layers k"]:
+    return jnp.moveaxis(experts, 0, 2)
+
+
+def _write(kept: jax.Array, experts: jax.Array, columns: Int[Array, "batch"]) -> jax.Array:
+    """The experts of further tokens of each row, from its own column on."""
+    new = _by_token(experts).astype(kept.dtype)
+    return jax.vmap(
+        lambda old, new, column: jax.lax.dynamic_update_slice(
+            old, new, (column, 0 * column, 0 * column)
+        )
+    )(kept, new, columns)
 
 
 def _remat(function: Any, config: ModelConfig) -> Any:

@@ -127,31 +127,39 @@ def _exchange(x: jax.Array) -> jax.Array:
 
 
 def on_mesh(
-    function: Any, x: jax.Array, valid: jax.Array, weights: ExpertWeights, *, whole: bool
+    function: Any,
+    x: jax.Array,
+    valid: jax.Array,
+    replayed: jax.Array | None,
+    weights: ExpertWeights,
+    *,
+    whole: bool,
 ) -> Any:
-    """Runs `function(x, valid, weights, placement) -> (y, load)` on every device's own rows.
+    """Runs `function(x, valid, replayed, weights, placement)` on every device's own rows.
+
+    It gives the output of these rows, the load, and the experts of each token.
 
     Along "tensor" each device has a part of the experts' hidden width, and y is the sum of the
     parts. Their kernels are gathered along "fsdp", unless they are `whole` there.
     """
     mesh = several_devices()
     if mesh is None:
-        return function(x, valid, weights, Placement())
+        return function(x, valid, replayed, weights, Placement())
     placement = Placement(mesh.shape["expert"])
 
-    def local(x, valid, weights):
+    def local(x, valid, replayed, weights):
         if not whole:
             weights = weights._replace(
                 gate=jax.lax.all_gather(weights.gate, "fsdp", axis=1, tiled=True),
                 up=jax.lax.all_gather(weights.up, "fsdp", axis=1, tiled=True),
                 down=jax.lax.all_gather(weights.down, "fsdp", axis=2, tiled=True),
             )
-        y, load = function(x, valid, weights, placement)
-        return jax.lax.psum(y, "tensor"), jax.lax.psum(load, ROWS)
+        y, load, chosen = function(x, valid, replayed, weights, placement)
+        return jax.lax.psum(y, "tensor"), jax.lax.psum(load, ROWS), chosen
 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(ROWS), P(ROWS), _WHOLE if whole else _CUT),
-        out_specs=(P(ROWS), P(None)),
-    )(x, valid, weights)
+        in_specs=(P(ROWS), P(ROWS), P(ROWS), _WHOLE if whole else _CUT),
+        out_specs=(P(ROWS), P(None), P(ROWS)),
+    )(x, valid, replayed, weights)

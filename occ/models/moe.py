@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,20 @@ FEW = 128
 """Pairs with which a product with every expert's matrix still waits for reading it, on TPUs."""
 
 
+class Routed(NamedTuple):
+    """What a mixture of experts hands on.
+
+    Attributes:
+      y: float [B, T, D].
+      load: float32 [E], tokens that each expert received.
+      chosen: int32 [B, T, k], the experts of each token, the likeliest first.
+    """
+
+    y: jax.Array
+    load: jax.Array
+    chosen: jax.Array
+
+
 class RouterBias(nnx.Variable):
     """The router's correction bias: neither trained nor decayed, so not an `nnx.Param`."""
 
@@ -28,6 +43,10 @@ class MixtureOfExperts(nnx.Module):
         y = scaling * sum_chosen gate_e expert_e(x) + shared(x)
 
     The bias decides who is chosen and not how much it counts. Padding is sent to no expert.
+
+    Sampling and training round differently, and where two experts are all but equal they then
+    choose differently. Replaying the choice of sampling (Ma et al., arXiv 2510.11370) leaves the
+    same experts in both.
 
     Reference: DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437, equations 12 to 16;
     GLM-4.5 team, GLM-4.5, arXiv 2508.06471.
@@ -56,10 +75,11 @@ class MixtureOfExperts(nnx.Module):
         self,
         x: Float[Array, "batch time width"],
         valid: Bool[Array, "batch time"],
+        replayed: Int[Array, "batch time k"] | None = None,
         *,
         whole: bool = False,
-    ) -> tuple[Float[Array, "batch time width"], Float[Array, "experts"]]:
-        """The layer's output, and how many tokens each expert received.
+    ) -> Routed:
+        """The layer's output, how many tokens each expert received, and the experts of each token.
 
         On a mesh every device routes its own rows, and tokens travel to the experts' devices; see
         `occ.models.expert_parallel`.
@@ -67,13 +87,16 @@ class MixtureOfExperts(nnx.Module):
         Args:
           x: hidden state.
           valid: tokens that are not padding.
+          replayed: experts that were chosen before, and are taken again in place of the router's
+            choice; it still weighs them, and its gradient is that of their weights. -1 is none, of
+            which the router chooses.
           whole: expect the kernels gathered along "fsdp", as generation has them, once for all
             tokens.
         """
         on_device = functools.partial(self._on_device, generating=whole)
-        y, load = on_mesh(on_device, x, valid, self._weights(), whole=whole)
+        y, load, chosen = on_mesh(on_device, x, valid, replayed, self._weights(), whole=whole)
         y = y.astype(self.dtype)
-        return (y if self.shared is None else y + self.shared(x)), load
+        return Routed(y if self.shared is None else y + self.shared(x), load, chosen)
 
     def _weights(self) -> ExpertWeights:
         kernels = (self.gate_kernel, self.up_kernel, self.down_kernel)
@@ -83,10 +106,12 @@ class MixtureOfExperts(nnx.Module):
             *(kernel[...].astype(self.dtype) for kernel in kernels),
         )
 
-    def _on_device(self, x, valid, weights: ExpertWeights, placement: Placement, *, generating):
-        """The routed experts' sum on the rows of one device, at least float32; and the load."""
+    def _on_device(
+        self, x, valid, replayed, weights: ExpertWeights, placement: Placement, *, generating
+    ):
+        """The routed experts' sum on the rows of one device, at least float32; load and choice."""
         tokens_NxD = x.reshape(-1, x.shape[-1])
-        experts_Nxk, gates_Nxk = self._route(tokens_NxD, weights)
+        experts_Nxk, gates_Nxk = self._route(tokens_NxD, weights, replayed)
         absent = self.moe.num_experts  # sorts behind every expert
         pair_expert = jnp.where(valid.reshape(-1)[:, None], experts_Nxk, absent).reshape(-1)
         y_NkxD, load = placement.apply_experts(
@@ -98,10 +123,11 @@ class MixtureOfExperts(nnx.Module):
         y_NxkxD = y_NkxD.reshape(*experts_Nxk.shape, -1)
         dtype = gates_Nxk.dtype
         total = jnp.sum(y_NxkxD.astype(dtype) * gates_Nxk[:, :, None], axis=1)
-        return total.reshape(x.shape), jax.lax.stop_gradient(load).astype(jnp.float32)
+        load = jax.lax.stop_gradient(load).astype(jnp.float32)
+        return total.reshape(x.shape), load, experts_Nxk.reshape(*x.shape[:2], -1)
 
     def _route(
-        self, tokens: Float[Array, "tokens width"], weights: ExpertWeights
+        self, tokens: Float[Array, "tokens width"], weights: ExpertWeights, replayed: Any = None
     ) -> tuple[Int[Array, "tokens k"], Float[Array, "tokens k"]]:
         moe = self.moe
         dtype = at_least_float32(tokens.dtype)
@@ -111,6 +137,9 @@ class MixtureOfExperts(nnx.Module):
         if moe.num_groups > 1:
             choice = self._keep_best_groups(choice)
         _, experts = jax.lax.top_k(jax.lax.stop_gradient(choice), moe.experts_per_token)
+        if replayed is not None:
+            before = replayed.reshape(experts.shape).astype(experts.dtype)
+            experts = jnp.where(before >= 0, before, experts)
         gates = jnp.take_along_axis(scores, experts, axis=-1)
         if moe.normalise_top_k:
             gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)

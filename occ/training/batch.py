@@ -17,11 +17,18 @@ class Sequences(NamedTuple):
       tokens: int32 [B, T].
       segment_ids: int32 [B, T], 0 on padding, 1..S for the sequences in a row.
       positions: int32 [B, T], position within the sequence; 0 on padding.
+      experts: int [L, k, B, T], that the layers of a mixture of experts take again; None are those
+        that their routers choose.
     """
 
     tokens: Any
     segment_ids: Any
     positions: Any
+    experts: Any = None
+
+
+LEADING = {"old_mtp_log_prob": 1, "experts": 2}
+"""Dimensions before the rows, of fields of a minibatch that have some."""
 
 
 class Minibatch(struct.PyTreeNode):
@@ -43,6 +50,8 @@ class Minibatch(struct.PyTreeNode):
       rollout_log_prob: float32 [B, T], of the distribution that was sampled from.
       reference_log_prob: float32 [B, T], of the frozen reference policy of the KL term; zeros
         where that term is off.
+      experts: int [L, k, B, T], chosen when the tokens were sampled, in the L layers that have
+        some; -1 where the router chooses anew. None without routing replay.
     """
 
     tokens: Any
@@ -54,6 +63,7 @@ class Minibatch(struct.PyTreeNode):
     old_mtp_log_prob: Any
     rollout_log_prob: Any
     reference_log_prob: Any
+    experts: Any = None
 
 
 def split(batch: Minibatch, parts: int) -> list[Minibatch]:
@@ -75,10 +85,7 @@ def split(batch: Minibatch, parts: int) -> list[Minibatch]:
 def take_rows(batch: Minibatch, rows: slice) -> Minibatch:
     """Some rows of a minibatch."""
     return batch.replace(
-        **{
-            name: value[:, rows] if name == "old_mtp_log_prob" else value[rows]
-            for name, value in vars(batch).items()
-        }
+        **{name: value[..., rows, :] for name, value in vars(batch).items() if value is not None}
     )
 
 
@@ -97,12 +104,17 @@ def check(batch: Minibatch, num_modules: int) -> None:
         "tokens": jnp.integer,
         "segment_ids": jnp.integer,
         "positions": jnp.integer,
+        "experts": jnp.integer,
         "response_mask": jnp.bool_,
     }
     for name, value in vars(batch).items():
+        if name == "experts" and value is None:
+            continue
         shape: tuple[int, ...] = rows_and_time
         if name == "old_mtp_log_prob":
             shape = (num_modules, *rows_and_time)
+        elif name == "experts":
+            shape = (*jnp.shape(value)[:2], *rows_and_time)
         kind = kinds.get(name, jnp.floating)
         if jnp.shape(value) != shape or not jnp.issubdtype(jnp.result_type(value), kind):
             raise ValueError(

@@ -50,7 +50,7 @@ class ObjectiveConfig:
         overflows (verl: 20); None is none (TRL).
       entropy_coefficient: weight of the entropy bonus; 0 is off.
       importance_cap: truncation of the importance weight old / rollout policy; None is off, but
-        for `EngineConfig.importance_cap`, where another process samples.
+        for `EngineConfig.importance_cap`, where another process samples, or one rollout ahead.
     """
 
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
@@ -360,6 +360,11 @@ class TrainConfig:
                 "would be another. Use layout.pack=False, or another measure ('released_masked' is "
                 "the same mean over response tokens)."
             )
+        if self.rollout.routing_replay and self.model.moe is None:
+            raise ValueError(
+                "TrainConfig: rollout.routing_replay repeats the choice of a mixture of experts, "
+                "and the model is dense (model.moe=None). Leave it off."
+            )
         if self.engine.external and self.layout.draft_depth:
             raise ValueError(
                 "TrainConfig: layout.draft_depth is of the in-process engine, got "
@@ -370,7 +375,8 @@ class TrainConfig:
     @property
     def importance_cap(self) -> float | None:
         """Of the truncated importance weights: the objective's, or else the engine's."""
-        if self.objective.importance_cap is not None or not self.engine.external:
+        off_policy = self.engine.external or self.engine.overlap
+        if self.objective.importance_cap is not None or not off_policy:
             return self.objective.importance_cap
         return self.engine.importance_cap
 

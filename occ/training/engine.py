@@ -28,7 +28,13 @@ def build_engine(config: TrainConfig, max_length: int) -> RolloutEngine | None:
             f"engine {config.engine.kind!r} takes the weights of one process, got "
             f"{jax.process_count()} that train together. Use the in-process engine."
         )
-    return VLLMEngine(config.engine, config.model, max_length, like=_like(config))
+    return VLLMEngine(
+        config.engine,
+        config.model,
+        max_length,
+        like=_like(config),
+        keep_experts=config.rollout.routing_replay,
+    )
 
 
 def _like(config: TrainConfig) -> pathlib.Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -17,6 +18,7 @@ from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.tasks.task import VerifierError
 from occ.training import draft_depth
+from occ.training.ahead import Ahead
 from occ.training.config import TrainConfig
 from occ.training.durable.bad_updates import BadUpdates, check_finite
 from occ.training.durable.checkpoints import Checkpoints, Restored
@@ -91,12 +93,21 @@ def _run(
     if result is not None:
         return result
     reference = start if config.objective.kl_coefficient else None
-    with Checkpoints(
-        files.path / "checkpoints",
-        config.keep_checkpoints,
-        owner=identity(config),
-        frozen=frozen_leaves(config.model),
-    ) as checkpoints:
+    ahead = Ahead(config, task, files)
+    with (
+        contextlib.closing(ahead),
+        Checkpoints(
+            files.path / "checkpoints",
+            config.keep_checkpoints,
+            owner=identity(config),
+            frozen=frozen_leaves(config.model),
+        ) as checkpoints,
+    ):
+
+        def save(number: int, state: TrainState, history: History) -> None:
+            ahead.save(number, checkpoints.numbers)
+            checkpoints.save(number, state, _now(history, began))
+
         first, state, history = _restore(programs, start, checkpoints, files)
         files.keep_rows_before(first)
         began -= history.seconds
@@ -105,17 +116,19 @@ def _run(
         )
         bad_updates.check()
         history = _measure_drafts(config, task, programs, state, history)
+        ahead.restore(first)
         unjudged = 0
         for number in range(first, config.rollouts):
             evaluated = {}
             programs = _drafting(config, programs, history)
             if number % config.evaluation.every == 0:
+                ahead.wait()
                 evaluated = _evaluate(config, task, programs, state)
                 history = history.evaluated(number, evaluated["eval/sampled"])
             if number in (0, history.best_rollout):
-                checkpoints.save(number, state, _now(history, began))
+                save(number, state, history)
             rollout, row, state = _train_on_rollout(
-                config, task, programs, state, number, reference, bad_updates
+                config, task, programs, state, number, reference, bad_updates, ahead
             )
             row |= evaluated | _draft_metrics(config, history)
             if number == 0:
@@ -129,7 +142,7 @@ def _run(
             stop = checkpoints.reached_preemption(done)
             stop = stop or any_of_all(should_stop()) or bad_updates.too_many
             if stop or last or done % config.checkpoint_every == 0:
-                checkpoints.save(done, state, _now(history, began))
+                save(done, state, history)
             bad_updates.check()
             unjudged = unjudged + 1 if math.isnan(row["reward"]) else 0
             _check_judged(task, unjudged)
@@ -221,17 +234,24 @@ def _train_on_rollout(
     number: int,
     reference: Policy | None,
     bad_updates: BadUpdates,
+    ahead: Ahead,
 ) -> tuple[Rollout, dict[str, Any], TrainState]:
     """One rollout and its gradient steps: with a row of metrics, and the new state."""
     started = time.perf_counter()
     policy = state.policy(config.model)
-    rollout = collect(programs.rollout, policy, config, task, number, reference)
-    programs.rollout.engine.rest()
+    drawn = ahead.take(number, programs.rollout, policy)
+    if config.engine.external:
+        drawn.metrics["engine/waited_seconds"] = time.perf_counter() - started
+    ahead.begin(number + 1, programs.rollout, policy)
+    rollout = collect(programs.rollout, policy, config, task, number, reference, drawn)
+    if not config.engine.overlap:
+        programs.rollout.engine.rest()
     sampled = time.perf_counter()
     steps = []
     batches = minibatches(rollout.batch, config)
+    shardings = batch_shardings(programs.mesh, config.rollout.routing_replay)
     for minibatch in batches:
-        minibatch = to_mesh(minibatch, batch_shardings(programs.mesh))
+        minibatch = to_mesh(minibatch, shardings)
         state, metrics = programs.train_step(state, minibatch)
         steps.append(metrics)
     steps = to_host(steps)  # the only wait for the device within a rollout's updates

@@ -24,8 +24,15 @@ for _name, _meaning, _better in (
     ("engine/weights_seconds", "the last hand-over of weights, with its comparison", -1),
     ("engine/weights_compared", "share of the weights that the engine holds that were compared", 1),
     ("engine/generate_seconds", "the last samples of the engine", -1),
+    ("engine/waited_seconds", "that training waited for them", -1),
 ):
     declare(_name, _meaning, None, better=_better)
+
+
+_OVERLAP = (
+    " With engine.overlap the updates of a rollout are in it, too: they may be as large as that, "
+    "where the learning rate is."
+)
 
 
 def metrics(batch: Minibatch, sampled: Any, config: TrainConfig) -> dict[str, float]:
@@ -54,6 +61,7 @@ def metrics(batch: Minibatch, sampled: Any, config: TrainConfig) -> dict[str, fl
             "rounding does not make that. It holds other weights or computes another model: "
             "compare its config.json and dtype with the run's, and the vLLM version with the "
             "one that occ/generation/engines/vllm.py was written for."
+            + _OVERLAP * config.engine.overlap
         )
     weight = np.exp(ratio)
     cap = np.inf if config.importance_cap is None else config.importance_cap

@@ -98,7 +98,9 @@ def pack(
     Raises:
       ValueError: the sequences take more rows, or one of them more columns.
     """
-    fields = {name: np.asarray(value) for name, value in vars(minibatch).items()}
+    fields = {
+        name: np.asarray(value) for name, value in vars(minibatch).items() if value is not None
+    }
     sequences = _sequences(minibatch, keep_uncounted)
     filled = first_fit(
         [columns.size for _, columns in sequences],

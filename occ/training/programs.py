@@ -83,7 +83,7 @@ def jit_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, batch_shardings(mesh)),
+        in_shardings=(shardings, batch_shardings(mesh, config.rollout.routing_replay)),
         out_shardings=(shardings, replicated(mesh)),
     )
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,7 @@ class RolloutPrograms:
         host.
       greedy: the same with the most likely tokens.
       evaluation: the same as `EvaluationConfig` says, at temperature 1.
-      score: `(policy, tokens, segment_ids) -> Scores`.
+      score: `(policy, tokens, segment_ids, experts=None) -> Scores`.
       external: the engine that generates in their place; None is this process.
     """
 
@@ -128,6 +128,7 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         speculation=rollout.speculation,
+        keep_experts=rollout.routing_replay,
     )
     greedy = dataclasses.replace(plain, temperature=0.0)
     evaluation = dataclasses.replace(plain, top_p=config.evaluation.top_p)
@@ -181,6 +182,7 @@ def score_sequences(
     policy: Policy,
     tokens: jax.Array,
     segment_ids: jax.Array,
+    experts: jax.Array | None = None,
     *,
     temperature: float = 1.0,
     logits_chunk: int = 0,
@@ -192,11 +194,12 @@ def score_sequences(
       policy: the model.
       tokens: int32 [B, T].
       segment_ids: int32 [B, T], 0 on padding, 1..S for the sequences in a row.
+      experts: int [L, k, B, T], that the trunk takes again; None are its routers' own choice.
       temperature: logits are divided by it.
       logits_chunk: columns whose logits exist at one time; 0 is all of them.
       prompt_columns: leading columns that are not scored.
     """
-    batch = Sequences(tokens, segment_ids, positions_from_segments(segment_ids))
+    batch = Sequences(tokens, segment_ids, positions_from_segments(segment_ids), experts)
     stages = Stages(policy, batch, temperature, logits_chunk, prompt_columns).with_frozen_head()
     main, *heads = stages.score(policy.params)
     if not heads:
@@ -231,6 +234,60 @@ class Rollout(NamedTuple):
     examples: list[tuple[str, str, float]]
 
 
+class Drawn(NamedTuple):
+    """What an engine answered to the requests of a rollout.
+
+    Attributes:
+      sampled: G responses to each prompt.
+      greedy: the most likely response to each, where advantages need it.
+      metrics: of the engine.
+    """
+
+    sampled: Generation
+    greedy: Generation | None
+    metrics: dict[str, Any]
+
+
+def requests(
+    programs: RolloutPrograms, config: TrainConfig, task: Task, step: int
+) -> tuple[Request, ...]:
+    """What the rollout number `step` asks an engine for; it depends on seed and step alone."""
+    rollout = config.rollout
+    prompts, prompt_mask = _prompts(config, task, step)
+    key = key_on_mesh(config.seed, step)
+
+    def request(like: Sampler, samples: int = 1) -> Request:
+        assert like.sampling is not None
+        return Request(prompts, prompt_mask, like.sampling, key, samples)
+
+    sampled = request(programs.sample, rollout.samples)
+    if config.objective.advantage != "remax":
+        return (sampled,)
+    return sampled, request(programs.greedy)
+
+
+def draw(engine: RolloutEngine, policy: Policy, wanted: Sequence[Request]) -> Drawn:
+    """The engine's answers with this policy's weights.
+
+    Raises:
+      EngineError: of another process, as `RolloutEngine` says.
+    """
+    engine.update_weights(policy)
+    return answers(engine, wanted)
+
+
+def answers(engine: RolloutEngine, wanted: Sequence[Request]) -> Drawn:
+    """The engine's answers with the weights that it has."""
+    sampled, *others = (engine.generate(request) for request in wanted)
+    return Drawn(sampled, others[0] if others else None, engine.metrics())
+
+
+def _prompts(config: TrainConfig, task: Task, step: int) -> tuple[np.ndarray, np.ndarray]:
+    indices = prompt_indices(config.seed, step, config.rollout.prompts, len(task.train))
+    texts = [task.train[i].prompt for i in indices]
+    return encode_prompts(task.tokenizer, texts, lengths(config, task)[0])
+
+
 def collect(
     programs: RolloutPrograms,
     policy: Policy,
@@ -238,6 +295,7 @@ def collect(
     task: Task,
     step: int,
     reference: Policy | None = None,
+    drawn: Drawn | None = None,
 ) -> Rollout:
     """Samples, verifies and scores the rollout number `step`.
 
@@ -251,16 +309,16 @@ def collect(
       task: prompts and verifier.
       step: number of the rollout, from 0.
       reference: frozen policy of the KL term; None where that term is off.
+      drawn: its samples, of this policy or of one before it; None draws them.
     """
     rollout = config.rollout
     columns, response = lengths(config, task)
     indices = prompt_indices(config.seed, step, rollout.prompts, len(task.train))
     problems = [task.train[i] for i in indices for _ in range(rollout.samples)]
-    texts = [task.train[i].prompt for i in indices]
-    prompts, prompt_mask = encode_prompts(task.tokenizer, texts, columns)
-    key = key_on_mesh(config.seed, step)
-    inputs = policy, prompts, prompt_mask, key
-    sampled = programs.generate(programs.sample, *inputs, rollout.samples)
+    prompt_mask = _prompts(config, task, step)[1]
+    if drawn is None:
+        drawn = draw(programs.engine, policy, requests(programs, config, task, step))
+    sampled = drawn.sampled
     completions, rewards, valid = judge(task, problems, sampled, columns)
 
     grouped = (rollout.prompts, rollout.samples)
@@ -281,9 +339,9 @@ def collect(
     greedy, comparable = None, valid
     if config.objective.advantage == "remax":
         each = slice(None, None, rollout.samples)
-        most_likely = programs.generate(programs.greedy, *inputs)
-        _, baseline, judged = judge(task, problems[each], most_likely, columns)
-        greedy = jnp.asarray(baseline + _length_penalty(most_likely, config, response))
+        assert drawn.greedy is not None
+        _, baseline, judged = judge(task, problems[each], drawn.greedy, columns)
+        greedy = jnp.asarray(baseline + _length_penalty(drawn.greedy, config, response))
         comparable = valid & np.repeat(judged, rollout.samples)
     advantage = token_advantages(
         config.objective,
@@ -300,7 +358,7 @@ def collect(
     metrics = _metrics(batch, sampled, rewards, valid, kept)
     metrics["rollout/padding_waste"] = padding_waste(prompt_mask, sampled.work)
     metrics |= _draft_metrics(sampled.work, sampled.lengths, step)
-    metrics |= mismatch.metrics(batch, sampled.response_mask, config) | programs.engine.metrics()
+    metrics |= mismatch.metrics(batch, sampled.response_mask, config) | drawn.metrics
     examples = [
         (problems[i].prompt, completions[i], float(rewards[i]) if valid[i] else math.nan)
         for i in range(0, len(problems), rollout.samples)
@@ -345,7 +403,7 @@ def _batch(programs, policy, sampled, prompt_mask, counted) -> Minibatch:
     """The sequences with the old policies' log-probs, without advantages yet."""
     segment_ids = segments_of(prompt_mask, sampled.response_mask)
     response_mask = sampled.response_mask & counted[:, None]
-    old = to_host(programs.score(policy, sampled.tokens, segment_ids))
+    old = to_host(programs.score(policy, sampled.tokens, segment_ids, sampled.experts))
     return Minibatch(
         tokens=sampled.tokens,
         segment_ids=segment_ids,
@@ -356,6 +414,7 @@ def _batch(programs, policy, sampled, prompt_mask, counted) -> Minibatch:
         old_mtp_log_prob=old.mtp_log_prob,
         rollout_log_prob=sampled.log_prob,
         reference_log_prob=np.zeros_like(old.log_prob),
+        experts=sampled.experts,
     )
 
 

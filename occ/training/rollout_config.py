@@ -20,6 +20,8 @@ class RolloutConfig:
       speculation: how drafts of the MTP modules are judged, where there are any
         (`LayoutConfig.draft_depth`): "common" changes no sample; "rejection" keeps more drafts, and
         draws other samples of the same distribution with each depth.
+      routing_replay: a mixture of experts is scored and trained with the experts that its tokens
+        went to when they were sampled; routers still weigh them. MTP modules choose anew.
       dynamic_sampling: drop groups whose rewards, before the length penalty, do not vary from the
         losses (DAPO); they are counted either way.
       overlong_buffer: tokens before the length limit over which a penalty grows; 0 is off.
@@ -34,6 +36,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     speculation: Literal["common", "rejection"] = "common"
+    routing_replay: bool = False
     dynamic_sampling: bool = False
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0

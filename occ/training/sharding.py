@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from occ.models.parameters import ADAPTERS
 from occ.models.partitioning import AXES, ROWS, parts, several_devices
-from occ.training.batch import Minibatch
+from occ.training.batch import LEADING, Minibatch
 from occ.training.config import LayoutConfig
 from occ.trees import path_string
 
@@ -253,11 +253,12 @@ def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*([None] * axis), ROWS))
 
 
-def batch_shardings(mesh: Mesh) -> Minibatch:
-    """Of every field of a minibatch."""
-    rows = rows_sharding(mesh)
-    fields = dict.fromkeys(Minibatch.__dataclass_fields__, rows)
-    return Minibatch(**{**fields, "old_mtp_log_prob": rows_sharding(mesh, 1)})
+def batch_shardings(mesh: Mesh, experts: bool = False) -> Minibatch:
+    """Of every field of a minibatch, with or without experts that are replayed."""
+    fields: dict[str, Any] = {
+        name: rows_sharding(mesh, LEADING.get(name, 0)) for name in Minibatch.__dataclass_fields__
+    }
+    return Minibatch(**fields if experts else {**fields, "experts": None})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -21,6 +21,7 @@ RESERVED = (
     "load_format",
     "logprobs_mode",
     "skip_tokenizer_init",
+    "enable_return_routed_experts",
 )
 """Arguments of `vllm.LLM` that other fields stand for, or that the hand-over of weights needs."""
 
@@ -44,10 +45,12 @@ class EngineConfig:
         JAX the rest (XLA_PYTHON_CLIENT_MEM_FRACTION).
       eager: no compilation there: it starts in seconds, and each pass takes a little longer.
       tensor: devices that a copy of the model is cut over.
+      overlap: rollout n + 1 is sampled while the run trains on rollout n, from the policy before
+        that: one step off-policy. The in-process engine samples it before, and gains nothing.
       sleep: it frees the device while the run trains (vLLM's sleep mode, GPUs alone).
       importance_cap: of the truncated importance weights old / rollout policy, where
-        `objective.importance_cap` says nothing; None is off. Engines round otherwise than training
-        does, so that this is on.
+        `objective.importance_cap` says nothing; None is off. It is on for engines in processes of
+        their own, which round otherwise than training does, and with `overlap`.
       largest_mismatch: nats; a mean |log-prob there - log-prob here| above it ends the run. It is
         looked at where top_p and top_k leave the distribution whole.
       start_seconds, request_seconds: the longest that a start and a request may take.
@@ -65,6 +68,7 @@ class EngineConfig:
     memory_share: float | None = None
     eager: bool = False
     tensor: int = 1
+    overlap: bool = False
     sleep: bool = False
     importance_cap: float | None = 2.0
     largest_mismatch: float = 0.3
@@ -80,6 +84,11 @@ class EngineConfig:
             raise ValueError(
                 f"EngineConfig.options: {taken} are set by the run or by other fields of "
                 f"EngineConfig. Leave them out; these are: {RESERVED}."
+            )
+        if self.overlap and self.sleep:
+            raise ValueError(
+                "EngineConfig: overlap samples while the run trains, and sleep frees the device "
+                "for that time. Choose one of them."
             )
         if self.address is not None and self.python is not None:
             raise ValueError(

@@ -41,6 +41,7 @@ class VLLMEngine:
       model: of the run.
       max_length: tokens of a prompt and its response.
       like: folder that the model was loaded from, if any.
+      keep_experts: it says which experts each token went to.
       connection: in place of one that `config` describes; for tests.
 
     Raises:
@@ -54,9 +55,11 @@ class VLLMEngine:
         max_length: int,
         *,
         like: pathlib.Path | None = None,
+        keep_experts: bool = False,
         connection: Connection | None = None,
     ):
         self._config, self._model, self._max_length, self._like = config, model, max_length, like
+        self._keep_experts = keep_experts
         self._connection = Connection(config) if connection is None else connection
         self._handover: Handover | None = None
         self._same = SameArrays()
@@ -109,7 +112,10 @@ class VLLMEngine:
                 f"those of {self._digest}. Whoever else uses this server must have its own."
             )
         self._metrics["engine/generate_seconds"] = time.perf_counter() - began
-        return assemble(request, made, reply.get("speculation", {}), self._config.draft_depth)
+        moe = self._model.moe
+        first = 0 if moe is None else moe.first_dense_layers
+        drafts = reply.get("speculation", {}), self._config.draft_depth
+        return assemble(request, made, *drafts, first_sparse_layer=first)
 
     def rest(self) -> None:
         """As `RolloutEngine.rest`, where `EngineConfig.sleep` is on."""
@@ -153,6 +159,8 @@ class VLLMEngine:
                 "method": "mtp",
                 "num_speculative_tokens": config.draft_depth,
             }
+        if self._keep_experts:
+            options["enable_return_routed_experts"] = True
         return options | config.options
 
     def _check_loaded(self, reply: dict[str, Any], digest: str) -> None:
@@ -212,6 +220,7 @@ def _plain(sampling: SamplingConfig) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "stop_tokens": list(sampling.stop_tokens),
+        "keep_experts": sampling.keep_experts,
     }
 
 
@@ -220,15 +229,19 @@ def assemble(
     made: dict[str, np.ndarray],
     speculation: dict[str, list[int]],
     draft_depth: int = 0,
+    *,
+    first_sparse_layer: int = 0,
 ) -> Generation:
     """A `Generation` of what an engine answered, whose form is checked.
 
     Args:
       request: that was answered.
       made: "tokens" int32 and "log_prob" float32 [sum of lengths], "lengths" int32 [N G],
-        "finished" bool [N G].
+        "finished" bool [N G]; and, where they were asked for, "experts" int16 [S, layers, k] of the
+        tokens that were seen, with "experts_lengths" int32 [N G], of each row, whose sum is S.
       speculation: vLLM's counts: "drafts" and "accepted_tokens_per_pos".
       draft_depth: D.
+      first_sparse_layer: layers before it have no experts, and what is said of them is left out.
 
     Raises:
       EngineError: it is no answer to this request.
@@ -269,7 +282,34 @@ def assemble(
         "finished": made["finished"],
         "lengths": lengths,
     }
+    if sampling.keep_experts:
+        present = np.concatenate([mask, taken], 1)
+        fields["experts"] = _experts(made, present, first_sparse_layer)
     return Generation(**fields, work=_work(request, lengths, speculation, draft_depth))
+
+
+def _experts(made: dict[str, np.ndarray], present: np.ndarray, first: int) -> np.ndarray:
+    """int16 [L, k, B, T]; -1 where there is no token, and on those that the engine has not seen."""
+    experts, seen = made.get("experts"), made.get("experts_lengths")
+    tokens = present.sum(axis=1)
+    if (
+        experts is None
+        or seen is None
+        or seen.shape != tokens.shape
+        or not ((seen <= tokens) & (seen >= tokens - 1)).all()
+        or experts.ndim != 3
+        or len(experts) != seen.sum()
+    ):
+        raise EngineError(
+            f"the engine was asked for the experts of {len(tokens)} sequences of {tokens.min()} to "
+            f"{tokens.max()} tokens, but for the last of each, and answered with "
+            f"{'none' if experts is None else experts.shape}. Does it return routed experts, and "
+            "of prompts too?"
+        )
+    known = present & (np.cumsum(present, axis=1) <= seen[:, None])
+    placed = np.full((*present.shape, *experts.shape[1:]), -1, np.int16)
+    placed[known] = experts
+    return np.moveaxis(placed[:, :, first:], (2, 3), (0, 1))
 
 
 def _work(

@@ -102,6 +102,11 @@ class Checkpoints:
         with self._full_disk_explained(), _ONE_AT_A_TIME:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of the checkpoints that there are."""
+        return tuple(self._manager.all_steps())
+
     def save(self, number: int, state: Any, history: History) -> None:
         """Starts to save the state after `number` finished rollouts.
 

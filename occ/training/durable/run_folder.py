@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,6 +66,7 @@ class RunFolder:
         samples.jsonl      sample completions
         result.json        written once, at the end
         checkpoints/       Orbax
+        ahead-N.npz        samples that were drawn before checkpoint N, of engine.overlap
         lock.json          the process that works here, while it does
 
     Of several processes the first writes, and all read.
@@ -191,14 +192,26 @@ class RunFolder:
             with disk.explained(self.path, len(text)):
                 disk.append_text(self.path / name, text)
 
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file, whatever was there: it holds the old or the new."""
+        self._replace(name, content)
+
+    def keep_only(self, pattern: str, names: Collection[str]) -> None:
+        """Deletes files of the folder that match a pattern and are not among these names."""
+        if is_first():
+            self._check_lock()
+            for file in self.path.glob(pattern):
+                if file.name not in names:
+                    file.unlink(missing_ok=True)
+
     def _write_json(self, name: str, value: Any) -> None:
         self._replace(name, json_files.dump(value, indent=2) + "\n")
 
-    def _replace(self, name: str, text: str) -> None:
+    def _replace(self, name: str, content: str | bytes) -> None:
         if is_first():
             self._check_lock()
-            with disk.explained(self.path, len(text)):
-                disk.replace(self.path / name, text)
+            with disk.explained(self.path, len(content)):
+                disk.replace(self.path / name, content)
 
     def _check_lock(self) -> None:
         if self._lock is not None:

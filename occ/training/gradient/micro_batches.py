@@ -67,7 +67,7 @@ def over_micro_batches(
 
 
 def micro_batches(batch: Minibatch, count: int) -> Minibatch:
-    """The rows in `count` parts, [count, B / count, ...]; old_mtp_log_prob [count, K, ...].
+    """The rows in `count` parts, [count, ..., B / count, T].
 
     Part j takes rows j, j + count, ...: each device's rows are cut alike, so none must move.
 
@@ -83,13 +83,10 @@ def micro_batches(batch: Minibatch, count: int) -> Minibatch:
         )
 
     def cut(values):
-        return jnp.moveaxis(values.reshape(rows // count, count, *values.shape[1:]), 1, 0)
+        *leading, _, time = values.shape
+        return jnp.moveaxis(values.reshape(*leading, rows // count, count, time), -2, 0)
 
-    parts = {
-        name: jax.vmap(cut, 0, 1)(value) if name == "old_mtp_log_prob" else cut(value)
-        for name, value in vars(batch).items()
-    }
-    return batch.replace(**parts)
+    return jax.tree.map(cut, batch)
 
 
 def interleave(parts: Sequence[jax.Array]) -> jax.Array:

@@ -49,7 +49,7 @@ class Stages:
 
     Attributes:
       policy: the model; each stage is told its parameters.
-      batch: a `Minibatch`, or whatever else has its tokens, positions and segment_ids.
+      batch: a `Minibatch`, or `Sequences`.
       temperature: logits are divided by it, as they were when sampling.
       logits_chunk: columns whose logits exist at one time; 0 is all of them.
       prompt_columns: leading columns whose tokens are not scored, since they hold prompts alone.
@@ -77,7 +77,8 @@ class Stages:
     def trunk(self, parts: Parts) -> decoder.TrunkOutput:
         """Hidden state before the final norm, and the router's load."""
         batch = self.batch
-        return self.model(parts).trunk(batch.tokens, batch.positions, batch.segment_ids)
+        model = self.model(parts)
+        return model.trunk(batch.tokens, batch.positions, batch.segment_ids, batch.experts)
 
     def modules(
         self, parts: Parts, hidden: Float[Array, "batch time width"]

@@ -39,6 +39,17 @@ class MiMoConfig(transformers.Qwen2Config):
 transformers.AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
 
 
+def _experts(routed: list[np.ndarray | None]) -> dict[str, np.ndarray]:
+    """Experts of every token that was seen, [sum, layers, k], and how many tokens of each row."""
+    found = [one for one in routed if one is not None]
+    if len(found) < len(routed):
+        raise RuntimeError("vLLM returned no experts; was it started to return them?")
+    return {
+        "experts": np.concatenate(found).astype(np.int16),
+        "experts_lengths": np.array([len(one) for one in found], np.int32),
+    }
+
+
 class VLLMModel:
     """One `vllm.LLM`.
 
@@ -97,6 +108,8 @@ class VLLMModel:
             "lengths": np.array([len(out.token_ids) for out in outputs], np.int32),
             "finished": np.array([out.finish_reason == "stop" for out in outputs]),
         }
+        if sampling["keep_experts"]:
+            made |= _experts([out.routed_experts for out in outputs])
         return {"speculation": self._since_last()}, made
 
     def sleep(self) -> None:

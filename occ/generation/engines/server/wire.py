@@ -23,7 +23,7 @@ import numpy as np
 VERSION = 1
 LARGEST_HEADER = 2**26
 LARGEST_ARRAYS = 2**34
-DTYPES = ("int32", "int64", "float32", "bool")
+DTYPES = ("int16", "int32", "int64", "float32", "bool")
 
 
 class WireError(Exception):

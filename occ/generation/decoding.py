@@ -27,7 +27,7 @@ from occ.generation.sampling import (
 )
 from occ.models import partitioning
 from occ.models.cache import StackCache
-from occ.models.decoder import Cache, Decoder
+from occ.models.decoder import Cache, Decoder, Layers
 from occ.models.layers import at_least_float32
 from occ.models.partitioning import ROWS, constrain, several_devices
 from occ.models.policy import Policy
@@ -122,12 +122,13 @@ def generate(
     size = min(slots, count) if slots else count
     empty = _empty(model, size, count, prompts.shape[1], config, draft_depth)
     begin = _begin(model, prompts, prompt_mask, size, config, draft_depth)
+    layers = model.layers_apart() if jax.default_backend() == "cpu" else None
 
     def refill(progress: _Progress) -> _Progress:
         return _refill(progress, begin, prompt_of, config)
 
     def step(progress: _Progress) -> _Progress:
-        return _step(model, progress, key, rows, config, draft_depth)
+        return _step(model, layers, progress, key, rows, config, draft_depth)
 
     def goes_on(progress: _Progress):
         return jnp.any(progress.slots.running) & (progress.work.steps < config.max_new_tokens)
@@ -358,7 +359,13 @@ def _collect(slots: _Slots, responses: _Responses, config: SamplingConfig) -> _R
 
 
 def _step(
-    model: Decoder, progress: _Progress, key, rows, config: SamplingConfig, depth: int
+    model: Decoder,
+    layers: Layers | None,
+    progress: _Progress,
+    key,
+    rows,
+    config: SamplingConfig,
+    depth: int,
 ) -> _Progress:
     """Drafts, one pass of the trunk over them, and the tokens that this decides."""
     slots, work = progress.slots, progress.work
@@ -371,7 +378,7 @@ def _step(
             model, slots.window, modules, lengths, running, noise.drafts, config, depth
         )
     fed = jnp.concatenate([slots.window.waiting[:, None], drafts], axis=1)
-    hidden, cache = model.extend(fed, slots.cache, running)
+    hidden, cache = model.extend(fed, slots.cache, running, layers)
     tokens, log_prob = _choose(model.logits(hidden), noise, drafts, drawn_from, config)
     verdict = judge(tokens, drafts, config.max_new_tokens - slots.made, running, config)
     made = slots.made + verdict.decided

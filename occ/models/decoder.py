@@ -46,6 +46,10 @@ class Cache(NamedTuple):
     experts: jax.Array | None = None
 
 
+Layers = tuple[list[Block], ...]
+"""Of each stack, its layers one by one."""
+
+
 class Decoder(nnx.Module):
     """A decoder-only language model with K MTP modules.
 
@@ -207,6 +211,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "batch time"],
         cache: Cache,
         running: Bool[Array, "batch"],
+        layers: Layers | None = None,
     ) -> tuple[Float[Array, "batch time width"], Cache]:
         """Hidden states of further tokens of each row; and the cache with them.
 
@@ -216,11 +221,13 @@ class Decoder(nnx.Module):
           tokens: int32 [B, T].
           cache: with room for them, which is not checked.
           running: bool [B]; what comes out for other rows means nothing.
+          layers: this model's, from `layers_apart`.
         """
         past = jnp.where(running, cache.lengths, 0)
         context = _further(past, tokens.shape[1], running)
         hidden, stacks = constrain(self.embedding(tokens), ROWS), []
-        for stack, before in zip(self._stacks(), cache.stacks, strict=True):
+        stacks_of = self._stacks() if layers is None else layers
+        for stack, before in zip(stacks_of, cache.stacks, strict=True):
             passed = _scan(
                 stack, hidden, context, self.config, Past(before, 0, past), generating=True
             )
@@ -232,6 +239,13 @@ class Decoder(nnx.Module):
                 columns = jnp.where(running, past, cache.experts.shape[1])
                 cache = cache._replace(experts=_write(cache.experts, passed.experts, columns))
         return hidden, cache._replace(stacks=tuple(stacks))
+
+    def layers_apart(self) -> Layers:
+        """Each layer on its own, for a loop over tokens on CPUs.
+
+        There the compiler copies a layer out of its stack to multiply with it, for every token.
+        """
+        return tuple(_apart(stack) for stack in self._stacks())
 
     def module_input(
         self, hidden: Float[Array, "batch time width"]
@@ -368,8 +382,27 @@ class _Passed(NamedTuple):
     experts: jax.Array | None
 
 
+def _apart(stack: Block) -> list[Block]:
+    graphdef, variables = nnx.split(stack)
+    size = jax.tree.leaves(variables)[0].shape[0]
+    return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], variables)) for i in range(size)]
+
+
+def _one_by_one(
+    layers: list[Block], hidden: jax.Array, context: Context, past: Past | None
+) -> _Passed:
+    """As `_scan` in generation."""
+    outputs = []
+    for number, block in enumerate(layers):
+        before = None if past is None else past._replace(layer=number)
+        output = block(hidden, context, before, generating=True)
+        hidden = constrain(output.hidden, ROWS)
+        outputs.append((output.load, output.new, output.experts))
+    return _Passed(hidden, *jax.tree.map(lambda *values: jnp.stack(values), *outputs))
+
+
 def _scan(
-    stack: Block,
+    stack: Block | list[Block],
     hidden: jax.Array,
     context: Context,
     config: ModelConfig,
@@ -383,6 +416,8 @@ def _scan(
     All layers read the cache, and none writes into it: as an input and output of its own for each
     layer, it would be copied for every token.
     """
+    if isinstance(stack, list):
+        return _one_by_one(stack, hidden, context, past)
     graphdef, variables = nnx.split(stack)
     size = jax.tree.leaves(variables)[0].shape[0]
 

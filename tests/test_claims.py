@@ -54,6 +54,7 @@ def at(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_cell_leaves_a_row_a_seed_and_repeats_none(at):
     arguments = claims.Run(seeds=(0, 1), folder=at / "rows")
     cell = Cell(claims_grid.MAIN, "occ_paper")

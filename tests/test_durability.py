@@ -130,6 +130,7 @@ def count_lines(file):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_terminated_ends_as_the_whole_one(whole, start, tmp_path):
     generator = random.Random(0)
     run = tmp_path / "run"

@@ -14,10 +14,10 @@ from occ.generation.sampling import SamplingConfig
 from occ.models.config import MoEConfig
 from occ.models.decoder import merge_model
 from occ.models.policy import Policy
-from occ.training import loop
 from occ.training.batch import check, split
 from occ.training.config import EvaluationConfig, LayoutConfig, OptimizerConfig, RolloutConfig
 from occ.training.packing import pack, rows_needed
+from occ.training.regimes import regime
 from occ.training.rollout import build_programs, collect, score_sequences
 from tests import reference_models as reference
 from tests import tiny
@@ -211,12 +211,9 @@ def spoiled(batch, seed=1):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("placement", ["fused", "exact"])
-def test_portions_replay_the_same_experts(x64, placement):
+def test_portions_replay_the_same_experts(x64):
     base = config_for("float64")
-    measure = "log_ratios" if placement == "fused" else "gradients"
-    mtp = dataclasses.replace(base.mtp, placement=placement, measure=measure)
-    config = dataclasses.replace(base, mtp=mtp)
+    config = dataclasses.replace(base, mtp=regime("occ"))
     batch = spoiled(split(rollout_of(config)[2].batch, 2)[0])
     whole = dataclasses.replace(config, layout=LayoutConfig())
     cut = dataclasses.replace(config, layout=LayoutConfig(micro_batches=2, logits_chunk=3))
@@ -249,15 +246,3 @@ def test_packing_takes_experts_along(x64):
     np.testing.assert_allclose(np.sort(np.asarray(joined.log_prob)[packed_mask]), one, atol=1e-12)
     free = np.sort(np.asarray(score(policy, batch.tokens, batch.segment_ids).log_prob)[mask])
     assert np.abs(free - one).max() > 1e-4
-
-
-@pytest.mark.standard_promotion
-def test_a_run_with_replay(tmp_path):
-    """In bfloat16, where sampling and training do choose differently without it."""
-    config = config_for("float32", rollouts=2, layout=LayoutConfig(pack=True, generation_rows=4))
-    rows_of = []
-    programs = loop.build(config, TASK)
-    start = tiny.policy(config, tiny.build_model(config.model))
-    result = loop.run(config, TASK, programs, start, tmp_path / "run", rows_of.append)
-    assert result["rollouts"] == 2
-    assert all(row["rollout/log_prob_mismatch"] < 1e-5 for row in rows_of)

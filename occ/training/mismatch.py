@@ -61,7 +61,8 @@ def metrics(batch: Minibatch, sampled: Any, config: TrainConfig) -> dict[str, fl
             "rounding does not make that. It holds other weights or computes another model: "
             "compare its config.json and dtype with the run's, and the vLLM version with the "
             "one that occ/generation/engines/vllm.py was written for."
-            + _OVERLAP * config.engine.overlap
+            + _OVERLAP
+            * config.engine.overlap
         )
     weight = np.exp(ratio)
     cap = np.inf if config.importance_cap is None else config.importance_cap

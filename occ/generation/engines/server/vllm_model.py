@@ -59,6 +59,8 @@ class VLLMModel:
     """
 
     def __init__(self, folder: str, options: dict[str, Any]):
+        if options.get("enable_return_routed_experts"):
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")  # the one that returns them
         defaults = {**DEFAULTS, **(ON_CPUS if current_platform.is_cpu() else {})}
         self._llm = vllm.LLM(model=folder, **{**defaults, **options})
         self._sleeps = bool(options.get("enable_sleep_mode"))

@@ -94,7 +94,14 @@ class DraftDepth:
 
         >>> DraftDepth((1.0, 1.0, 1.0), (0.0, 0.0)).after([1.0]).acceptance
         (0.3, 0.3)
+
+        A run whose depth is given chooses none, and remembers nothing.
+
+        >>> DraftDepth().after([1.0]) == DraftDepth()
+        True
         """
+        if not self.seconds:
+            return self
         if not acceptance:
             return dataclasses.replace(self, undrafted=self.undrafted + 1)
         old = self.acceptance

@@ -12,7 +12,12 @@ from occ import tasks
 from occ.generation.engines.config import EngineConfig
 from occ.generation.engines.protocol import EngineError
 from occ.training import ahead, loop
-from occ.training.config import EvaluationConfig, ObjectiveConfig, OptimizerConfig
+from occ.training.config import (
+    EvaluationConfig,
+    LayoutConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
 from occ.training.durable.run_folder import read_rows
 from occ.training.rollout import Drawn, draw, requests
 from tests import tiny
@@ -27,6 +32,7 @@ TASK = dataclasses.replace(
 CONFIG = tiny.run_config(
     "ahead",
     engine=EngineConfig(overlap=True),
+    layout=LayoutConfig(draft_depth=1),
     evaluation=EvaluationConfig(every=2, prompts=6, samples=2),
     optimizer=OptimizerConfig(learning_rate=3e-2),
     rollouts=5,
@@ -167,6 +173,7 @@ def test_an_engine_of_its_own_samples_while_the_run_trains(start, tmp_path):
         config = dataclasses.replace(
             CONFIG,
             engine=EngineConfig(kind="vllm", address=serving.address, overlap=True),
+            layout=LayoutConfig(),
             evaluation=EvaluationConfig(every=99, prompts=2, samples=1),
             optimizer=OptimizerConfig(learning_rate=3e-3),
             rollouts=3,
@@ -203,7 +210,9 @@ def test_an_engine_of_its_own_samples_while_the_run_trains(start, tmp_path):
 def test_an_engine_that_fails_ahead_ends_the_run(start, tmp_path):
     with Serving(tmp_path) as serving:
         config = dataclasses.replace(
-            CONFIG, engine=EngineConfig(kind="vllm", address=serving.address, overlap=True)
+            CONFIG,
+            engine=EngineConfig(kind="vllm", address=serving.address, overlap=True),
+            layout=LayoutConfig(),
         )
         programs = loop.build(config, TASK)
         generate, calls = serving.model.generate, []

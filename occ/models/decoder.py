@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,20 @@ from occ.models.block import Block
 from occ.models.cache import Past, StackCache, columns_in_blocks, decode_kernel
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
-from occ.models.moe import MixtureOfExperts
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
 from occ.models.parameters import is_trained
 from occ.models.partitioning import ROWS, constrain
+from occ.models.stacks import (
+    Layers,
+    apart,
+    apply_layers,
+    by_token,
+    create_stack,
+    expert_dtype,
+    no_experts,
+    remat,
+    write_experts,
+)
 
 
 class TrunkOutput(NamedTuple):
@@ -46,10 +57,6 @@ class Cache(NamedTuple):
     experts: jax.Array | None = None
 
 
-Layers = tuple[list[Block], ...]
-"""Of each stack, its layers one by one."""
-
-
 class Decoder(nnx.Module):
     """A decoder-only language model with K MTP modules.
 
@@ -66,11 +73,11 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(config, rngs)
         dense = config.num_layers if config.moe is None else config.moe.first_dense_layers
         if config.moe is None:
-            self.layers = _stack(config, rngs, dense, sparse=False)
+            self.layers = create_stack(config, rngs, dense, sparse=False)
         else:
             if dense:
-                self.dense_layers = _stack(config, rngs, dense, sparse=False)
-            self.layers = _stack(config, rngs, config.num_layers - dense, sparse=True)
+                self.dense_layers = create_stack(config, rngs, dense, sparse=False)
+            self.layers = create_stack(config, rngs, config.num_layers - dense, sparse=True)
         self.final_norm = RMSNorm(config.width, config)
         if not config.tied_embeddings:
             self.output_head = Linear(config.width, config.vocab_size, config, rngs)
@@ -101,7 +108,7 @@ class Decoder(nnx.Module):
         context = self._context(tokens, positions, segment_ids)
         hidden, loads = constrain(self.embedding(tokens), ROWS), []
         for stack in self._stacks():
-            passed = _scan(stack, hidden, context, self.config, replayed=experts)
+            passed = apply_layers(stack, hidden, context, self.config, replayed=experts)
             hidden = passed.hidden
             loads += [] if passed.load is None else [passed.load]
         return TrunkOutput(hidden, jnp.concatenate(loads) if loads else None)
@@ -124,10 +131,10 @@ class Decoder(nnx.Module):
         for k, module in enumerate(self.mtp, start=1):
             if isinstance(module, SequentialModule):
                 ahead = self._embed_ahead(module, tokens_ahead(tokens, segment_ids, k))
-                hidden = _remat(module, self.config)(hidden, ahead, context).hidden
+                hidden = remat(module, self.config)(hidden, ahead, context).hidden
                 states.append(hidden)
             else:
-                states.append(_remat(module, self.config)(hidden, context).hidden)
+                states.append(remat(module, self.config)(hidden, context).hidden)
         return constrain(jnp.stack(states), None, ROWS)
 
     def logits(self, hidden: Float[Array, "batch time width"]) -> Float[Array, "batch time vocab"]:
@@ -171,7 +178,7 @@ class Decoder(nnx.Module):
         _check_length(columns, self.config)
         sizes = [jax.tree.leaves(nnx.state(stack))[0].shape[0] for stack in self._stacks()]
         stacks = tuple(self.empty_stack(size, batch, columns + spare) for size in sizes)
-        experts = self._no_experts(batch, columns + spare) if keep_experts else None
+        experts = no_experts(self.config, batch, columns + spare) if keep_experts else None
         return Cache(stacks, jnp.zeros((batch,), jnp.int32), experts)
 
     def empty_stack(self, layers: int, batch: int, columns: int) -> StackCache:
@@ -198,12 +205,12 @@ class Decoder(nnx.Module):
         context = self._beginning(tokens, lengths)
         hidden, stacks, experts = constrain(self.embedding(tokens), ROWS), [], None
         for stack in self._stacks():
-            passed = _scan(stack, hidden, context, self.config, generating=True)
+            passed = apply_layers(stack, hidden, context, self.config, generating=True)
             hidden = passed.hidden
             assert passed.new is not None
             stacks.append(passed.new)
             if keep_experts and passed.experts is not None:
-                experts = _by_token(passed.experts).astype(self._expert_dtype)
+                experts = by_token(passed.experts).astype(expert_dtype(self.config))
         return hidden, Cache(tuple(stacks), lengths, experts)
 
     def extend(
@@ -226,9 +233,9 @@ class Decoder(nnx.Module):
         past = jnp.where(running, cache.lengths, 0)
         context = _further(past, tokens.shape[1], running)
         hidden, stacks = constrain(self.embedding(tokens), ROWS), []
-        stacks_of = self._stacks() if layers is None else layers
-        for stack, before in zip(stacks_of, cache.stacks, strict=True):
-            passed = _scan(
+        parts: Sequence[Block | list[Block]] = self._stacks() if layers is None else layers
+        for stack, before in zip(parts, cache.stacks, strict=True):
+            passed = apply_layers(
                 stack, hidden, context, self.config, Past(before, 0, past), generating=True
             )
             hidden = passed.hidden
@@ -237,7 +244,9 @@ class Decoder(nnx.Module):
             if cache.experts is not None and passed.experts is not None:
                 # Rows that do not run write past the end, so that what they had stays.
                 columns = jnp.where(running, past, cache.experts.shape[1])
-                cache = cache._replace(experts=_write(cache.experts, passed.experts, columns))
+                cache = cache._replace(
+                    experts=write_experts(cache.experts, passed.experts, columns)
+                )
         return hidden, cache._replace(stacks=tuple(stacks))
 
     def layers_apart(self) -> Layers:
@@ -245,7 +254,7 @@ class Decoder(nnx.Module):
 
         There the compiler copies a layer out of its stack to multiply with it, for every token.
         """
-        return tuple(_apart(stack) for stack in self._stacks())
+        return tuple(apart(stack) for stack in self._stacks())
 
     def module_input(
         self, hidden: Float[Array, "batch time width"]
@@ -307,18 +316,6 @@ class Decoder(nnx.Module):
 
     # -- pieces -------------------------------------------------------------------------------
 
-    @property
-    def _expert_dtype(self) -> Any:
-        """Of numbers of experts, and of -1 for none."""
-        return jnp.int8 if self.config.moe and self.config.moe.num_experts <= 128 else jnp.int16
-
-    def _no_experts(self, batch: int, columns: int) -> jax.Array:
-        moe = self.config.moe
-        assert moe is not None
-        sparse = self.config.num_layers - moe.first_dense_layers
-        shape = (batch, columns, sparse, moe.experts_per_token)
-        return constrain(jnp.full(shape, -1, self._expert_dtype), ROWS)
-
     def _beginning(self, tokens, lengths) -> Context:
         columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         valid = (columns[None] < lengths[:, None]).astype(jnp.int32)
@@ -356,115 +353,10 @@ def _check_length(length: int, config: ModelConfig) -> None:
         )
 
 
-def _stack(config: ModelConfig, rngs: nnx.Rngs, size: int, *, sparse: bool) -> Block:
-    """`size` blocks as one module whose variables have a leading layer axis."""
-
-    @nnx.split_rngs(splits=size)
-    @nnx.vmap(in_axes=(0,), out_axes=0)
-    def create(rngs):
-        return Block(config, rngs, sparse=sparse)
-
-    return create(rngs)
-
-
 def _further(lengths, time: int, running) -> Context:
     """Of the T tokens after the first `lengths` of each row."""
     positions = lengths[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
     return Context(positions, jnp.broadcast_to(running[:, None], positions.shape).astype(jnp.int32))
-
-
-class _Passed(NamedTuple):
-    """What a stack of layers hands on, but for `hidden` with a leading layer axis."""
-
-    hidden: jax.Array
-    load: jax.Array | None
-    new: StackCache | None
-    experts: jax.Array | None
-
-
-def _apart(stack: Block) -> list[Block]:
-    graphdef, variables = nnx.split(stack)
-    size = jax.tree.leaves(variables)[0].shape[0]
-    return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], variables)) for i in range(size)]
-
-
-def _one_by_one(
-    layers: list[Block], hidden: jax.Array, context: Context, past: Past | None
-) -> _Passed:
-    """As `_scan` in generation."""
-    outputs = []
-    for number, block in enumerate(layers):
-        before = None if past is None else past._replace(layer=number)
-        output = block(hidden, context, before, generating=True)
-        hidden = constrain(output.hidden, ROWS)
-        outputs.append((output.load, output.new, output.experts))
-    return _Passed(hidden, *jax.tree.map(lambda *values: jnp.stack(values), *outputs))
-
-
-def _scan(
-    stack: Block | list[Block],
-    hidden: jax.Array,
-    context: Context,
-    config: ModelConfig,
-    past: Past | None = None,
-    replayed: jax.Array | None = None,
-    *,
-    generating: bool = False,
-) -> _Passed:
-    """Applies the layers in order.
-
-    All layers read the cache, and none writes into it: as an input and output of its own for each
-    layer, it would be copied for every token.
-    """
-    if isinstance(stack, list):
-        return _one_by_one(stack, hidden, context, past)
-    graphdef, variables = nnx.split(stack)
-    size = jax.tree.leaves(variables)[0].shape[0]
-
-    def layer(hidden, inputs):
-        layer_variables, number, experts = inputs
-        block = nnx.merge(graphdef, layer_variables)
-        before = None if past is None else past._replace(layer=number)
-        output = block(hidden, context, before, experts, generating=generating)
-        further = (output.new, output.experts) if generating else (None, None)
-        return constrain(output.hidden, ROWS), (output.load, *further)
-
-    if replayed is not None:
-        replayed = jnp.moveaxis(replayed, 1, -1) if _is_sparse(stack) else None
-    numbers = jnp.arange(size, dtype=jnp.int32) if generating else None
-    unroll = 1 if config.scan_layers else size
-    hidden, (load, new, experts) = jax.lax.scan(
-        _remat(layer, config), hidden, (variables, numbers, replayed), unroll=unroll
-    )
-    return _Passed(hidden, load, new, experts)
-
-
-def _is_sparse(stack: Block) -> bool:
-    return isinstance(stack.mlp, MixtureOfExperts)
-
-
-def _by_token(experts: Int[Array, "layers batch time k"]) -> Int[Array, "batch time layers k"]:
-    return jnp.moveaxis(experts, 0, 2)
-
-
-def _write(kept: jax.Array, experts: jax.Array, columns: Int[Array, "batch"]) -> jax.Array:
-    """The experts of further tokens of each row, from its own column on."""
-    new = _by_token(experts).astype(kept.dtype)
-    return jax.vmap(
-        lambda old, new, column: jax.lax.dynamic_update_slice(
-            old, new, (column, 0 * column, 0 * column)
-        )
-    )(kept, new, columns)
-
-
-def _remat(function: Any, config: ModelConfig) -> Any:
-    """The function, recomputed in the backward pass as the configuration says."""
-    if config.remat == "none":
-        return function
-    policy = None
-    if config.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(function, policy=policy)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -35,6 +35,14 @@ def setting(name, dtype, layout, moe=None):
     config = tiny.train_config(regime(name), model_config)
     model = tiny.build_model(model_config)
     batch = tiny.minibatch(config, model, rows=16)
+    if moe is not None:  # every other token goes again to the experts of before
+        rollout = dataclasses.replace(config.rollout, routing_replay=True)
+        config = dataclasses.replace(config, rollout=rollout)
+        rng, (rows, time) = np.random.default_rng(2), batch.tokens.shape
+        chosen = np.argsort(rng.random((1, moe.num_experts, rows, time)), axis=1)
+        chosen = chosen[:, : moe.experts_per_token]
+        batch = batch.replace(experts=np.where(rng.random((rows, time)) < 0.5, chosen, -1))
+        batch = batch.replace(experts=batch.experts.astype(np.int8))
     return dataclasses.replace(config, layout=layout), model, batch
 
 
@@ -48,7 +56,8 @@ def compiled_step(config, model, batch):
         state = jax.tree.map(
             lambda x, like: jax.device_put(np.asarray(x), like.sharding), state, shapes
         )
-        batch = jax.device_put(batch, sharding.batch_shardings(mesh))
+        shardings = sharding.batch_shardings(mesh, config.rollout.routing_replay)
+        batch = jax.device_put(batch, shardings)
         return step.lower(state, batch).compile(), state, batch
 
 
@@ -282,7 +291,7 @@ def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):
     """
     config, model, batch = setting("occ", "float32", LayoutConfig(), moe)
     _, params, rest = model
-    sampling = SamplingConfig(max_new_tokens=6, stop_tokens=(1,))
+    sampling = SamplingConfig(6, stop_tokens=(1,), keep_experts=moe is not None)
     prompts, mask = np.asarray(batch.tokens[:6, :3]) + 2, np.ones((6, 3), bool)
     prompt_of = np.arange(16, dtype=np.int32) % 6
 
@@ -311,4 +320,5 @@ def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):
     alone, together = sample(LayoutConfig()), sample(layout)
     np.testing.assert_array_equal(together.tokens, alone.tokens)
     np.testing.assert_allclose(together.log_prob, alone.log_prob, atol=1e-5)
+    np.testing.assert_array_equal(together.experts, alone.experts)
     assert len(np.unique(alone.tokens)) > 4

@@ -158,6 +158,8 @@ def test_first_fit_places_every_sequence_once_and_in_the_room_there_is():
 def test_a_token_takes_all_that_is_said_of_it_along():
     config = tiny.train_config(regime("occ"), tiny.model_config(2))
     batch = varied(config, tiny.build_model(config.model))
+    experts = np.random.default_rng(0).integers(-1, 8, (2, 3, *batch.tokens.shape)).astype(np.int8)
+    batch = batch.replace(experts=experts)
     rows = rows_needed(batch, length=15, sequences_per_row=3, keep_uncounted=True)
     packed = pack(batch, length=15, sequences_per_row=3, rows=rows + 1, keep_uncounted=True)
     assert packed.tokens.shape == (rows + 1, 15) and packed.old_mtp_log_prob.shape[0] == 2

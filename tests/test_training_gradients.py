@@ -204,17 +204,21 @@ def test_log_ratio_coefficient_against_a_loop(x64, reference):
     np.testing.assert_allclose(got.calibration.weights[1], c / (v2 + 1e-8), rtol=1e-9)
 
 
+def _present(batch):
+    return [name for name, value in vars(batch).items() if value is not None]
+
+
 def _pad(batch, left, right):
     def pad(x, value=0):
         widths = [(0, 0)] * (x.ndim - 1) + [(left, right)]
         return jnp.pad(x, widths, constant_values=value)
 
-    fields = {name: pad(getattr(batch, name)) for name in vars(batch)}
+    fields = {name: pad(getattr(batch, name)) for name in _present(batch)}
     return batch.replace(**fields)
 
 
 def _reorder(batch, order):
-    fields = {name: getattr(batch, name)[..., order, :] for name in vars(batch)}
+    fields = {name: getattr(batch, name)[..., order, :] for name in _present(batch)}
     return batch.replace(**fields)
 
 
@@ -224,7 +228,7 @@ def _pack(batch):
     def pair(x):
         return jnp.concatenate([x[..., 0::2, :], x[..., 1::2, :]], axis=-1)
 
-    fields = {name: pair(getattr(batch, name)) for name in vars(batch)}
+    fields = {name: pair(getattr(batch, name)) for name in _present(batch)}
     first, second = batch.segment_ids[0::2], batch.segment_ids[1::2]
     fields["segment_ids"] = jnp.concatenate([first, jnp.where(second > 0, 2, 0)], axis=-1)
     return batch.replace(**fields)

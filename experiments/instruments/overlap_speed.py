@@ -119,7 +119,7 @@ def main() -> int:
 
         found[name] = {
             "rollout": median("seconds/rollout", "seconds/updates"),
-            "sampling": median("engine/generate_seconds", "engine/weights_seconds"),
+            "sampling": median("engine/generate_seconds"),
             "reward": statistics.fmean(row["reward"] for row in rows),
             "mismatch": median("mismatch/kl"),
             "rollouts": len(rows),
@@ -130,7 +130,7 @@ def main() -> int:
     most = plain["rollout"] / max(sampling, training)
     gained = plain["rollout"] / found["overlap"]["rollout"]
     print(
-        f"sampling with hand-over {sampling:.1f} s, all else {training:.1f} s\n"
+        f"sampling {sampling:.1f} s, all else with the hand-over of weights {training:.1f} s\n"
         f"overlap_speed: {gained:.2f} times, of at most {most:.2f}"
     )
     runs.write_json(

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import tyro
 
 from experiments import runs
 from experiments.configs import CONFIGS
+from experiments.instruments.peers.turns import Worker
 from occ.generation.engines import Request, RolloutEngine
 from occ.generation.engines.config import EngineConfig
 from occ.generation.engines.in_process import InProcessEngine
@@ -75,7 +75,7 @@ class Transformers:
 
     def __init__(self, python: str, folder: pathlib.Path, dtype: str):
         self._python, self._folder, self._dtype = python, folder, dtype
-        self._process: subprocess.Popen[str] | None = None
+        self._worker: Worker | None = None
 
     def update_weights(self, policy: Policy) -> None:
         """Writes the trunk as a published folder, and loads it there."""
@@ -83,42 +83,23 @@ class Transformers:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             pretrained.save(pathlib.Path(folder) / "model", policy)
             script = pathlib.Path(__file__).parent / "peers" / "transformers_generate.py"
-            with (self._folder / "transformers.log").open("w") as log:
-                self._process = subprocess.Popen(
-                    [self._python, str(script), f"{folder}/model", self._dtype],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                )
-            self._answer()
+            command = [self._python, str(script), f"{folder}/model", self._dtype]
+            self._worker = Worker(command, self._folder / "transformers.log")
 
     def generate(self, request: Request) -> np.ndarray:
         """Tokens int32 [B, R]."""
-        assert self._process is not None and self._process.stdin is not None
+        assert self._worker is not None
         asked = {
             "prompts": np.asarray(request.prompts).tolist(),
             "tokens": request.sampling.max_new_tokens,
             "temperature": request.sampling.temperature,
         }
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        return np.asarray(self._answer(), np.int32)
+        return np.asarray(self._worker.ask(json.dumps(asked)), np.int32)
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process is not None:
-            self._process.communicate()
-
-    def _answer(self) -> Any:
-        assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"{self._python} ended with status {self._process.wait()}; what it printed is in "
-                f"{self._folder / 'transformers.log'}."
-            )
-        return json.loads(line)
+        if self._worker is not None:
+            self._worker.close()
 
 
 def measure(arguments: Arguments) -> list[dict[str, Any]]:

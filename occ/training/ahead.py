@@ -16,6 +16,7 @@ import concurrent.futures
 import io
 import warnings
 import zipfile
+import zlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ from occ.training.config import TrainConfig
 from occ.training.durable.run_folder import RunFolder
 from occ.training.processes import wait_for_all
 from occ.training.rollout import Drawn, RolloutPrograms, answers, draw, requests
+
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for files that are missing, cut or changed, and `_from_bytes` for others."""
 
 
 class _Begun(NamedTuple):
@@ -115,7 +119,7 @@ class Ahead:
         file = self._files.path / _name(number)
         try:
             drawn = _from_bytes(file.read_bytes())
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             warnings.warn(
                 f"{file}, the samples of rollout {number} that were drawn before it, cannot be "
                 f"read ({type(error).__name__}: {error}): they are drawn again by the policy of "

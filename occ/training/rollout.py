@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +17,12 @@ from occ.generation.drafting import check_depth
 from occ.generation.engines import Request, RolloutEngine
 from occ.generation.engines.in_process import InProcessEngine
 from occ.generation.sampler import Sampler, padding_waste
-from occ.generation.sampling import Generation, SamplingConfig, Work, check_fits
+from occ.generation.sampling import Generation, SamplingConfig, check_fits
 from occ.models.policy import Policy
 from occ.objectives import advantages
 from occ.tasks import Problem, Task
 from occ.tasks.prompts import encode_prompts, prompt_indices
-from occ.training import mismatch
+from occ.training import mismatch, rollout_metrics
 from occ.training.batch import Minibatch, Sequences, positions_from_segments, segments_of
 from occ.training.config import TrainConfig
 from occ.training.credit import token_advantages
@@ -87,10 +86,9 @@ class RolloutPrograms:
         Raises:
           EngineError: of another process, as `RolloutEngine` says.
         """
-        assert like.sampling is not None
         engine = self.engine
         engine.update_weights(policy)
-        return engine.generate(Request(prompts, prompt_mask, like.sampling, key, samples))
+        return engine.generate(_request(like, prompts, prompt_mask, key, samples))
 
     def drafting(self, depth: int) -> RolloutPrograms:
         """The same programs with so many drafts for each pass of the trunk."""
@@ -253,17 +251,19 @@ def requests(
 ) -> tuple[Request, ...]:
     """What the rollout number `step` asks an engine for; it depends on seed and step alone."""
     rollout = config.rollout
-    prompts, prompt_mask = _prompts(config, task, step)
-    key = key_on_mesh(config.seed, step)
-
-    def request(like: Sampler, samples: int = 1) -> Request:
-        assert like.sampling is not None
-        return Request(prompts, prompt_mask, like.sampling, key, samples)
-
-    sampled = request(programs.sample, rollout.samples)
+    inputs = *_prompts(config, task, step), key_on_mesh(config.seed, step)
+    sampled = _request(programs.sample, *inputs, rollout.samples)
     if config.objective.advantage != "remax":
         return (sampled,)
-    return sampled, request(programs.greedy)
+    return sampled, _request(programs.greedy, *inputs)
+
+
+def _request(
+    like: Sampler, prompts: np.ndarray, prompt_mask: np.ndarray, key: jax.Array, samples: int = 1
+) -> Request:
+    """To be answered as this sampler would."""
+    assert like.sampling is not None
+    return Request(prompts, prompt_mask, like.sampling, key, samples)
 
 
 def draw(engine: RolloutEngine, policy: Policy, wanted: Sequence[Request]) -> Drawn:
@@ -355,9 +355,9 @@ def collect(
     batch = batch.replace(
         advantages=np.where(batch.response_mask, np.asarray(advantage), np.float32(0))
     )
-    metrics = _metrics(batch, sampled, rewards, valid, kept)
+    metrics = rollout_metrics.of_samples(batch, sampled, rewards, valid, kept)
     metrics["rollout/padding_waste"] = padding_waste(prompt_mask, sampled.work)
-    metrics |= _draft_metrics(sampled.work, sampled.lengths, step)
+    metrics |= rollout_metrics.of_drafts(sampled.work, sampled.lengths, step)
     metrics |= mismatch.metrics(batch, sampled.response_mask, config) | drawn.metrics
     examples = [
         (problems[i].prompt, completions[i], float(rewards[i]) if valid[i] else math.nan)
@@ -416,37 +416,3 @@ def _batch(programs, policy, sampled, prompt_mask, counted) -> Minibatch:
         reference_log_prob=np.zeros_like(old.log_prob),
         experts=sampled.experts,
     )
-
-
-def _metrics(batch, sampled, rewards, valid, kept) -> dict[str, float]:
-    mask = np.asarray(sampled.response_mask)
-    mismatch = np.abs(np.asarray(batch.old_log_prob) - np.asarray(batch.rollout_log_prob))
-    return {
-        "reward": float(rewards[valid].mean()) if valid.any() else math.nan,
-        "rollout/invalid": float(1 - valid.mean()),
-        "rollout/zero_variance_groups": float(1 - np.asarray(kept).mean()),
-        "rollout/response_length": float(np.asarray(sampled.lengths).mean()),
-        "rollout/finished": float(np.asarray(sampled.finished).mean()),
-        "rollout/log_prob_mismatch": float(mismatch[mask].mean()),
-    }
-
-
-def _draft_metrics(work: Work, tokens: Any, step: int) -> dict[str, Any]:
-    """How the drafts fared; nothing without any. Warns where not one was kept."""
-    judged, kept = np.asarray(work.judged), np.asarray(work.kept)
-    if not judged.size:
-        return {}
-    refused = bool(judged[0] > 0 and not kept[0])
-    if refused:
-        warnings.warn(
-            f"All {judged[0]} drafts of the MTP modules were refused (rollout {step}). Their "
-            "weights are stale or untrained: check that the modules are trained and that "
-            "generation has the policy's newest parameters, or set layout.draft_depth=0.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return {
-        "rollout/acceptance": list(work.acceptance),
-        "rollout/tokens_a_pass": float(np.asarray(tokens).sum() / max(int(work.passes), 1)),
-        "alarm/drafts_refused": int(refused),
-    }

@@ -94,11 +94,11 @@ class Worker:
 
     def step(self) -> dict[str, float]:
         """Lets the program take one step: seconds, CPU seconds, loss, norm and peak memory."""
-        return self._ask(STEP)
+        return self.ask(STEP)
 
     def forget_peak(self) -> None:
         """Counts peak memory from here."""
-        self._ask(FORGET_PEAK)
+        self.ask(FORGET_PEAK)
 
     def close(self) -> None:
         """Ends the program by ending its input."""
@@ -107,13 +107,14 @@ class Worker:
         self.process.wait()
         self.process.stdout.close()
 
-    def _ask(self, line: str) -> dict[str, Any]:
+    def ask(self, line: str) -> Any:
+        """Its answer to a line."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         return self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:

@@ -65,7 +65,10 @@ def _mean(values: list[Any], of: Callable[..., Any] = np.mean) -> float:
 
 
 def worth_table(points: Points, norm: str) -> str:
-    """Worth and coefficient a setting and auxiliary: means over points, intervals over starts."""
+    """Worth and coefficient a setting and auxiliary: medians over points, intervals over starts.
+
+    Medians, since a quotient has no mean where the RL gradient has hardly a signal.
+    """
     lines = [
         "| setting | auxiliary | starts | worth | a coefficient a part | coefficient | "
         "critical batch, minibatches | R(0.2) - 1, % |",
@@ -77,11 +80,12 @@ def worth_table(points: Points, norm: str) -> str:
         for objective in runs[0][0]["objectives"]:
 
             def column(name, scale=1.0, digits=2, pick=None, o=objective, runs=runs, norm=norm):
-                values = [
-                    _mean([_picked(figure_of(row, norm, name, o), pick) for row in rows])
-                    for rows in runs
+                figures = [
+                    [_picked(figure_of(row, norm, name, o), pick) for row in rows] for rows in runs
                 ]
-                return claims_rows.show(mean_interval(values), scale, digits, signed=False)
+                values = [v for v in (_mean(some, np.median) for some in figures) if v == v]
+                estimate = mean_interval(values) if values else None
+                return claims_rows.show(estimate, scale, digits, signed=False)
 
             critical = [figure_of(r, norm, "critical_batch", objective) for rs in runs for r in rs]
             lines.append(

@@ -24,9 +24,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-# Programs of tests run once, so compiling them is what they cost; without the newer code generator
-# for CPUs that takes a quarter of the time. A later XLA may not know the flag, and would abort.
-QUICK = "--xla_cpu_use_fusion_emitters=false"
+# Programs of tests run once, so compiling them is what they cost: the newer code generator for CPUs
+# takes a quarter more time, and so does code in pieces for several cores, which have tests of their
+# own. A later XLA may not know these flags, and would abort.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if QUICK not in os.environ.get("XLA_FLAGS", ""):
     flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
     try_it = [sys.executable, "-c", "import jax; jax.devices()"]

@@ -47,7 +47,7 @@ def losses(logits, batch, config, held=None, mtp_loss=None):
       batch: the minibatch; nothing is read where it has no response token.
       config: the run's `TrainConfig`.
       held: like `logits`, the constants of differentiation; default the logits themselves.
-      mtp_loss: "ce", "policy" or a divergence.
+      mtp_loss: "ce", "ce_rewarded", "policy" or a divergence.
     """
     batch = {name: np.asarray(value) for name, value in vars(batch).items()}
     held = logits if held is None else held
@@ -169,8 +169,10 @@ def of_module(sequences, kind, objective, shape, config):
         weight = weight_of(sequence, sequences, objective)
         for token in sequence:
             probability = np.exp(token.log_probs)
-            if kind == "ce":
+            if kind in ("ce", "ce_rewarded"):
                 loss, on_logits = -token.log_prob, probability - token.chosen
+                if kind == "ce_rewarded" and token.advantage <= 0:
+                    loss, on_logits = 0.0, np.zeros(len(probability))
             elif kind == "distill":
                 pairs = zip(token.target, token.log_probs, strict=True)
                 loss = sum(q * (math.log(q) - lp) for q, lp in pairs)

@@ -32,7 +32,7 @@ def test_every_cell_of_the_grid_builds():
     """Configuration and calibration; the controls' are built from rows."""
     grid = claims_grid.cells() + claims_grid.apart()
     assert len(grid) == len(set(grid))
-    for cell in {*grid, *claims_grid.over_starts()}:
+    for cell in {*grid, *claims_grid.over_starts(), *claims_grid.by_worth()}:
         assert cell.setting in CONFIGS
         if cell.variant in claims_grid.CONTROLS:
             continue

@@ -244,6 +244,7 @@ SLOW = {
     "occ_released": config_of(regime("occ_released"), "reinforce", ONE),
     "detach for two": config_of(regime("detach"), "gspo", **SHARP),
     "ce": config_of(regime("ce"), "cispo", **cut(2, 5)),
+    "rewarded": config_of(regime("rewarded"), "ppo", **cut(2, 5)),
     "detach exact": config_of(regime("detach", exact=True), "reinforce", **cut(2)),
     "ce exact": config_of(regime("ce", exact=True), "gspo", **cut(1, 5)),
     "policy gspo": config_of(regime("policy"), "gspo", **cut(2, 5)),
@@ -351,7 +352,9 @@ def test_the_minibatch_has_tokens_in_every_branch(x64):
     assert 0 < np.mean(beyond) < 1
 
 
-@pytest.mark.parametrize("loss", ["policy", "ce", "distill", "distill_top_k", "total_variation"])
+@pytest.mark.parametrize(
+    "loss", ["policy", "ce", "ce_rewarded", "distill", "distill_top_k", "total_variation"]
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_slopes_of_the_reference_by_central_differences(x64, name, loss):
     """Along random directions of all logits; constants of differentiation are held."""

@@ -43,6 +43,16 @@ def test_worth_and_coefficient_in_closed_form(seed):
     np.testing.assert_allclose(found.signal_to_noise, c0 / (V[0, 0] - c0), rtol=1e-12)
 
 
+def test_an_auxiliary_gradient_of_nothing_has_no_coefficient():
+    """The norms of a trunk whose heads have norms of their own: zero, and not NaN."""
+    _, _, sampled = gaussian(2)
+    keep = jnp.array([1.0, 1.0, 0.0])
+    found = theory.worth(SampledGram(*(jnp.outer(keep, keep) * matrix for matrix in sampled)))
+    alone = theory.worth(SampledGram(*(matrix[:2, :2] for matrix in sampled)))
+    np.testing.assert_allclose(found.coefficients, [alone.coefficients[0], 0.0], rtol=1e-12)
+    np.testing.assert_allclose(found.worth, alone.worth, rtol=1e-12)
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 def test_no_direction_has_a_larger_signal_to_noise(heads):
     _, _, sampled = gaussian(heads)

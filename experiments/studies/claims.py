@@ -3,6 +3,7 @@
     python -m experiments.studies.claims run           all of claims_grid.py, resumable
     python -m experiments.studies.claims run --quick   two variants, two seeds, five rollouts
     python -m experiments.studies.claims run --over-starts    from five warm starts a setting
+    python -m experiments.studies.claims run --by-worth       candidates that a measurement chose
     python -m experiments.studies.claims report        tables and figures from the committed rows
 
 Cost of the whole grid: about ninety minutes on two cores. A row a run is appended to
@@ -32,6 +33,7 @@ from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.studies import claims_report, claims_rows
 from experiments.studies.claims_grid import (
+    BY_WORTH_STARTS,
     CONTROL,
     CONTROLS,
     SEEDS,
@@ -41,6 +43,7 @@ from experiments.studies.claims_grid import (
     Cell,
     apart,
     baseline,
+    by_worth,
     cells,
     over_starts,
 )
@@ -75,6 +78,7 @@ class Run:
       quick: a laptop-sized version in a folder of its own: two variants, two seeds, five rollouts.
       over_starts: the settings and variants of OVER_STARTS from every one of STARTS, into
         results/claims_over_starts; with `--seeds 0` a run each.
+      by_worth: likewise those of BY_WORTH and BY_WORTH_STARTS, into results/claims_by_worth.
       folder: of the rows; starting points and scratch files are in runs/claims.
     """
 
@@ -85,6 +89,7 @@ class Run:
     workers: int = 2
     quick: bool = False
     over_starts: bool = False
+    by_worth: bool = False
     folder: pathlib.Path = RESULTS
 
     def pairs(self) -> list[tuple[int, int]]:
@@ -121,11 +126,15 @@ def run(arguments: Run) -> int:
             folder=pathlib.Path("runs/claims/quick"),
         )
     grid = cells() + (apart() if arguments.variants else [])
-    if arguments.over_starts:
-        folder = arguments.folder
-        folder = folder.with_name("claims_over_starts") if folder == RESULTS else folder
-        arguments = dataclasses.replace(arguments, starts=STARTS, folder=folder)
-        grid = over_starts()
+    for asked, name, its_grid, starts in (
+        (arguments.over_starts, "claims_over_starts", over_starts, STARTS),
+        (arguments.by_worth, "claims_by_worth", by_worth, BY_WORTH_STARTS),
+    ):
+        if asked:
+            folder = arguments.folder
+            folder = folder.with_name(name) if folder == RESULTS else folder
+            arguments = dataclasses.replace(arguments, starts=starts, folder=folder)
+            grid = its_grid()
     wanted = [
         cell
         for cell in grid

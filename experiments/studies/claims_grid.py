@@ -196,7 +196,21 @@ STARTS = (11, 12, 13, 14, 15)
 """Seeds of warm starts that no run had before; the runs from start s have seeds 100 s + 0, 1, ..,
 which decide prompts and samples. First a run each from every start, then a second one."""
 
-VARIANTS = {**CORE, **AROUND, **BEYOND, **APART, **OVER_STARTS}
+BY_WORTH: dict[str, Change] = {
+    name: _mtp(regime(name)) for name in ("detach", "worth", "rewarded", "worth_rewarded")
+}
+"""The two objectives that were worth most (`experiments.studies.worth`, 25 runs of Detach from
+STARTS): the policy loss with the module's own ratio, and cross-entropy on the better responses. The
+second was never trained with when its worth was measured; 0.6 of it is about what its coefficient
+0.2, in a mean over the better alone, was there."""
+
+BY_WORTH_STARTS = (21, 22, 23, 24, 25)
+"""Fresh ones, not seen by the worth or its report. Run in OVER_STARTS_SETTINGS; what the
+worth says beforehand, of R(0.2) - 1 in Adam's norm: gains of cross-entropy on the better in
+filtering_easy (+10 %), arithmetic_hard (+8) and filtering_hard (+8), losses of it at a fixed
+coefficient in arithmetic_easy (-8) and star_easy (-12), where the rule should come near 0."""
+
+VARIANTS = {**CORE, **AROUND, **BEYOND, **APART, **OVER_STARTS, **BY_WORTH}
 """All but the controls, whose configurations come from other runs' rows."""
 
 BASELINES = {"two_modules": "two_modules_detach", "gspo": "gspo_detach"}
@@ -229,6 +243,11 @@ def apart() -> list[Cell]:
 def over_starts() -> list[Cell]:
     """The cells of OVER_STARTS."""
     return [Cell(setting, name) for setting in OVER_STARTS_SETTINGS for name in OVER_STARTS]
+
+
+def by_worth() -> list[Cell]:
+    """The cells of BY_WORTH."""
+    return [Cell(setting, name) for setting in OVER_STARTS_SETTINGS for name in BY_WORTH]
 
 
 def baseline(variant: str) -> str:

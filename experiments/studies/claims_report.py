@@ -17,6 +17,7 @@ from experiments.runs import replace, save_figure
 from experiments.studies.claims_grid import (
     APART,
     BEYOND,
+    BY_WORTH,
     CONTROL,
     CORE,
     MAIN,
@@ -207,7 +208,7 @@ def against_detach_table(results: Results, names: list[str], quantity: str = "sa
 
 def forest_figure(results: Results, file: pathlib.Path) -> None:
     """Sampled accuracy minus Detach's, with intervals: the core variants in each setting."""
-    known = dict.fromkeys((*CORE, CONTROL, *OVER_STARTS))
+    known = dict.fromkeys((*CORE, CONTROL, *OVER_STARTS, *BY_WORTH))
     variants = [v for v in known if v != "detach" and any(v in runs for runs in results.values())]
     figure, axes = plt.subplots(
         1, len(results), figsize=(2.2 * len(results) + 1.2, 3.6), layout="constrained", sharey=True
@@ -283,7 +284,8 @@ def by_start_table(results: Results, names: list[str]) -> str:
 
 def over_starts_sections(results: Results) -> dict[str, str]:
     """Claims over warm starts: accuracy, reward, when in training, and each setting."""
-    names = [name for name in OVER_STARTS if name != "detach"]
+    known = dict.fromkeys((*OVER_STARTS, *BY_WORTH))
+    names = [v for v in known if v != "detach" and any(v in runs for runs in results.values())]
     titles = {
         "area": "Mean reward over training, minus Detach's",
         "sampled": "Final sampled accuracy, minus Detach's",

@@ -53,7 +53,7 @@ class Worth(NamedTuple):
     Attributes:
       worth: R(V^-1 c) / R(e_0): so many samples is one sample worth where noise rules. It is NaN
         where the main gradient has no signal (c_0 <= 0) or V is singular.
-      coefficients: float [K], lambda_k = w_k / w_0.
+      coefficients: float [K], lambda_k = w_k / w_0; 0 of an auxiliary gradient that is zero.
       signal_to_noise: of the main gradient alone, c_0 / (V_00 - c_0), at this batch size.
     """
 
@@ -70,7 +70,8 @@ def worth(sampled: SampledGram) -> Worth:
     [2.0, 1.0]
     """
     c, V = sampled.cross[0], sampled.same
-    w = jnp.linalg.solve(V, c)
+    nothing = jnp.diag(jnp.diagonal(V) == 0).astype(V.dtype)  # whose row, and c, are zero as well
+    w = jnp.linalg.solve(V + nothing, c)
     defined = c[0] > 0
     main = jnp.where(defined, c[0], 1)
     best = jnp.sum(c * w) * V[0, 0] / (main * main)

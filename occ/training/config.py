@@ -97,8 +97,9 @@ class MTPTrainingConfig:
     in the first minibatch of every rollout.
 
     Attributes:
-      loss: "ce" (cross-entropy on the sampled responses), "policy" (the main head's policy loss
-        on MTP log-probs), a divergence from the main head's distribution for the same token, which
+      loss: "ce" (cross-entropy on the sampled responses), "ce_rewarded" (on those of positive
+        advantage; the others count 0 in the same mean), "policy" (the main head's policy loss on
+        MTP log-probs), a divergence from the main head's distribution for the same token, which
         is held fixed ("distill", Kullback and Leibler's; "distill_top_k", that of its most likely
         tokens; "total_variation", the share of drafts that it would refuse) or "none" (RL alone).
       own_loss: what the modules' own parameters learn from: "same", or "ce" or a divergence,
@@ -134,7 +135,9 @@ class MTPTrainingConfig:
       scale_own: scale the modules' own gradient too, as the paper's released code does.
     """
 
-    loss: Literal["none", "ce", "policy", "distill", "distill_top_k", "total_variation"] = "policy"
+    loss: Literal[
+        "none", "ce", "ce_rewarded", "policy", "distill", "distill_top_k", "total_variation"
+    ] = "policy"
     own_loss: Literal["same", "ce", "distill", "distill_top_k", "total_variation"] = "same"
     distilled_tokens: int = 16
     reference: Literal["main", "own"] = "main"

@@ -91,6 +91,26 @@ REGIMES: dict[str, Regime] = {
             every=5,
         ),
     ),
+    "rewarded": Regime(
+        "CE of the better, 0.6",
+        "cross-entropy on the responses that were better than their group, fixed 0.6; the modules "
+        "themselves learn from detached cross-entropy on all",
+        _fused(loss="ce_rewarded", own_loss="ce", rule="fixed", coefficient=0.6),
+    ),
+    "worth_rewarded": Regime(
+        "CE of the better, by worth",
+        "as rewarded, with the coefficient of the largest signal to noise as in worth, and 0.6 as "
+        "its prior",
+        MTPTrainingConfig(
+            loss="ce_rewarded",
+            own_loss="ce",
+            measure="past_gradients",
+            measure_options={"decay": 0.9, "smoothing": 0.95, "norm": "preconditioned"},
+            rule="signal_to_noise",
+            rule_options={"prior": 0.6, "bounds": (0.0, 2.0), "largest_change": 0.06},
+            every=5,
+        ),
+    ),
     "drafter_tv": Regime(
         "Detach, TV",
         "the modules alone learn to draft: total variation from the main head is what is refused",

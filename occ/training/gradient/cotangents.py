@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from occ.models.parameters import Parts, join, substitute
 from occ.models.partitioning import in_order
 from occ.training.gradient.inputs import StepInputs
-from occ.training.gradient.losses import LossOutput, mtp_loss, rl_loss, token_divergence
+from occ.training.gradient.losses import (
+    CROSS_ENTROPIES,
+    LossOutput,
+    mtp_loss,
+    rl_loss,
+    token_divergence,
+)
 from occ.training.sharding import cut_as_parameters
 
 HIDDEN = "hidden"
@@ -139,7 +145,7 @@ def _head_gradient(
         params,
         state,
         depth,
-        by_token=config.mtp.loss == "ce" or config.objective.policy.by_token,
+        by_token=config.mtp.loss in CROSS_ENTROPIES or config.objective.policy.by_token,
     )
 
 

@@ -15,6 +15,8 @@ from occ.training.batch import Minibatch
 from occ.training.config import MTPTrainingConfig, TrainConfig
 from occ.training.gradient.stages import TokenScores
 
+CROSS_ENTROPIES = ("ce", "ce_rewarded")
+
 
 class LossOutput(NamedTuple):
     """What a loss reports beside its value.
@@ -92,7 +94,7 @@ def mtp_loss(
     config: TrainConfig,
     divergence: Float[Array, "batch time"] | None = None,
 ) -> tuple[Float[Array, ""], LossOutput]:
-    """Loss of the MTP head at `depth`: cross-entropy, divergence, or the policy loss.
+    """Loss of the MTP head at `depth`: cross-entropy, a divergence, or the policy loss.
 
     The policy loss has the main head's advantages, clipping and aggregation; its ratio is against
     the old log-prob that `config.mtp.reference` names. A minibatch in which every target is masked
@@ -102,8 +104,10 @@ def mtp_loss(
     old = batch.old_mtp_log_prob[depth - 1] if own else batch.old_log_prob
     mask = mtp.aligned_mask(batch.response_mask, batch.segment_ids, depth)
     metrics: dict[str, Any] = {}
-    if config.mtp.loss == "ce":
+    if config.mtp.loss in CROSS_ENTROPIES:
         token_loss = mtp.cross_entropy(scores.log_prob, mask)
+        if config.mtp.loss == "ce_rewarded":
+            token_loss = jnp.where(batch.advantages > 0, token_loss, 0)
     elif divergence is not None:
         token_loss = jnp.where(mask, divergence, 0)
     else:

@@ -50,6 +50,8 @@ def for_tpus(*inputs, first, interpret=False):
 def test_a_kernel_reads_what_the_compilers_does(unchecked, monkeypatch, first, time, dtype, device):
     """Rows with nothing, one token, one block and more behind them."""
     if device == "tpu":
+        if ON_GPU:
+            pytest.skip("what is written for TPUs is interpreted on CPUs alone")
         monkeypatch.setattr(cache_kernels, "on_gpu", for_tpus)
     lengths = [0, 1, 128, 300]
     heads, seen = further(4, time, dtype), past(lengths, first, dtype)
@@ -157,10 +159,10 @@ def test_cudnn_attention_is_the_compilers(unchecked):
     segment_ids = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2], [1] * 8 + [0]])
     context = Context(positions_from_segments(segment_ids), segment_ids)
     weight = jnp.asarray(rng.normal(size=(2, 9, 4, 64)), "float32")
+    weight = jnp.where((segment_ids > 0)[:, :, None, None], weight, 0)  # padding says nothing
 
     def loss(heads, kernel):
-        mixed = attend(*heads, context, kernel=kernel)
-        return jnp.sum(jnp.where((segment_ids > 0)[:, :, None, None], mixed * weight, 0))
+        return jnp.sum(attend(*heads, context, kernel=kernel) * weight)
 
     both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     wide = [head.astype("float32") for head in heads]

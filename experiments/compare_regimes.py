@@ -27,7 +27,7 @@ import jax
 import tyro
 
 from experiments import dashboards, report, runs
-from experiments.compiled import keep_compiled
+from experiments.compiled import compile_quickly, keep_compiled
 from experiments.configs import CONFIGS
 from experiments.dashboards import Dashboard
 from experiments.lanes import in_lanes, leave
@@ -259,6 +259,7 @@ def _write(arguments: Arguments, folder: Path) -> None:
 
 def main() -> int:
     """Reads the command line."""
+    compile_quickly()
     return compare(tyro.cli(Arguments, description=__doc__))
 
 

@@ -63,13 +63,13 @@ class OwnModel:
         from occ.generation.sampling import SamplingConfig
 
         ends = np.cumsum(arrays["lengths"])
-        columns = int(arrays["lengths"].max())
+        columns = -(-int(arrays["lengths"].max()) // 8) * 8  # few shapes to compile
         prompts = np.zeros((len(ends), columns), np.int32)
         for row, tokens in enumerate(np.split(arrays["tokens"], ends[:-1])):
             prompts[row, columns - len(tokens) :] = tokens
         mask = np.arange(columns)[None] >= columns - arrays["lengths"][:, None]
         sampling = {**sampling, "stop_tokens": tuple(sampling["stop_tokens"])}
-        made = generate(
+        made = jax.jit(generate, static_argnames="config")(
             self.policy,
             jnp.asarray(prompts),
             jnp.asarray(mask),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import runs
+from experiments.compiled import compile_quickly
 from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training import loop
@@ -101,5 +102,6 @@ def one_core_processes(workers: int) -> Iterator[Any]:
     """A pool of fresh processes on one core each: two runs side by side beat one run on both."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    compile_quickly()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield pool

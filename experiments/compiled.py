@@ -8,7 +8,6 @@ import jax
 
 from occ.buckets import Path, absolute
 
-
 LEVEL = "--xla_backend_optimization_level"
 
 

@@ -22,6 +22,7 @@ import pytest
 import tyro
 
 from experiments import compare_regimes, curves, report_figure, runs, train
+from experiments.compiled import LEVEL, compile_quickly
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
 from experiments.instruments import rollout_speed, step_cost
@@ -176,6 +177,17 @@ def test_the_story_is_told_by_default():
     assert compare_regimes.Arguments(smoke=True).regimes == ("detach", "occ")
     with pytest.raises(ValueError, match="starts >= 1 and lanes >= 0, got 0"):
         compare_regimes.Arguments(starts=0)
+
+
+def test_llvm_is_asked_for_little_unless_the_user_chose(monkeypatch):
+    for before, after in (
+        ("--xla_cpu_enable_fast_math=false", f"--xla_cpu_enable_fast_math=false {LEVEL}=1"),
+        (f"{LEVEL}=3", f"{LEVEL}=3"),
+        ("", f"{LEVEL}=1"),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", before)
+        compile_quickly()
+        assert os.environ["XLA_FLAGS"] == after
 
 
 def test_one_run_by_its_command_line(at, monkeypatch, capsys):

@@ -41,6 +41,18 @@ def test_every_cell_of_the_grid_builds():
         assert claims_grid.baseline(cell.variant) in claims_grid.VARIANTS
 
 
+def test_a_series_may_have_gaps(tmp_path):
+    """A measure that needs averages has nothing to say in the first rollout."""
+    row = {"start": 21, "seed": 2100, "area": 0.5, "reward_series": [0.1, 0.2, 0.3]}
+    row["coefficient_series"] = [claims._rounded(value) for value in (None, 0.123456, 0.2)]
+    file = tmp_path / claims_grid.MAIN / "worth.jsonl"
+    file.parent.mkdir()
+    file.write_text(json.dumps(row) + "\n")
+    (read,) = claims_rows.read(tmp_path)[claims_grid.MAIN]["worth"]
+    np.testing.assert_array_equal(read["coefficient_series"], [np.nan, 0.1235, 0.2])
+    assert claims_rows.third("coefficient", last=True)(read) == 0.2
+
+
 @pytest.fixture
 def at(monkeypatch, tmp_path):
     """In an empty folder, with a setting cut down to seconds."""

@@ -261,8 +261,13 @@ def _row(
     }
     for name, key in SERIES.items():
         if all(key in one for one in rows):
-            row[f"{name}_series"] = [float(f"{np.ravel(one[key])[0]:.4g}") for one in rows]
+            row[f"{name}_series"] = [_rounded(np.ravel(one[key])[0]) for one in rows]
     return row
+
+
+def _rounded(value: Any) -> float | None:
+    """Four digits; None of a rollout in which it was not measured."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _append(folder: pathlib.Path, cell: Cell, row: dict[str, Any]) -> None:

@@ -154,7 +154,7 @@ def proxy_table(results: Results) -> str:
         def cell(runs):
             if variant not in runs:
                 return ""
-            means = [np.mean(row[f"{name}_series"]) for row in runs[variant]]
+            means = [np.nanmean(row[f"{name}_series"]) for row in runs[variant]]
             return show(mean_interval(means), scale=1, digits=3, signed=False)
 
         return cell

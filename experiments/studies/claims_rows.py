@@ -30,7 +30,7 @@ def read(folder: pathlib.Path) -> Results:
     for setting, variant in dict.fromkeys(cells() + apart() + over_starts() + by_worth()):
         file = folder / setting / f"{variant}.jsonl"
         if file.exists():
-            rows = sorted(read_rows(file), key=lambda row: row["seed"])
+            rows = [_known(row) for row in sorted(read_rows(file), key=lambda row: row["seed"])]
             results.setdefault(setting, {})[variant] = rows
     for runs in results.values():
         for variant in runs:
@@ -41,6 +41,16 @@ def read(folder: pathlib.Path) -> Results:
             "pass the --folder that it wrote to."
         )
     return results
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
+    """With NaN where a series has nothing: a measure that needs two minibatches, in the first."""
+    series = {
+        name: [np.nan if value is None else value for value in values]
+        for name, values in row.items()
+        if name.endswith("_series")
+    }
+    return row | series
 
 
 Quantity = Callable[[dict[str, Any]], float]  # of one row
@@ -120,7 +130,7 @@ def third(name: str, *, last: bool) -> Quantity:
     def of(row: dict[str, Any]) -> float:
         series = row[f"{name}_series"]
         size = len(series) // 3
-        return float(np.mean(series[-size:] if last else series[:size]))
+        return float(np.nanmean(series[-size:] if last else series[:size]))
 
     return of
 

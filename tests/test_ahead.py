@@ -18,7 +18,7 @@ from occ.training.config import (
     ObjectiveConfig,
     OptimizerConfig,
 )
-from occ.training.durable.run_folder import read_rows
+from occ.training.durable.run_folder import RunFolder, read_rows
 from occ.training.rollout import Drawn, draw, requests
 from tests import tiny
 from tests.engine_server import Serving
@@ -164,6 +164,20 @@ def test_lost_samples_are_drawn_again_and_said(programs, start, whole, tmp_path,
         loop.run(CONFIG, TASK, programs, start, folder)
     assert metrics_of(folder)[:3] == metrics_of(whole[0])[:3]
     assert len(metrics_of(folder)) == CONFIG.rollouts
+
+
+def test_what_one_process_cannot_read_all_draw_again(programs, start, tmp_path, monkeypatch):
+    """Half of a run on samples of the old policy, half on others, would be no run."""
+    with RunFolder(tmp_path / "run", CONFIG) as files:
+        before, there, elsewhere = (ahead.Ahead(CONFIG, TASK, files) for _ in range(3))
+        before.begin(2, programs.rollout, start)
+        before.save(2, ())
+        there.restore(2)
+        assert there._begun is not None
+        monkeypatch.setattr(ahead, "any_of_all", lambda flag: True)
+        with pytest.warns(RuntimeWarning, match="by another process"):
+            elsewhere.restore(2)
+        assert elsewhere._begun is None
 
 
 def test_samples_are_kept_whole(programs, start):

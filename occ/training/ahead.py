@@ -27,7 +27,7 @@ from occ.models.policy import Policy
 from occ.tasks import Task
 from occ.training.config import TrainConfig
 from occ.training.durable.run_folder import RunFolder
-from occ.training.processes import wait_for_all
+from occ.training.processes import any_of_all, wait_for_all
 from occ.training.rollout import Drawn, RolloutPrograms, answers, draw, requests
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -111,24 +111,27 @@ class Ahead:
     def restore(self, number: int) -> None:
         """Finds the samples of the rollout that follows checkpoint `number`.
 
-        Where they are lost the run draws others, which it says.
+        Where they are lost, on one of several processes even, all draw others, and say so.
         """
         if not self._on or number in (0, self._config.rollouts):
             return
         wait_for_all("samples that were drawn ahead")
         file = self._files.path / _name(number)
+        drawn, problem = None, "by another process"
         try:
             drawn = _from_bytes(file.read_bytes())
         except UNREADABLE as error:
+            problem = f"{type(error).__name__}: {error}"
+        if any_of_all(drawn is None):
             warnings.warn(
                 f"{file}, the samples of rollout {number} that were drawn before it, cannot be "
-                f"read ({type(error).__name__}: {error}): they are drawn again by the policy of "
+                f"read ({problem}): they are drawn again by the policy of "
                 "now, and the run goes on as well, but not to the same bits.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return
-        self._begun = _Begun(number, _done(drawn))
+        elif drawn is not None:
+            self._begun = _Begun(number, _done(drawn))
 
     def close(self) -> None:
         """Nothing more is begun; what is under way is nobody's."""

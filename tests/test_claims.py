@@ -237,7 +237,8 @@ def test_worth_from_minibatches_is_that_of_their_gram_matrices():
     vectors = rng.normal(size=(count, 3, len(parts), 5)) + 1  # [M, A, parts, P]
     gradients = [{p: one[:, i] for i, p in enumerate(parts)} for one in vectors]
     matrices = worth.products(gradients)
-    nothing = [one | {"rest": one["rest"][:, :0]} for one in gradients]  # as with two layers
+    main_alone = np.array([[1.0], [0.0], [0.0]])  # a part that no auxiliary reaches
+    nothing = [one | {"rest": one["rest"] * main_alone} for one in gradients]
     assert np.isfinite(worth.jackknife(worth.products(nothing))["by_part"]["value"]).all()
     grams = worth.sampled(matrices, left_out=4)
     kept = np.delete(vectors, 4, axis=0)

@@ -126,6 +126,8 @@ def run(arguments: Run) -> int:
             folder=pathlib.Path("runs/claims/quick"),
         )
     grid = cells() + (apart() if arguments.variants else [])
+    if arguments.over_starts and arguments.by_worth:
+        raise ValueError("claims: expected one of --over-starts and --by-worth, got both.")
     for asked, name, its_grid, starts in (
         (arguments.over_starts, "claims_over_starts", over_starts, STARTS),
         (arguments.by_worth, "claims_by_worth", by_worth, BY_WORTH_STARTS),

@@ -80,8 +80,10 @@ AUXILIARIES: dict[str, Auxiliary] = {
     "distill": Auxiliary(MTPTrainingConfig(loss="distill")),
 }
 """Policy loss against the module's own and the main head's old log-prob; cross-entropy on all
-samples and on the better ones; distillation from the main head. The RL gradient is taken beside the
-first, which must be on the whole minibatch."""
+samples and on the better ones; distillation from the main head. Here "ce_rewarded" is a mean over
+the better samples alone, where the loss of that name counts the others as 0 in a mean over all, so
+that the same gradient has a smaller coefficient here. The RL gradient is taken beside the first,
+which must be on the whole minibatch."""
 
 POINTS = (0.07, 0.25, 0.5, 0.8)
 """Of a run; after one, two or three gradient steps of the rollout, in turn."""
@@ -174,12 +176,10 @@ def products(gradients: list[dict[str, np.ndarray]]) -> np.ndarray:
 
     Returns:
       float64 [parts, A, A, M, M], <d_i of minibatch r, d_j of minibatch s> on each part of the
-      parameters that holds any; the main gradient is d_0.
+      parameters; the main gradient is d_0.
     """
     found = []
     for part in (*PARTS, "rest"):
-        if not gradients[0][part].size:  # a model of two layers has no rest
-            continue
         stacked = np.stack([one[part] for one in gradients], axis=1).astype(np.float64)
         flat = stacked.reshape(-1, stacked.shape[-1])
         shape = stacked.shape[:2] * 2

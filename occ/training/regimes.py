@@ -26,6 +26,17 @@ def _fused(**fields) -> MTPTrainingConfig:
     return MTPTrainingConfig(placement="fused", **fields)
 
 
+def _by_worth(**fields) -> MTPTrainingConfig:
+    return MTPTrainingConfig(
+        own_loss="ce",
+        measure="past_gradients",
+        measure_options={"decay": 0.9, "smoothing": 0.95, "norm": "preconditioned"},
+        rule="signal_to_noise",
+        every=5,
+        **fields,
+    )
+
+
 REGIMES: dict[str, Regime] = {
     "rl_only": Regime(
         "RL alone", "the MTP modules are not trained", _fused(loss="none", rule="detach")
@@ -82,14 +93,7 @@ REGIMES: dict[str, Regime] = {
         "Own ratio, by worth",
         "as drafter, with the coefficient of the largest signal to noise, w = V^-1 c, from "
         "averages of past gradients at every fifth step, and 0.2 as its prior",
-        MTPTrainingConfig(
-            own_loss="ce",
-            reference="own",
-            measure="past_gradients",
-            measure_options={"decay": 0.9, "smoothing": 0.95, "norm": "preconditioned"},
-            rule="signal_to_noise",
-            every=5,
-        ),
+        _by_worth(reference="own"),
     ),
     "rewarded": Regime(
         "CE of the better, 0.6",
@@ -101,14 +105,9 @@ REGIMES: dict[str, Regime] = {
         "CE of the better, by worth",
         "as rewarded, with the coefficient of the largest signal to noise as in worth, and 0.6 as "
         "its prior",
-        MTPTrainingConfig(
+        _by_worth(
             loss="ce_rewarded",
-            own_loss="ce",
-            measure="past_gradients",
-            measure_options={"decay": 0.9, "smoothing": 0.95, "norm": "preconditioned"},
-            rule="signal_to_noise",
             rule_options={"prior": 0.6, "bounds": (0.0, 2.0), "largest_change": 0.06},
-            every=5,
         ),
     ),
     "drafter_tv": Regime(

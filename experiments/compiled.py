@@ -15,8 +15,8 @@ def compile_quickly() -> None:
     """Asks LLVM for little, in this process and those that it starts; call it before JAX computes.
 
     For small models on CPUs, whose time is in a library's matrix products: programs of the main job
-    take six tenths of the time to compile, and run as fast (LOG.md). A level that the user chose in
-    XLA_FLAGS stays.
+    take two thirds of the time to compile, and run about as fast (LOG.md). A level that the user
+    chose in XLA_FLAGS stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if LEVEL not in flags:

@@ -32,8 +32,9 @@ from occ.training.durable.checkpoints import Checkpoints
 from occ.training.durable.run_folder import identity, read_config
 from occ.training.processes import to_host
 from occ.training.regimes import REGIMES, regime
-from occ.training.rollout import Scores, build_programs
+from occ.training.rollout import build_programs
 from occ.training.rollout import sampler as rollout_sampler
+from occ.training.score import Scores
 from occ.training.sharding import make_mesh
 from occ.training.start.pretrained import load_policy
 from occ.training.start.starting_point import with_frozen

@@ -95,15 +95,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
     dashboards.check(arguments.log)
     if arguments.distributed:
         join(arguments.coordinator, arguments.processes, arguments.index)
-    config = arguments.config
-    if arguments.regime is not None:
-        changes = {name: getattr(config.mtp, name) for name in beside}
-        config = dataclasses.replace(
-            config, mtp=dataclasses.replace(regime(arguments.regime), **changes)
-        )
-    if arguments.engine is not None:
-        engine = dataclasses.replace(config.engine, kind=arguments.engine)
-        config = dataclasses.replace(config, engine=engine)
+    config = _chosen(arguments, beside)
     label = "custom" if arguments.regime is None else arguments.regime
     root = pathlib.Path("runs") / config.name
     folder = root / f"{label}-seed{config.seed}" if arguments.folder is None else arguments.folder
@@ -155,6 +147,19 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
         + ", ".join(f"{share:.3f}" for share in final["mtp_acceptance"])
     )
     return 0
+
+
+def _chosen(arguments: Arguments, beside: tuple[str, ...]) -> TrainConfig:
+    """The configuration with the regime and the engine that were named."""
+    config = arguments.config
+    if arguments.regime is not None:
+        changes = {name: getattr(config.mtp, name) for name in beside}
+        mtp = dataclasses.replace(regime(arguments.regime), **changes)
+        config = dataclasses.replace(config, mtp=mtp)
+    if arguments.engine is not None:
+        engine = dataclasses.replace(config.engine, kind=arguments.engine)
+        config = dataclasses.replace(config, engine=engine)
+    return config
 
 
 def _of_command(config: TrainConfig, folder: Path) -> dict[str, Any]:

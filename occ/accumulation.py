@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -69,68 +70,88 @@ def accumulate(
     """
     if every < 1:
         raise ValueError(f"accumulate: `every` must be >= 1 micro-batches, got {every}.")
-    tx = optax.with_extra_args_support(tx)
-    summed_measure = measure if measure is not None and measure.zero is not None else None
-    names = () if summed_measure is None else summed_measure.evidence
+    accumulation = _Accumulation(
+        optax.with_extra_args_support(tx),
+        every,
+        num_auxiliary,
+        measure if measure is not None and measure.zero is not None else None,
+    )
+    return optax.GradientTransformationExtraArgs(accumulation.init, accumulation.update)
 
-    def zero_statistics(dtype):
-        return summed_measure.zero(num_auxiliary, dtype) if summed_measure else ()
 
-    def reduce(evidence):
-        return summed_measure.reduce(evidence, num_auxiliary) if summed_measure else ()
+@dataclasses.dataclass(frozen=True)
+class _Accumulation:
+    """The transformation of `accumulate`; `measure` is None where nothing but gradients adds up."""
 
-    def init(params):
+    tx: optax.GradientTransformationExtraArgs
+    every: int
+    num_auxiliary: int
+    measure: measures_lib.Measure | None
+
+    def init(self, params: Any) -> AccumulationState:
         def zeros():  # new buffers at each call: a donated state must not hold one twice
             return jax.tree.map(_accumulator, params)
 
         dtype = measures_lib.accumulation_dtype(*jax.tree.leaves(params))
+        K = self.num_auxiliary
         return AccumulationState(
-            inner=tx.init(params),
+            inner=self.tx.init(params),
             micro_step=jnp.zeros((), jnp.int32),
             updates=zeros(),
-            auxiliary=tuple(zeros() for _ in range(num_auxiliary)),
-            statistics=zero_statistics(dtype),
+            auxiliary=tuple(zeros() for _ in range(K)),
+            statistics=self.measure.zero(K, dtype) if self.measure and self.measure.zero else (),
             count=jnp.zeros((), dtype),
-            auxiliary_count=jnp.zeros((num_auxiliary,), dtype),
+            auxiliary_count=jnp.zeros((K,), dtype),
         )
 
     def update(
-        updates, state, params=None, *, auxiliary=None, count=1.0, auxiliary_count=None, **extra
+        self,
+        updates,
+        state,
+        params=None,
+        *,
+        auxiliary=None,
+        count=1.0,
+        auxiliary_count=None,
+        **extra,
     ):
         updates = as_gradient(updates, "`updates`")
-        trees = auxiliary_tuple(updates, auxiliary, num_auxiliary)
-        evidence = _take_evidence(extra, names)
-        auxiliary_count = count if auxiliary_count is None else auxiliary_count
+        trees = auxiliary_tuple(updates, auxiliary, self.num_auxiliary)
+        evidence = _take_evidence(extra, self.measure.evidence if self.measure else ())
+        reduced = self.measure.reduce(evidence, self.num_auxiliary) if self.measure else ()
+        counts = count if auxiliary_count is None else auxiliary_count
+        counts = jnp.asarray(counts, state.count.dtype) * jnp.ones_like(state.auxiliary_count)
         summed = state._replace(
             micro_step=state.micro_step + 1,
             updates=_add(state.updates, updates),
             auxiliary=tuple(_add(s, m) for s, m in zip(state.auxiliary, trees, strict=True)),
-            statistics=_add(state.statistics, reduce(evidence)),
+            statistics=_add(state.statistics, reduced),
             count=state.count + jnp.asarray(count, state.count.dtype),
-            auxiliary_count=state.auxiliary_count
-            + jnp.asarray(auxiliary_count, state.count.dtype)
-            * jnp.ones_like(state.auxiliary_count),
+            auxiliary_count=state.auxiliary_count + counts,
         )
-
-        def emit(summed):
-            mean = _divide(summed.updates, summed.count, updates)
-            means = tuple(
-                _divide(tree, summed.auxiliary_count[k], updates)
-                for k, tree in enumerate(summed.auxiliary)
-            )
-            statistics = {"statistics": summed.statistics} if summed_measure else {}
-            result, inner = tx.update(
-                mean, summed.inner, params, auxiliary=means, **statistics, **extra
-            )
-            fresh = jax.tree.map(jnp.zeros_like, summed._replace(inner=()))
-            return result, fresh._replace(inner=inner)
 
         def wait(summed):
             return jax.tree.map(jnp.zeros_like, updates), summed
 
-        return jax.lax.cond(summed.micro_step >= every, emit, wait, summed)
+        def emit(summed):
+            return self._emit(summed, updates, params, extra)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+        return jax.lax.cond(summed.micro_step >= self.every, emit, wait, summed)
+
+    def _emit(
+        self, summed: AccumulationState, like: Any, params: Any, extra: dict[str, Any]
+    ) -> Any:
+        """The wrapped transformation's update with the means, and a state that begins anew."""
+        mean = _divide(summed.updates, summed.count, like)
+        means = tuple(
+            _divide(tree, summed.auxiliary_count[k], like)
+            for k, tree in enumerate(summed.auxiliary)
+        )
+        if self.measure:
+            extra = {"statistics": summed.statistics, **extra}
+        result, inner = self.tx.update(mean, summed.inner, params, auxiliary=means, **extra)
+        fresh = jax.tree.map(jnp.zeros_like, summed._replace(inner=()))
+        return result, fresh._replace(inner=inner)
 
 
 def _accumulator(leaf: jax.Array) -> jax.Array:

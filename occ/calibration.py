@@ -148,9 +148,8 @@ class Calibration:
         """
         evidence_finite = jnp.zeros((), bool)
         if statistics is None:
-            evidence = {} if evidence is None else evidence
-            self._require(evidence)
-            evidence = self._shared_only(evidence)
+            self.measure.require(evidence or {})
+            evidence = self._shared_only(evidence or {})
             evidence_finite = self._evidence_finite(evidence)
             statistics = self.measure.reduce(evidence, self.num_auxiliary)
         measurement, measure_state = self.measure.update(statistics, state.measure, self.axis_name)
@@ -270,11 +269,8 @@ class Calibration:
 
     def _shared_only(self, evidence: dict[str, Any]) -> dict[str, Any]:
         """Evidence whose pytrees of gradients are reduced to {path: shared leaf}."""
-        chosen = self._tree_evidence
-        return {
-            name: self._leaves(value) if name in chosen else value
-            for name, value in evidence.items()
-        }
+        chosen = self.measure.tree_evidence
+        return {name: self._leaves(x) if name in chosen else x for name, x in evidence.items()}
 
     def _leaves(self, value: Any) -> Any:
         if isinstance(value, tuple):
@@ -292,27 +288,11 @@ class Calibration:
             for name, leaf in shared.items()
         }
 
-    @property
-    def _tree_evidence(self) -> set[str]:
-        """Names of evidence that consists of gradients or of trees like them."""
-        known = measures_lib.EVIDENCE
-        return {name for name in self.measure.evidence if name in known and known[name].trees}
-
     def _evidence_finite(self, evidence: dict[str, Any]) -> jax.Array:
         """Whether it is known of all evidence that it is finite: bool []."""
-        if set(self.measure.evidence) - self._tree_evidence:
+        if set(self.measure.evidence) - self.measure.tree_evidence:
             return jnp.zeros((), bool)  # masked cells of an array may hold anything
         return all_finite([evidence[name] for name in self.measure.evidence], self.axis_name)
-
-    def _require(self, evidence: dict[str, Any]) -> None:
-        missing = [name for name in self.measure.evidence if evidence.get(name) is None]
-        if missing:
-            got = sorted(k for k, v in evidence.items() if v is not None and k != "gradients")
-            raise ValueError(
-                f"calibrate: measure {self.measure.name!r} needs the evidence {missing}, got "
-                f"{got or 'none'}. Pass it by keyword: "
-                f"tx.update(grads, state, params, auxiliary=..., {missing[0]}=...)."
-            )
 
     def _shared_mask(self, tree: Any) -> Any:
         """Pytree of bools like `tree`."""

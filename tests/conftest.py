@@ -60,6 +60,7 @@ CHECKED += [
     "occ.training.metrics",
     "occ.training.step",
     "occ.training.rollout",
+    "occ.training.score",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 

@@ -21,7 +21,7 @@ from occ.training.durable.checkpoints import Checkpoints
 from occ.training.durable.history import History
 from occ.training.durable.run_folder import RunFolder, read_config
 from occ.training.regimes import regime
-from occ.training.rollout import Scores
+from occ.training.score import Scores
 from tests import fixtures_math, published, test_tokenizers, tiny
 
 pytestmark = pytest.mark.standard_promotion

@@ -18,7 +18,8 @@ from occ.training.batch import check, split
 from occ.training.config import EvaluationConfig, LayoutConfig, OptimizerConfig, RolloutConfig
 from occ.training.packing import pack, rows_needed
 from occ.training.regimes import regime
-from occ.training.rollout import build_programs, collect, score_sequences
+from occ.training.rollout import build_programs, collect
+from occ.training.score import score_sequences
 from tests import reference_models as reference
 from tests import tiny
 from tests.reference_models import MOE, random_model, rows, small_config

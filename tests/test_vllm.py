@@ -22,7 +22,7 @@ from occ.generation.engines.vllm import VLLMEngine
 from occ.generation.sampling import SamplingConfig
 from occ.models.config import ModelConfig, MTPConfig
 from occ.training.batch import segments_of
-from occ.training.rollout import score_sequences
+from occ.training.score import score_sequences
 from tests import tiny
 
 PYTHON = os.environ.get("OCC_VLLM_PYTHON") or (

@@ -77,6 +77,26 @@ class Measure(NamedTuple):
         """Whether all that it reads exists before the backward pass through the trunk."""
         return all(EVIDENCE[name].early for name in self.evidence if name in EVIDENCE)
 
+    @property
+    def tree_evidence(self) -> set[str]:
+        """Names of evidence that consists of gradients or of trees like them."""
+        return {name for name in self.evidence if name in EVIDENCE and EVIDENCE[name].trees}
+
+    def require(self, evidence: Mapping[str, Any]) -> None:
+        """Checks that all is there that it reads.
+
+        Raises:
+          ValueError: some is not; it is named.
+        """
+        missing = [name for name in self.evidence if evidence.get(name) is None]
+        if missing:
+            got = sorted(k for k, v in evidence.items() if v is not None and k != "gradients")
+            raise ValueError(
+                f"calibrate: measure {self.name!r} needs the evidence {missing}, got "
+                f"{got or 'none'}. Pass it by keyword: "
+                f"tx.update(grads, state, params, auxiliary=..., {missing[0]}=...)."
+            )
+
 
 class Evidence(NamedTuple):
     """What a training step can hand to a measure, by keyword.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,22 +78,6 @@ def past_gradients(
             f"past_gradients: norm must be 'euclidean' or 'preconditioned', got {norm!r}."
         )
 
-    def init(num_auxiliary, leaves):
-        def zeros(leaf):
-            return jnp.zeros_like(leaf, dtype=accumulation_dtype(leaf.dtype))
-
-        size = num_auxiliary + 1
-        return PastState(
-            gradients=tuple(
-                {path: zeros(leaf) for path, leaf in leaves.items()} for _ in range(size)
-            ),
-            weight=jnp.zeros(()),
-            expected=jnp.zeros((size,)),
-            expected_weight=jnp.zeros(()),
-            same=jnp.zeros((size, size)),
-            same_weight=jnp.zeros(()),
-        )
-
     def reduce(evidence, num_auxiliary):
         del num_auxiliary
         return evidence["gradients"], evidence.get("second_moment")
@@ -111,28 +96,63 @@ def past_gradients(
         along = [inner_product(before[0], gradient) for gradient in here]
         across = [inner_product(past, here[0]) for past in before[1:]]
         both = [along[0], *((a + b) / 2 for a, b in zip(along[1:], across, strict=True))]
-        known = state.weight > 0
-        expected = jnp.stack(both) / jnp.where(known, state.weight, 1).astype(both[0].dtype)
-        same = gram_matrix(tuple(here))
-        expected, same = psum((expected, same), axis_name)
-
-        def average(old, new, rate=smoothing):
-            return rate * old + (1 - rate) * jnp.asarray(new, old.dtype)
-
-        new = PastState(
-            gradients=jax.tree.map(lambda a, g: average(a, g, decay), state.gradients, fresh),
-            weight=average(state.weight, 1.0, decay),
-            expected=jnp.where(known, average(state.expected, expected), state.expected),
-            expected_weight=jnp.where(
-                known, average(state.expected_weight, 1.0), state.expected_weight
-            ),
-            same=average(state.same, same),
-            same_weight=average(state.same_weight, 1.0),
-        )
+        expected, same = psum((jnp.stack(both), gram_matrix(tuple(here))), axis_name)
+        new = _advanced(state, fresh, expected, same, decay, smoothing)
         V = new.same / new.same_weight
         signal = new.expected / jnp.where(new.expected_weight > 0, new.expected_weight, 1)
         gram = V.at[0, 1:].set(signal[1:]).at[1:, 0].set(signal[1:])
         return Measurement(gram, None, V[0, 1:], signal), new
 
     evidence = ("gradients",) if norm == "euclidean" else ("gradients", "second_moment")
-    return Measure("past_gradients", evidence, init, None, reduce, update, yields_signal=True)
+    return Measure("past_gradients", evidence, _init, None, reduce, update, yields_signal=True)
+
+
+def _init(num_auxiliary: int, leaves: Mapping[str, Any]) -> PastState:
+    def zeros(leaf):
+        return jnp.zeros_like(leaf, dtype=accumulation_dtype(leaf.dtype))
+
+    size = num_auxiliary + 1
+    return PastState(
+        gradients=tuple({path: zeros(leaf) for path, leaf in leaves.items()} for _ in range(size)),
+        weight=jnp.zeros(()),
+        expected=jnp.zeros((size,)),
+        expected_weight=jnp.zeros(()),
+        same=jnp.zeros((size, size)),
+        same_weight=jnp.zeros(()),
+    )
+
+
+def _advanced(
+    state: PastState,
+    fresh: tuple[Any, ...],
+    expected: jax.Array,
+    same: jax.Array,
+    decay: float,
+    smoothing: float,
+) -> PastState:
+    """The averages with one update more; c enters once there are past gradients.
+
+    Args:
+      state: the averages before.
+      fresh: K+1 gradients.
+      expected: float [K+1], their inner products with the sums in `state.gradients`.
+      same: float [K+1, K+1], their own Gram matrix.
+      decay: of the gradients.
+      smoothing: of the inner products.
+    """
+
+    def average(old, new, rate=smoothing):
+        return rate * old + (1 - rate) * jnp.asarray(new, old.dtype)
+
+    def if_known(new, old):
+        return jnp.where(state.weight > 0, new, old)
+
+    expected = expected / if_known(state.weight, 1).astype(expected.dtype)
+    return PastState(
+        gradients=jax.tree.map(lambda a, g: average(a, g, decay), state.gradients, fresh),
+        weight=average(state.weight, 1.0, decay),
+        expected=if_known(average(state.expected, expected), state.expected),
+        expected_weight=if_known(average(state.expected_weight, 1.0), state.expected_weight),
+        same=average(state.same, same),
+        same_weight=average(state.same_weight, 1.0),
+    )

@@ -394,8 +394,6 @@ def _as_ratio(value: Node) -> tuple[Node, ...] | None:
 def _same_time(one: Node, other: Node) -> bool:
     if one[1] == other[1]:
         return not (one[2] and other[2]) or one[2] == other[2]
-    return (
-        (not one[2]) != (not other[2])
-        and one[1] % 720 == other[1] % 720
-        and ((one if not one[2] else other)[1] < 13 * 60)
-    )
+    if (not one[2]) == (not other[2]) or one[1] % 720 != other[1] % 720:
+        return False
+    return (other if one[2] else one)[1] < 13 * 60

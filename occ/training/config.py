@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-from occ import measures, rules
 from occ.checks import validate
 from occ.generation.engines.config import EngineConfig as EngineConfig
 from occ.models.config import ModelConfig
 from occ.objectives.advantages import METHODS, TOKEN_METHODS, WITHOUT_GROUP
 from occ.objectives.policy import PolicyConfig
-from occ.training import named_measures as named_measures  # enters them
 from occ.training.layout import LayoutConfig as LayoutConfig
+from occ.training.mtp_config import MTPTrainingConfig as MTPTrainingConfig
 from occ.training.rollout_config import EvaluationConfig as EvaluationConfig
 from occ.training.rollout_config import RolloutConfig as RolloutConfig
 from occ.training.start_config import PretrainedConfig as PretrainedConfig
@@ -22,12 +21,8 @@ ADVANTAGES = METHODS + TOKEN_METHODS
 
 if TYPE_CHECKING:
     AdvantageName = str
-    MeasureName = str
-    RuleName = str
 else:
     AdvantageName = Literal[ADVANTAGES]
-    MeasureName = Literal[tuple(measures.REGISTRY)]
-    RuleName = Literal[tuple(rules.REGISTRY)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,156 +79,6 @@ class ObjectiveConfig:
             raise ValueError(
                 "ObjectiveConfig: kl_in_reward moves the KL term, and kl_coefficient=0 has none."
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class MTPTrainingConfig:
-    """How the MTP modules are trained, and what their gradient does to the shared parameters.
-
-    The default measure is `gradients`, the exact c and v^2, although it costs a second backward
-    pass through the trunk (about half a step): it is the quantity that the coefficient is derived
-    from. The paper's `log_ratios` costs nothing, and is what the paper's own configurations use,
-    but its value does not track c / v^2 on the small models that we could measure, and it is 0
-    in the first minibatch of every rollout.
-
-    Attributes:
-      loss: "ce" (cross-entropy on the sampled responses), "ce_rewarded" (on those of positive
-        advantage; the others count 0 in the same mean), "policy" (the main head's policy loss on
-        MTP log-probs), a divergence from the main head's distribution for the same token, which
-        is held fixed ("distill", Kullback and Leibler's; "distill_top_k", that of its most likely
-        tokens; "total_variation", the share of drafts that it would refuse) or "none" (RL alone).
-      own_loss: what the modules' own parameters learn from: "same", or "ce" or a divergence,
-        detached, so that they stay good drafters while `loss` acts on the shared parameters alone.
-      distilled_tokens: k of "distill_top_k"; all others are one outcome.
-      reference: old log-prob in the ratio of the policy loss, and in d_MTP of the log-ratio
-        measures: the main head's for the same token, or the module's own.
-      rule: coefficient on shared parameters: "detach" (0), "fixed", "optimal" (OCC), or another
-        name in `occ.rules.REGISTRY`.
-      coefficient: of rule "fixed".
-      scale: lambda_+ of rule "optimal".
-      eps: added to v^2 for one module, by rule "optimal". None is the paper's 1e-8 with its
-        measures, the log-ratios, and 0 with the others, whose v^2 may be as small in a layer.
-      relative_ridge: for several modules, by rule "optimal".
-      bounds: clip range of the coefficients of rule "optimal"; None is none.
-      rule_options: further keyword options of the rule.
-      measure: a name in `occ.measures.REGISTRY`, where rules that depend on data have c and v^2
-        from: the exact "gradients"; those of some leaves; "cross_fitted" between halves of the
-        minibatch; against averages of "past_gradients"; in Adam's norm ("preconditioned");
-        "sketched"; in the placement "fused" also of a "row_subset", or of the "readout" (output
-        head, final norm, and the embedding as far as it is known there); the paper's "log_ratios"
-        and its release's forms.
-      measure_options: keyword options of the measure.
-      smoothing: decay of moving averages of c and v^2; 0 is none.
-      every: measure at every n-th step, and keep the weights in between. Choose an n that shares no
-        factor with the minibatches a rollout: otherwise the same ones are always measured, and the
-        first is unlike the others, since the policy has not moved yet.
-      groups: "none" has one coefficient for all shared parameters, "layer" one for each layer of
-        the trunk and for what is before and after them (rules that depend on data, placement
-        "exact").
-      placement: "fused" weighs the losses before one backward pass through the trunk; "exact"
-        takes a backward pass for each where it measures, and knows the true c and v^2.
-      scale_own: scale the modules' own gradient too, as the paper's released code does.
-    """
-
-    loss: Literal[
-        "none", "ce", "ce_rewarded", "policy", "distill", "distill_top_k", "total_variation"
-    ] = "policy"
-    own_loss: Literal["same", "ce", "distill", "distill_top_k", "total_variation"] = "same"
-    distilled_tokens: int = 16
-    reference: Literal["main", "own"] = "main"
-    rule: RuleName = dataclasses.field(default="optimal", metadata={"one_of": rules.REGISTRY})
-    coefficient: float = 0.2
-    scale: float = 1.0
-    eps: float | None = None
-    relative_ridge: float = 1e-4
-    bounds: tuple[float, float] | None = None
-    rule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    measure: MeasureName = dataclasses.field(
-        default="gradients", metadata={"one_of": measures.REGISTRY}
-    )
-    measure_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    smoothing: float = 0.0
-    every: int = 1
-    groups: Literal["none", "layer"] = "none"
-    placement: Literal["fused", "exact"] = "exact"
-    scale_own: bool = False
-
-    def __post_init__(self):
-        validate(self)
-        measure = self.make_measure()
-        self.make_rule()  # options that it does not have are named now
-        early = [name for name in measures.REGISTRY if measures.by_name(name).early]
-        if self.groups != "none" and (
-            self.placement == "fused"
-            or self.every != 1
-            or not self.data_dependent
-            or measure.early
-            or measure.partial
-        ):
-            partial = [name for name in measures.REGISTRY if measures.by_name(name).partial]
-            raise ValueError(
-                "MTPTrainingConfig: groups='layer' measures the gradients of every layer at every "
-                "step. Use placement='exact', every=1, a rule that depends on what is measured, "
-                f"and a measure that is not in {early + partial}; got {self.placement!r}, "
-                f"{self.every}, {self.rule!r} and {self.measure!r}."
-            )
-        beforehand = [n for n in measures.REGISTRY if _is_of_early_gradients(measures.by_name(n))]
-        if self.placement == "exact" and self.data_dependent and self.measure in beforehand:
-            raise ValueError(
-                f"MTPTrainingConfig: measure={self.measure!r} is of gradients taken before "
-                "the backward pass through the trunk, which placement='exact' has no need of. Use "
-                f"placement='fused', or a measure that is not in {beforehand}."
-            )
-        if self.placement == "fused" and self.data_dependent and not measure.early:
-            raise ValueError(
-                "MTPTrainingConfig: placement='fused' must know the coefficient before the "
-                "backward pass through the trunk, when the gradients that "
-                f"measure={self.measure!r} needs do not exist yet. Use placement='exact', or a "
-                f"measure in {early}."
-            )
-
-    def make_measure(self) -> measures.Measure:
-        """The measure that gives the rule its c and v^2."""
-        options = dict(self.measure_options)
-        if self.measure.startswith("released"):
-            options.setdefault("eps", self.added_eps)
-        return measures.by_name(self.measure, **options)
-
-    def make_rule(self) -> rules.Rule:
-        """The rule that turns them into weights."""
-        options = self.rule_options
-        if self.rule == "fixed":
-            options = {"coefficients": self.coefficient} | options
-        elif self.rule == "optimal":
-            options = {
-                "scale": self.scale,
-                "eps": self.added_eps,
-                "relative_ridge": self.relative_ridge,
-                "bounds": self.bounds,
-            } | options
-        return rules.by_name(self.rule, **options)
-
-    @property
-    def data_dependent(self) -> bool:
-        """Whether the rule depends on what is measured."""
-        return self.make_rule().data_dependent
-
-    @property
-    def added_eps(self) -> float:
-        """What is added to v^2: `eps`, or what it stands for if it is None."""
-        if self.eps is not None:
-            return self.eps
-        return rules.PAPER_EPS if self.measure.startswith(("log_ratios", "released")) else 0.0
-
-    def leading_rows(self, rows: int) -> int:
-        """Rows at the top of a minibatch that the measure takes apart from the others; else all."""
-        leading = self.make_measure().leading_rows
-        return rows if leading is None else leading(rows)
-
-
-def _is_of_early_gradients(measure: measures.Measure) -> bool:
-    known = measures.EVIDENCE
-    return any(known[n].early and known[n].trees for n in measure.evidence if n in known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,21 +193,7 @@ class TrainConfig:
                 "(data x fsdp x expert). Change RolloutConfig or LayoutConfig."
             )
         self._check_halves(rows)
-        without_adapters = ("readout", "embedding")
-        measured = self.mtp.loss != "none" and self.mtp.data_dependent
-        if self.model.lora and measured and self.mtp.measure in without_adapters:
-            raise ValueError(
-                f"TrainConfig: measure {self.mtp.measure!r} reads gradients of embedding, final "
-                "norm or output head, which model.lora freezes. Use a measure that is not in "
-                f"{without_adapters}, or train all parameters (model.lora=None)."
-            )
-        if self.layout.pack and self.mtp.data_dependent and self.mtp.measure == "released_unmasked":
-            raise ValueError(
-                "TrainConfig: measure 'released_unmasked' is a mean over all positions, padding "
-                "included, and layout.pack=True leaves most of the padding out: the coefficient "
-                "would be another. Use layout.pack=False, or another measure ('released_masked' is "
-                "the same mean over response tokens)."
-            )
+        self._check_measure()
         if self.rollout.routing_replay and self.model.moe is None:
             raise ValueError(
                 "TrainConfig: rollout.routing_replay repeats the choice of a mixture of experts, "
@@ -383,11 +214,29 @@ class TrainConfig:
             return self.objective.importance_cap
         return self.engine.importance_cap
 
+    @property
+    def _measured(self) -> bool:
+        return self.mtp.loss != "none" and self.mtp.data_dependent
+
+    def _check_measure(self) -> None:
+        without_adapters = ("readout", "embedding")
+        if self.model.lora and self._measured and self.mtp.measure in without_adapters:
+            raise ValueError(
+                f"TrainConfig: measure {self.mtp.measure!r} reads gradients of embedding, final "
+                "norm or output head, which model.lora freezes. Use a measure that is not in "
+                f"{without_adapters}, or train all parameters (model.lora=None)."
+            )
+        if self.layout.pack and self.mtp.data_dependent and self.mtp.measure == "released_unmasked":
+            raise ValueError(
+                "TrainConfig: measure 'released_unmasked' is a mean over all positions, padding "
+                "included, and layout.pack=True leaves most of the padding out: the coefficient "
+                "would be another. Use layout.pack=False, or another measure ('released_masked' is "
+                "the same mean over response tokens)."
+            )
+
     def _check_halves(self, rows: int) -> None:
         """Halves of a minibatch that are compared must not share a prompt."""
-        if self.mtp.loss == "none" or not self.mtp.data_dependent:
-            return
-        if "gradient_halves" not in self.mtp.make_measure().evidence:
+        if not self._measured or "gradient_halves" not in self.mtp.make_measure().evidence:
             return
         border = self.mtp.leading_rows(rows)
         if border % self.rollout.samples or not 0 < border < rows:

@@ -94,15 +94,7 @@ def _run(
         return result
     reference = start if config.objective.kl_coefficient else None
     ahead = Ahead(config, task, files)
-    with (
-        contextlib.closing(ahead),
-        Checkpoints(
-            files.path / "checkpoints",
-            config.keep_checkpoints,
-            owner=identity(config),
-            frozen=frozen_leaves(config.model),
-        ) as checkpoints,
-    ):
+    with contextlib.closing(ahead), _checkpoints(config, files) as checkpoints:
 
         def save(number: int, state: TrainState, history: History) -> None:
             ahead.save(number, checkpoints.numbers)
@@ -154,6 +146,15 @@ def _run(
     result = _result(files.rows(config.rollouts), final, history)
     files.finish(result)
     return result
+
+
+def _checkpoints(config: TrainConfig, files: RunFolder) -> Checkpoints:
+    return Checkpoints(
+        files.path / "checkpoints",
+        config.keep_checkpoints,
+        owner=identity(config),
+        frozen=frozen_leaves(config.model),
+    )
 
 
 def _measure_drafts(

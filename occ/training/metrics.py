@@ -161,9 +161,7 @@ def describe() -> str:
     return "\n".join([*lines, *(f"| `{m.name}` | {m.meaning} |" for m in METRICS.values())])
 
 
-# ---------------------------------------------------------------------------------------------
-# Of the losses, the rollout and the evaluation; they are computed there
-# ---------------------------------------------------------------------------------------------
+# -- Of the losses, the rollout and the evaluation; they are computed there
 
 for _name, _meaning in {
     "loss/rl": "the RL loss, its KL term and entropy bonus included",
@@ -206,9 +204,7 @@ for _name, _meaning, _better in (
     declare(_name, _meaning, None, better=_better)
 
 
-# ---------------------------------------------------------------------------------------------
-# Of the gradients
-# ---------------------------------------------------------------------------------------------
+# -- Of the gradients
 
 
 @step_metric("grad_norm/shared", "norm of the combined gradient on shared parameters")
@@ -292,9 +288,7 @@ def _true_ratio(seen: StepSeen) -> Any:
     return None if gram is None else gram[0, 1:] / _positive(jnp.diagonal(gram)[1:])
 
 
-# ---------------------------------------------------------------------------------------------
-# Of experts, the minibatch and the update
-# ---------------------------------------------------------------------------------------------
+# -- Of experts, the minibatch and the update
 
 
 @step_metric("router/max_over_mean_load", "load of the busiest expert over the mean", better=-1)
@@ -347,9 +341,7 @@ def _nonfinite_parameter(seen: StepSeen) -> Any:
     return first_nonfinite(seen.after.params)
 
 
-# ---------------------------------------------------------------------------------------------
-# Alarms: bool [K] each, what should never be unless something is wired wrongly
-# ---------------------------------------------------------------------------------------------
+# -- Alarms: bool [K] each, what should never be unless something is wired wrongly
 
 ALARMS = {
     "alarm/no_module_gradient": "received a gradient of exactly zero",

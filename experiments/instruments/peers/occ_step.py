@@ -25,7 +25,7 @@ from occ.training.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.regimes import regime
-from occ.training.rollout import score_sequences
+from occ.training.score import score_sequences
 from occ.training.state import init_state
 from occ.training.step import make_train_step
 

@@ -13,13 +13,6 @@ from occ.evaluation.intervals import Estimate, mean_interval, paired_difference
 from occ.training.durable.run_folder import read_result, read_rows
 from occ.training.regimes import REGIMES
 
-NAMES = {
-    "ce_3": "cross-entropy, coefficient 3",
-    "policy_3": "policy loss, coefficient 3",
-    "occ_ce": "OCC on cross-entropy",
-    "occ": "OCC on policy loss",
-    "drafter": "drafter (own ratio, 0.2)",
-}
 RESCUES = {"occ_ce": "ce_3", "occ": "policy_3"}  # OCC, and what it replaces on the same loss
 BASELINE = "detach"
 
@@ -49,11 +42,6 @@ def read(folder: Path) -> dict[str, Any]:
             row["seconds/rollout"] + row["seconds/updates"] for row in rows
         ),
     }
-
-
-def name_of(regime: str) -> str:
-    """A regime in a few words."""
-    return NAMES.get(regime, REGIMES[regime].label)
 
 
 def percent(estimate: Estimate, signed: bool = False) -> str:
@@ -89,7 +77,7 @@ def table(results: Runs) -> str:
             cells.append(f"**{text}**" if estimate.excludes(0.0) else text)
         if timed:
             cells.append(f"{np.mean([run['rollout_seconds'] for run in found]):.2f}")
-        lines.append(f"| {name_of(regime)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {REGIMES[regime].label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -102,11 +90,11 @@ def words(results: Runs) -> str:
     for regime in results:
         if regime == BASELINE:
             continue
-        name = name_of(regime)
+        name = REGIMES[regime].label
         said = f"{name[0].upper()}{name[1:]} is {_verdict(difference(results, regime), 'Detach')}"
         fixed = RESCUES.get(regime)
         if fixed in results:
-            verdict = _verdict(difference(results, regime, fixed), name_of(fixed))
+            verdict = _verdict(difference(results, regime, fixed), REGIMES[fixed].label)
             said += f", and {verdict}"
         sentences.append(said + ".")
     starts = f"{n} warm starts" if n > 1 else "1 warm start, so without intervals"

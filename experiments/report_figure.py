@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report import BASELINE, JUDGED, QUANTITIES, Runs, difference, name_of, percent
+from experiments.report import BASELINE, JUDGED, QUANTITIES, Runs, difference, percent
 from occ.evaluation.intervals import paired_difference
+from occ.training.regimes import REGIMES
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = {
@@ -54,7 +55,9 @@ def _draw_rewards(axis: Any, results: Runs) -> None:
         mean, colour = series.mean(0), COLOURS.get(regime, OTHER_COLOUR)
         dashed = "--" if regime == BASELINE else "-"
         above = 3 if regime == BASELINE else 2
-        axis.plot(x, mean, dashed, color=colour, linewidth=2.2, label=name_of(regime), zorder=above)
+        axis.plot(
+            x, mean, dashed, color=colour, linewidth=2.2, label=REGIMES[regime].label, zorder=above
+        )
         if regime != BASELINE and BASELINE in smoothed and len(series) > 1:
             pairs = zip(series.T, smoothed[BASELINE].T, strict=True)
             half = np.array([paired_difference(*pair).half_width for pair in pairs])
@@ -66,7 +69,7 @@ def _draw_rewards(axis: Any, results: Runs) -> None:
     places = _spread(ends, gap=(high - low) / 16)
     for regime, end, place in zip(smoothed, ends, places, strict=True):
         axis.annotate(
-            name_of(regime),
+            REGIMES[regime].label,
             (x[-1], end),
             (x[-1] + 0.06 * (x[-1] - x[0] + 1), place),
             va="center",
@@ -97,10 +100,10 @@ def _draw_differences(axis: Any, results: Runs) -> None:
             color=COLOURS.get(regime, OTHER_COLOUR),
             capsize=5,
             linewidth=2.2,
-            label=name_of(regime),
+            label=REGIMES[regime].label,
         )
         axis.annotate(
-            f"{name_of(regime)}\n{percent(estimate, signed=True)}",
+            f"{REGIMES[regime].label}\n{percent(estimate, signed=True)}",
             (1.03, row),
             xycoords=("axes fraction", "data"),
             va="center",

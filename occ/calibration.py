@@ -1,8 +1,8 @@
-"""The optax transformation: measure the auxiliary gradients, weigh them, combine.
+"""The optax transformation: measure the auxiliary gradients, weigh them, apply the weights.
 
-    measure: evidence -> Gram matrix [K+1, K+1]       occ/measures/
-    rule:    Gram matrix -> weights [K+1]             occ/rules/
-    combine: weights, gradients -> w_0 g + sum_k w_k m_k
+    measure: evidence -> Gram matrix [K+1, K+1]       occ/measures/    weigh
+    rule:    Gram matrix -> weights [K+1]             occ/rules/       weigh
+    apply:   weights, gradients -> w_0 g + sum_k w_k m_k               apply_weights
 
 `calibrate` is the transformation for an optax chain, `Calibration` its three stages one by one,
 for a training step that must know the weights before it has all gradients.
@@ -60,7 +60,7 @@ class CalibrationState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Measure, rule and combination, as three pure functions of one state.
+    """Measure, rule and application of the weights, as pure functions of one state.
 
     `calibrate` documents the fields. A training step that has all gradients calls `update`; one
     that measures before its last backward pass calls `weigh`, and combines with `state.weights`.
@@ -131,7 +131,7 @@ class Calibration:
         statistics: Any = None,
         finite: jax.Array | None = None,
     ) -> CalibrationState:
-        """Measures and applies the rule; the new weights are in the returned state.
+        """Measures and asks the rule; the new weights are in the returned state.
 
         Args:
           state: the state before.

@@ -145,6 +145,7 @@ def weigh(config, losses, gradients, memory, prompt_columns=0):
     elif mtp.rule in ("detach", "fixed"):
         weights = np.full(modules, 0.0 if mtp.rule == "detach" else mtp.coefficient)
     else:
+        assert mtp.rule == "optimal", mtp.rule
         weights = optimal(mtp, found)
     return memory._replace(weights=weights, gram=found)
 

@@ -109,12 +109,25 @@ def at(monkeypatch, tmp_path):
     yield tmp_path
 
 
-def test_a_comparison_leaves_table_figure_and_results(at, capsys):
+def test_a_comparison_goes_on_after_ctrl_c_and_leaves_table_figure_and_results(
+    at, capsys, monkeypatch
+):
     arguments = compare_regimes.Arguments(
         config="laptop", regimes=("detach", "occ_paper"), starts=2, rollouts=2
     )
-    assert compare_regimes.compare(arguments) == 0
     folder = at / "runs" / "compare_regimes"
+
+    def press(row):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1)  # in a lane: the main thread, which hears of it, looks five times a second
+        return ""
+
+    with monkeypatch.context() as pressed:
+        pressed.setattr(compare_regimes.runs, "summary", press)
+        assert compare_regimes.compare(arguments) == 130
+    assert "goes on" in capsys.readouterr().out
+    assert len(read_rows(folder / "detach-start0" / "metrics.jsonl")) == 1
+    assert compare_regimes.compare(arguments) == 0
     table = (folder / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert table.splitlines()[-1].startswith(
@@ -131,30 +144,14 @@ def test_a_comparison_leaves_table_figure_and_results(at, capsys):
     assert first["detach-start0"] == first["occ_paper-start0"]  # the same start, prompts and keys
     assert len(list((folder / "starts").glob("*/decides.json"))) == 2
     assert all(list((folder / name).glob("**/events.out.tfevents*")) for name in names)
+    for name in names:
+        rows = read_rows(folder / name / "metrics.jsonl")
+        assert [row["rollout"] for row in rows] == [0, 1]
     # Again: everything is there, and nothing runs.
     stamp = (folder / "detach-start0" / "metrics.jsonl").stat().st_mtime_ns
     assert compare_regimes.compare(arguments) == 0
     assert (folder / "detach-start0" / "metrics.jsonl").stat().st_mtime_ns == stamp
     assert "100 %" in capsys.readouterr().err
-
-
-def test_the_comparison_goes_on_after_ctrl_c(at, capsys, monkeypatch):
-    arguments = compare_regimes.Arguments(
-        config="laptop", regimes=("detach",), starts=1, rollouts=3
-    )
-
-    def press(row):
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(1)  # in a lane: the main thread, which hears of it, looks five times a second
-        return ""
-
-    with monkeypatch.context() as pressed:
-        pressed.setattr(compare_regimes.runs, "summary", press)
-        assert compare_regimes.compare(arguments) == 130
-    run = at / "runs" / "compare_regimes" / "detach-start0"
-    assert "goes on" in capsys.readouterr().out and len(read_rows(run / "metrics.jsonl")) == 1
-    assert compare_regimes.compare(arguments) == 0
-    assert [row["rollout"] for row in read_rows(run / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_ctrl_c_in_a_warm_start_ends_in_words(at, capsys, monkeypatch):
@@ -306,6 +303,7 @@ def test_every_argument_of_the_comparison_is_read():
     assert got.exact and got.smoke and got.folder == pathlib.Path("runs/compare_regimes")
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_after_the_rollout_in_hand(at):
     config = dataclasses.replace(small(), mtp=regime("occ_paper"))
     task = train.runs.load_task(config)

@@ -1,6 +1,7 @@
 """Kernels of accelerators against what the compiler makes: interpreted, or where there is one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,7 @@ def test_several_cotangents_go_back_through_cudnn_one_by_one(x64, monkeypatch):
     context = Context(positions_from_segments(segment_ids), segment_ids)
     cotangents = jnp.asarray(rng.normal(size=(3, 2, 5, 4, 8)), "float32")
 
+    @functools.partial(jax.jit, static_argnums=0)
     def gradients(kernel):
         mixed, pull = jax.vjp(lambda *heads: attend(*heads, context, kernel=kernel), *heads)
         return mixed, jax.vmap(pull)(cotangents)

@@ -15,7 +15,7 @@ from occ.generation.sampling import SamplingConfig
 from occ.models.config import LoRAConfig, MoEConfig
 from occ.models.lora import adapt, is_adapter, merge
 from occ.models.parameters import is_shared
-from occ.models.policy import abstract_policy, new_policy
+from occ.models.policy import abstract_policy
 from occ.training.config import LayoutConfig, MTPTrainingConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.programs import abstract_state
@@ -32,7 +32,7 @@ SOME = LoRAConfig(rank=2, alpha=3.0, kernels=("value", "down"))
 
 def adapted_policy(model_config, seed=1):
     """With B of the size of the kernels, as after long training."""
-    policy = new_policy(model_config)
+    policy = tiny.new_policy(model_config)
     rng = np.random.default_rng(seed)
 
     def move(path, leaf):
@@ -101,7 +101,7 @@ def at(tree, names):
     ("lora", "dtype", "placement", "chunk", "tolerance"),
     [
         (LORA, "float32", "exact", 0, 1e-5),
-        (SOME, "float32", "fused", 4, 1e-5),
+        pytest.param(SOME, "float32", "fused", 4, 1e-5, marks=pytest.mark.slow),
         pytest.param(LORA, "float64", "fused", 0, 1e-12, marks=pytest.mark.slow),
     ],
 )
@@ -121,11 +121,11 @@ def test_the_gradient_is_the_whole_kernels_projected(
     assert len([name for name in trained if is_adapter(name)]) == 2 * len(lora.kernels)
 
 
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begun", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_weighed_is_the_adapters_gradients(begun):
     """c = s^2 (<G B^T, M B^T> + <A^T G, A^T M>); at the start, where B = 0, the second alone."""
     model_config = tiny.model_config(1, lora=LORA)
-    policy = adapted_policy(model_config) if begun else new_policy(model_config)
+    policy = adapted_policy(model_config) if begun else tiny.new_policy(model_config)
     config = tiny.train_config(regime("occ"), model_config)
     batch = tiny.minibatch(config, model_of(policy))
     got = compute(config, policy, batch)
@@ -171,7 +171,7 @@ def test_at_the_start_the_coefficient_estimates_the_whole_kernels_own():
     error = found.std() / len(found) ** 0.5
     assert abs(found.mean() - expected) < 4 * error
     # As the model draws it.
-    policy = new_policy(tiny.model_config(width=inputs, lora=LoRAConfig(rank=64)))
+    policy = tiny.new_policy(tiny.model_config(width=inputs, lora=LoRAConfig(rank=64)))
     a = np.asarray(policy.params["layers"]["attention"]["query"]["lora_a"])
     np.testing.assert_allclose(a.var(), 1 / (3 * inputs), rtol=0.1)
     assert np.abs(a).max() <= bound
@@ -179,14 +179,14 @@ def test_at_the_start_the_coefficient_estimates_the_whole_kernels_own():
 
 def test_adapters_begin_at_the_model_itself():
     """To the last bit; and a model that is made with adapters has the kernels of one without."""
-    plain = new_policy(tiny.model_config(2))
+    plain = tiny.new_policy(tiny.model_config(2))
     config = tiny.model_config(2, lora=LORA)
     policy = adapt(plain, config)
     tokens = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
     inputs = tokens, jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (2, 4)), jnp.ones_like(tokens)
     for here, there in zip(logits(policy, *inputs), logits(plain, *inputs), strict=True):
         np.testing.assert_array_equal(here, there)
-    made = new_policy(config)
+    made = tiny.new_policy(config)
     jax.tree.map(np.testing.assert_array_equal, (made.params, made.rest), model_of(policy)[1:])
     back = merge(policy)
     assert back.config == plain.config
@@ -198,7 +198,7 @@ def test_merged_kernels_say_the_same():
     config = tiny.model_config(1, lora=LORA)
     policy = adapted_policy(config)
     merged = merge(policy)
-    plain = new_policy(tiny.model_config(1))
+    plain = tiny.new_policy(tiny.model_config(1))
     tokens = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
     inputs = tokens, jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (2, 4)), jnp.ones_like(tokens)
     adapted, base = logits(policy, *inputs), logits(plain, *inputs)
@@ -212,13 +212,13 @@ def test_merged_kernels_say_the_same():
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_moves_adapters_and_modules_alone(sparse):
     """Nothing else has a gradient or moments; the frozen trunk keeps its bits and its dtype."""
     lora = dataclasses.replace(LORA, frozen_dtype="bfloat16")
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8) if sparse else None
     model_config = tiny.model_config(1, lora=lora, moe=moe)
-    policy = new_policy(model_config)
+    policy = tiny.new_policy(model_config)
     config = tiny.train_config(regime("occ"), model_config)
     batch = tiny.minibatch(config, model_of(policy))
     state = tiny.state(config, model_of(policy))
@@ -265,9 +265,9 @@ def test_what_cannot_be_is_refused(options, words):
 def test_adapting_twice_is_refused():
     config = tiny.model_config(lora=LORA)
     with pytest.raises(ValueError, match="expected a policy without adapters"):
-        adapt(new_policy(config), config)
+        adapt(tiny.new_policy(config), config)
     with pytest.raises(ValueError, match="must be the policy's own"):
-        adapt(new_policy(tiny.model_config(2)), config)
+        adapt(tiny.new_policy(tiny.model_config(2)), config)
 
 
 @functools.cache
@@ -284,11 +284,9 @@ def sharded_setting(layout):
     return config, model_of(policy), tiny.minibatch(config, model_of(policy), rows=16)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize(
-    "layout",
-    ["micro-batches", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fsdp", "fsdp-tensor"))],
-)
+@pytest.mark.parametrize("layout", ["micro-batches", "fsdp", "fsdp-tensor"])
 def test_a_sharded_step_is_the_single_devices(x64, layout):
     """In micro-batches with the logits in chunks, too: the frozen head is gathered for them."""
     expected, expected_metrics = single_device()

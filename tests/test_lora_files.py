@@ -13,7 +13,6 @@ from occ import tasks
 from occ.models import pretrained
 from occ.models.config import LoRAConfig, MoEConfig
 from occ.models.lora import adapt, merge
-from occ.models.policy import new_policy
 from occ.training import loop
 from occ.training.config import EvaluationConfig, LayoutConfig, PretrainedConfig
 from occ.training.durable.checkpoints import Checkpoints, DamagedError
@@ -47,7 +46,7 @@ def source(tmp_path_factory):
     """The folder that the run begins from, published in bfloat16."""
     folder = tmp_path_factory.mktemp("models") / "base"
     published = dataclasses.replace(PLAIN, param_dtype="bfloat16", compute_dtype="float32")
-    pretrained.save(folder, new_policy(published, 5))
+    pretrained.save(folder, tiny.new_policy(published, 5))
     return folder
 
 
@@ -135,7 +134,7 @@ def test_a_run_is_exported_merged_and_as_adapters(whole, tmp_path):
     assert (described["r"], described["lora_alpha"]) == (2, 4.0)
     assert described["base_model_name_or_path"] == config.pretrained.path
     assert "q_proj" in described["target_modules"] and len(described["target_modules"]) == 7
-    fresh = adapt(new_policy(dataclasses.replace(PLAIN, param_dtype="float32")), config.model)
+    fresh = adapt(tiny.new_policy(dataclasses.replace(PLAIN, param_dtype="float32")), config.model)
     back = pretrained.load_adapters(tmp_path / "peft", fresh)
     jax.tree.map(np.testing.assert_array_equal, back.params, trained.params)
 
@@ -149,7 +148,7 @@ def test_a_run_is_evaluated_from_its_checkpoint(whole):
 
 
 def test_adapters_of_another_form_are_refused(tmp_path):
-    plain = new_policy(PLAIN)
+    plain = tiny.new_policy(PLAIN)
     with pytest.raises(ValueError, match="has no adapters"):
         pretrained.save_adapters(tmp_path / "none", plain)
     policy = adapt(plain, dataclasses.replace(PLAIN, lora=LORA))
@@ -160,7 +159,7 @@ def test_adapters_of_another_form_are_refused(tmp_path):
             tmp_path / "some", adapt(plain, dataclasses.replace(PLAIN, lora=other))
         )
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
-    mixture = new_policy(dataclasses.replace(PLAIN, moe=moe, lora=LORA))
+    mixture = tiny.new_policy(dataclasses.replace(PLAIN, moe=moe, lora=LORA))
     with pytest.raises(ValueError, match=r"\['down', 'gate', 'up'\] of a mixture"):
         pretrained.save_adapters(tmp_path / "mixture", mixture)
     fewer = dataclasses.replace(LORA, kernels=("query",))

@@ -53,7 +53,7 @@ def autodiff(config, model, batch, weights, own_weight=1.0):
         (True, "ce", "fused"),
         pytest.param(False, "ce", "fused", marks=pytest.mark.slow),
         pytest.param(True, "policy", "fused", marks=pytest.mark.slow),
-        (False, "policy", "exact"),
+        pytest.param(False, "policy", "exact", marks=pytest.mark.slow),
     ],
 )
 def test_detach_leaves_the_shared_gradient_that_of_rl_alone(tied, loss, placement):
@@ -145,7 +145,8 @@ def test_fused_equals_exact_in_float32():
     tiny.close(*got, 1e-5)
 
 
-@pytest.mark.parametrize("scale_own", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("scale_own", [False, True])
 def test_own_parameters_are_unscaled_unless_asked(x64, scale_own):
     model_config = tiny.model_config(1, "float64")
     model = tiny.build_model(model_config)
@@ -295,7 +296,7 @@ def test_layout_changes_nothing_in_float32():
 
 def test_garbage_in_masked_cells_changes_nothing():
     """NaN where no response token is, in everything that a minibatch carries about tokens."""
-    model_config = tiny.model_config(2)
+    model_config = tiny.model_config(1)
     model = tiny.build_model(model_config)
     config = tiny.train_config(
         regime("occ"), model_config, objective=ObjectiveConfig(importance_cap=2.0)
@@ -321,7 +322,7 @@ def test_garbage_in_masked_cells_changes_nothing():
 def test_every_target_masked_is_zero_and_finite():
     model_config = tiny.model_config(1)
     model = tiny.build_model(model_config)
-    for name in ("detach", "policy", "occ", "occ_released"):
+    for name in ("occ", "occ_released"):
         config = tiny.train_config(regime(name), model_config)
         batch = tiny.minibatch(config, model)
         batch = batch.replace(response_mask=jnp.zeros_like(batch.response_mask))
@@ -349,7 +350,7 @@ def test_mixture_of_experts_goes_through_both_placements(x64, remat):
 
 def test_nonfinite_mtp_gradient_is_removed_in_both_placements():
     """An infinite own old log-prob makes the MTP ratio vanish or explode; RL must go on."""
-    model_config = tiny.model_config(2)
+    model_config = tiny.model_config(1)
     model = tiny.build_model(model_config)
     alone = tiny.train_config(regime("rl_only"), model_config)
     for placement in ("fused", "exact"):
@@ -361,9 +362,10 @@ def test_nonfinite_mtp_gradient_is_removed_in_both_placements():
         expected = tiny.gradient(alone, model, batch).gradient
         shared = {name: got.gradient[name] for name in got.gradient if is_shared(name)}
         tiny.close(shared, {name: expected[name] for name in shared}, 1e-6)
-        np.testing.assert_array_equal(got.calibration.nonfinite, [1, 1])
+        np.testing.assert_array_equal(got.calibration.nonfinite, [1])
 
 
+@pytest.mark.slow
 def test_zero_coefficient_through_the_rule_is_the_detached_shared_gradient():
     """The coefficient is data: forcing it to 0 gives Detach's shared gradient, bit for bit."""
     model_config = tiny.model_config(1)

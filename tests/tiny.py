@@ -11,7 +11,7 @@ from flax import nnx
 
 from occ.models.config import ModelConfig, MTPConfig
 from occ.models.decoder import Decoder, split_model
-from occ.models.policy import Policy
+from occ.models.policy import Policy, create_policy
 from occ.training.batch import Minibatch, Sequences, positions_from_segments
 from occ.training.config import OptimizerConfig, RolloutConfig, TrainConfig
 from occ.training.gradient.calibration import build_calibration
@@ -71,15 +71,19 @@ def policy(config, model):
 
 
 @functools.cache
+def new_policy(config, seed=0):
+    """As `occ.models.policy.new_policy`, once for each configuration.
+
+    Operation by operation: most shapes are those of another model here, and compiled already.
+    """
+    return create_policy(config, seed)
+
+
 def build_model(config, seed=0):
-    """(graphdef, params, rest), made by one compiled program, and once for each configuration."""
-
-    def create():
-        _, *arrays = split_model(Decoder(config, nnx.Rngs(seed)))
-        return arrays
-
-    graphdef, _, _ = split_model(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(seed))))
-    return graphdef, *jax.jit(create)()
+    """The same in pieces: (graphdef, params, rest)."""
+    graphdef, *_ = split_model(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+    policy = new_policy(config, seed)
+    return graphdef, policy.params, policy.rest
 
 
 @jax.jit

@@ -12,9 +12,10 @@ A main gradient g and K auxiliary gradients m_1..m_K have one Gram matrix of sha
     past.py        present gradients against averages of past ones
     smoothing.py   moving averages of another measure
 
-A new measure is one file: a factory under `@register("name")`, every argument with a
-default. Configurations and command lines know it by that name; what it reads and when that exists
-follows from its evidence.
+A new measure is one factory under `@register("name")`, every argument with a default, imported
+here. Configurations and command lines then know it by that name; what it reads and when that exists
+follows from its evidence. Evidence that no measure has read before is made where the gradients are
+(`occ/training/gradient/placement.py`), and declared by `declare_evidence`.
 """
 
 from occ.measures.base import (

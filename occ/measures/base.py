@@ -75,7 +75,7 @@ class Measure(NamedTuple):
     @property
     def early(self) -> bool:
         """Whether all that it reads exists before the backward pass through the trunk."""
-        return all(EVIDENCE[name].early for name in self.evidence if name in EVIDENCE)
+        return all(name in EVIDENCE and EVIDENCE[name].early for name in self.evidence)
 
     @property
     def tree_evidence(self) -> set[str]:

@@ -12,7 +12,8 @@ correlations of what the step takes or of expected gradients.
     minimum_norm.py  the convex hull of the gradients: mgda, cagrad
     balancing.py     equal shares: imtl_g, nash_mtl, aligned_mtl, metabalance
 
-A new rule is one function under `@register("name")`; configurations and command lines know it then.
+A new rule is one function under `@register("name")`, imported here; configurations and command
+lines then know it by that name.
 
 Methods from the literature differ in what they do to the scale: some sum the K+1 gradients, some
 average them, and Nash-MTL sets the norm itself. Here each keeps its published scale, which its

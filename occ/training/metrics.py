@@ -3,10 +3,11 @@
     @step_metric("batch/tokens", "response tokens that count in the losses")
     def _tokens(seen): ...
 
-is all that a new metric of the train step takes: the step computes it, the loop averages it over
-a rollout's minibatches, and it appears in metrics.jsonl, TensorBoard and `describe()` (`python -m
-experiments.train metrics`). A name that is nowhere declared is an error, so that none is averaged
-by accident. The tests' reference of the step has its own list, so that none goes unchecked.
+is all that a new metric of the train step takes here: the step computes it, the loop averages it
+over a rollout's minibatches, and it appears in metrics.jsonl, TensorBoard and `describe()` (`python
+-m experiments.train metrics`). The tests' reference of the step asks for a second computation of
+it, so that none goes unchecked. A step's metric that is nowhere declared is an error, so that none
+is averaged by accident. What only engines report is declared beside them (`mismatch.py`).
 """
 
 from __future__ import annotations

@@ -53,18 +53,22 @@ REGIMES: dict[str, Regime] = {
     ),
     "policy": Regime("Policy, 0.2", "policy loss, fixed coefficient 0.2", _fused(rule="fixed")),
     "ce_3": Regime(
-        "CE, 3",
+        "cross-entropy, coefficient 3",
         "cross-entropy, a coefficient that is too large",
         _fused(loss="ce", rule="fixed", coefficient=3.0),
     ),
     "policy_3": Regime(
-        "Policy, 3",
+        "policy loss, coefficient 3",
         "policy loss, a coefficient that is too large",
         _fused(rule="fixed", coefficient=3.0),
     ),
-    "occ": Regime("OCC, exact", "policy loss, OCC with the exact c and v^2", MTPTrainingConfig()),
+    "occ": Regime(
+        "OCC on policy loss", "policy loss, OCC with the exact c and v^2", MTPTrainingConfig()
+    ),
     "occ_ce": Regime(
-        "OCC on CE", "cross-entropy, OCC with the exact c and v^2", MTPTrainingConfig(loss="ce")
+        "OCC on cross-entropy",
+        "cross-entropy, OCC with the exact c and v^2",
+        MTPTrainingConfig(loss="ce"),
     ),
     "occ_smoothed": Regime(
         "OCC, averaged",
@@ -84,7 +88,7 @@ REGIMES: dict[str, Regime] = {
         _fused(measure="released_unmasked", scale=0.1, scale_own=True),
     ),
     "drafter": Regime(
-        "Policy, own ratio, 0.2",
+        "drafter (own ratio, 0.2)",
         "policy loss against the module's own old log-prob, fixed 0.2; the modules themselves "
         "learn from detached cross-entropy and stay good drafters",
         _fused(own_loss="ce", reference="own", rule="fixed"),

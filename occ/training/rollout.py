@@ -200,11 +200,11 @@ class Drawn(NamedTuple):
 
 
 def requests(
-    programs: RolloutPrograms, config: TrainConfig, task: Task, step: int
+    programs: RolloutPrograms, config: TrainConfig, task: Task, number: int
 ) -> tuple[Request, ...]:
-    """What the rollout number `step` asks an engine for; it depends on seed and step alone."""
+    """What the rollout of this number asks an engine for; it depends on seed and number alone."""
     rollout = config.rollout
-    inputs = *_prompts(config, task, step), key_on_mesh(config.seed, step)
+    inputs = *_prompts(config, task, number), key_on_mesh(config.seed, number)
     sampled = _request(programs.sample, *inputs, rollout.samples)
     if config.objective.advantage != "remax":
         return (sampled,)
@@ -235,8 +235,8 @@ def answers(engine: RolloutEngine, wanted: Sequence[Request]) -> Drawn:
     return Drawn(sampled, others[0] if others else None, engine.metrics())
 
 
-def _prompts(config: TrainConfig, task: Task, step: int) -> tuple[np.ndarray, np.ndarray]:
-    indices = prompt_indices(config.seed, step, config.rollout.prompts, len(task.train))
+def _prompts(config: TrainConfig, task: Task, number: int) -> tuple[np.ndarray, np.ndarray]:
+    indices = prompt_indices(config.seed, number, config.rollout.prompts, len(task.train))
     texts = [task.train[i].prompt for i in indices]
     return encode_prompts(task.tokenizer, texts, lengths(config, task)[0])
 
@@ -246,13 +246,13 @@ def collect(
     policy: Policy,
     config: TrainConfig,
     task: Task,
-    step: int,
+    number: int,
     reference: Policy | None = None,
     drawn: Drawn | None = None,
 ) -> Rollout:
-    """Samples, verifies and scores the rollout number `step`.
+    """Samples, verifies and scores the rollout of this number.
 
-    Which prompts it takes, and its random numbers, depend on the seed and the step alone: not on
+    Which prompts it takes, and its random numbers, depend on the seed and the number alone: not on
     the regime, and not on what was sampled before.
 
     Args:
@@ -260,17 +260,17 @@ def collect(
       policy: samples, and is scored.
       config: of the run.
       task: prompts and verifier.
-      step: number of the rollout, from 0.
+      number: of the rollout, from 0.
       reference: frozen policy of the KL term; None where that term is off.
       drawn: its samples, of this policy or of one before it; None draws them.
     """
     rollout = config.rollout
     columns, response = lengths(config, task)
-    indices = prompt_indices(config.seed, step, rollout.prompts, len(task.train))
+    indices = prompt_indices(config.seed, number, rollout.prompts, len(task.train))
     problems = [task.train[i] for i in indices for _ in range(rollout.samples)]
-    prompt_mask = _prompts(config, task, step)[1]
+    prompt_mask = _prompts(config, task, number)[1]
     if drawn is None:
-        drawn = draw(programs.engine, policy, requests(programs, config, task, step))
+        drawn = draw(programs.engine, policy, requests(programs, config, task, number))
     sampled = drawn.sampled
     completions, rewards, valid = judge(task, problems, sampled, columns)
 
@@ -310,7 +310,7 @@ def collect(
     )
     metrics = rollout_metrics.of_samples(batch, sampled, rewards, valid, kept)
     metrics["rollout/padding_waste"] = padding_waste(prompt_mask, sampled.work)
-    metrics |= rollout_metrics.of_drafts(sampled.work, sampled.lengths, step)
+    metrics |= rollout_metrics.of_drafts(sampled.work, sampled.lengths, number)
     metrics |= mismatch.metrics(batch, sampled.response_mask, config) | drawn.metrics
     examples = [
         (problems[i].prompt, completions[i], float(rewards[i]) if valid[i] else math.nan)

@@ -25,7 +25,8 @@ class TrainState(struct.PyTreeNode):
       rest: the model's other variables (a router's correction bias; beside adapters, the frozen
         trunk); {} without any.
       opt_state: the optimizer's.
-      calibration: `CalibrationState`, the same tree in both placements; () without MTP loss.
+      calibration: `CalibrationState`, the same tree in both placements, or `GroupedState` where
+        every layer has a coefficient; () without MTP loss.
       skipped: int32 [], updates left out because a loss or gradient was not finite.
     """
 

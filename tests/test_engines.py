@@ -350,7 +350,7 @@ def built():
     ("how", "changes", "message"),
     [
         ("dies", {}, r"(?s)went away within 'generate'.*out of memory, says the kernel"),
-        ("hangs", {"silence_seconds": 8.0}, "no sign of life for 8 s within 'generate'"),
+        ("hangs", {"silence_seconds": 4.0}, "no sign of life for 4 s within 'generate'"),
         ("slow", {"request_seconds": 3.0}, "has not done 'generate' in 3 s: it is at 'generate'"),
         ("raises", {}, "refused 'generate': RuntimeError: no such kernel"),
     ],

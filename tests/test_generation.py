@@ -281,7 +281,9 @@ WAITING = {"top_k": 2, "top_p": 0.9, "temperature": 0.7}
         pytest.param(1, 3, 0, WAITING, marks=pytest.mark.slow),
         (2, 3, 2, {"stop_tokens": (2,)}),
         pytest.param(2, 1, 3, {"temperature": 0.0}, marks=pytest.mark.slow),
-        ("parallel", 2, 2, {"temperature": 1.5, "stop_tokens": (2,)}),
+        pytest.param(
+            "parallel", 2, 2, {"temperature": 1.5, "stop_tokens": (2,)}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -325,7 +327,9 @@ def from_all(log_prob, noise, drafts, draft_log_prob, log_uniform):
     return other.at[:, :-1].set(jnp.where(kept, drafts, other[:, :-1]))
 
 
-@pytest.mark.parametrize("judged", [choose_by_rejection, keep_all, from_all])
+@pytest.mark.parametrize(
+    "judged", [choose_by_rejection, keep_all, pytest.param(from_all, marks=pytest.mark.slow)]
+)
 def test_rejection_sampling_follows_the_distribution(x64, monkeypatch, judged):
     """Chi square over all responses of three tokens; two planted biases are far outside."""
     monkeypatch.setattr("occ.generation.decoding.choose_by_rejection", judged)

@@ -42,6 +42,7 @@ def clipped_loss(log_prob, old, advantages):
     return total / old.size
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_regimes_share_the_loss_and_the_rl_gradient(near_policy):
     log_prob = occ_step.on_policy_log_prob(near_policy)

@@ -102,6 +102,7 @@ def test_what_a_minibatch_holds(model, programs):
     assert not mask[:, :COLUMNS].any() and not mask[segment_ids == 0].any()
 
 
+@pytest.mark.slow
 def test_slots_and_drafts_make_the_same_rollout(model):
     """Prompts of two lengths in many more columns than they need, each run once for its samples."""
     task = dataclasses.replace(

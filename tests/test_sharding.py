@@ -281,8 +281,10 @@ def test_a_bounded_capacity_drops_and_counts(x64):
 
 @pytest.mark.parametrize(
     ("moe", "layout"),
-    [(None, LAYOUTS["data-fsdp-tensor"]), (MOE, LayoutConfig(fsdp=4, expert=2))],
-    ids=["dense", "moe"],
+    [
+        pytest.param(None, LAYOUTS["data-fsdp-tensor"], marks=pytest.mark.slow, id="dense"),
+        pytest.param(MOE, LayoutConfig(fsdp=4, expert=2), id="moe"),
+    ],
 )
 def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):
     """Parameters are gathered once for all tokens; rows are divided, and keys belong to rows.

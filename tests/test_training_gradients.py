@@ -162,6 +162,7 @@ def test_own_parameters_are_unscaled_unless_asked(x64, scale_own):
         tiny.close(got, expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_exact_measures_the_gradients_of_the_shared_parameters(x64):
     """c = <g_RL, g_MTP> and v^2 from two separate calls of jax.grad, own leaves left out."""
     model_config = tiny.model_config(1, "float64")

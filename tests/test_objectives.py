@@ -193,15 +193,16 @@ def test_all_kinds_have_the_policy_gradient_at_ratio_one(x64):
 @pytest.mark.parametrize("config", POLICIES.values(), ids=POLICIES)
 def test_garbage_outside_the_mask_has_no_influence(config):
     log_prob, old, advantage = case(dtype=np.float32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(x, rest):
+        return loss_of(x, *rest, config, "seq-mean-token-mean")[0]
+
+    clean = loss(log_prob, (old, advantage))
     for garbage in (np.nan, np.inf, -np.inf):
-        dirty = [np.where(MASK, x, garbage).astype(np.float32) for x in case(dtype=np.float32)]
-
-        def loss(x, rest):
-            return loss_of(x, *rest, config, "seq-mean-token-mean")[0]
-
-        clean = jax.value_and_grad(loss)(jnp.asarray(log_prob), (old, advantage))
-        spoiled = jax.value_and_grad(loss)(jnp.asarray(dirty[0]), tuple(dirty[1:]))
-        jax.tree.map(np.testing.assert_array_equal, spoiled, clean)
+        dirty = [np.where(MASK, x, garbage).astype(np.float32) for x in (log_prob, old, advantage)]
+        jax.tree.map(np.testing.assert_array_equal, loss(dirty[0], tuple(dirty[1:])), clean)
 
 
 def test_clip_flags_are_the_tokens_without_gradient():
@@ -219,11 +220,14 @@ def test_a_ratio_beyond_the_floating_point_format_has_no_nan(config):
     """Without a clamp, exp(90) and exp(-90): infinity times the zero slope of a clip was NaN."""
     config = dataclasses.replace(config, log_ratio_clamp=None)
     log_prob, _, advantage = case(dtype=np.float32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(x, old):
+        return loss_of(x, old, advantage, config)[0]
+
     for apart in (90.0, 500.0, -90.0, -500.0):
-        old = log_prob - np.float32(apart)
-        value, gradient = jax.value_and_grad(lambda x, o=old: loss_of(x, o, advantage, config)[0])(
-            jnp.asarray(log_prob)
-        )
+        value, gradient = loss(log_prob, log_prob - np.float32(apart))
         assert np.isfinite(value) and np.isfinite(gradient).all(), apart
 
 
@@ -245,25 +249,25 @@ def test_policy_config_refuses(unchecked, changes, message):
 # -- aggregation ------------------------------------------------------------------------------
 
 
+aggregate_of = jax.jit(
+    masked.aggregate, static_argnames=("mode", "sequences_per_row", "constant_length")
+)
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), mode=st.sampled_from(masked.AGGREGATIONS))
 def test_totals_and_weights_add_up_over_micro_batches(seed, mode):
     """Hypothesis: any cut of the rows gives the same loss."""
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(6, 5)).astype(np.float32)
-    mask = jnp.asarray(rng.random((6, 5)) < 0.5)
-    segments = jnp.asarray(np.sort(rng.integers(1, 3, (6, 5)), axis=1), jnp.int32)
+    mask = rng.random((6, 5)) < 0.5
+    segments = np.sort(rng.integers(1, 3, (6, 5)), axis=1).astype(np.int32)
     cut = int(rng.integers(0, 7))
 
     def aggregate(rows):
-        return masked.aggregate(
-            jnp.asarray(values[rows]),
-            mask[rows],
-            segments[rows],
-            mode=mode,
-            sequences_per_row=2,
-            constant_length=5 if mode == "constant-length" else None,
-        )
+        length = 5 if mode == "constant-length" else None
+        arrays = values[rows], mask[rows], segments[rows]
+        return aggregate_of(*arrays, mode=mode, sequences_per_row=2, constant_length=length)
 
     whole = aggregate(slice(None))
     parts = [aggregate(slice(0, cut)), aggregate(slice(cut, 6))]
@@ -309,8 +313,10 @@ def advantages_of(rewards, valid, method, **options):
     rng = np.random.default_rng(3)
     lengths, greedy = rng.integers(1, 9, rewards.shape), rng.normal(size=len(rewards))
     options |= {"lengths": jnp.asarray(lengths), "greedy": jnp.asarray(greedy, rewards.dtype)}
-    got = advantages.group_advantages(jnp.asarray(rewards), valid, method=method, **options)
-    return got, lengths, greedy
+    return group_advantages(jnp.asarray(rewards), valid, method=method, **options), lengths, greedy
+
+
+group_advantages = jax.jit(advantages.group_advantages, static_argnames=("method", "ddof"))
 
 
 @pytest.mark.parametrize("method", advantages.METHODS)
@@ -348,14 +354,13 @@ def test_advantages_of_tokens_are_the_loop(x64, method, in_reward):
         kl_estimator="k1",
     )
     greedy = rng.normal(size=4)
-    got = token_advantages(
-        objective,
-        jnp.asarray(rewards),
-        jnp.asarray(valid),
-        jnp.asarray(mask.reshape(12, 8)),
-        old_log_prob=jnp.asarray(spoiled[0].reshape(12, 8)),
-        reference_log_prob=jnp.asarray(spoiled[1].reshape(12, 8)),
-        greedy=jnp.asarray(greedy),
+    got = jax.jit(functools.partial(token_advantages, objective))(
+        rewards,
+        valid,
+        mask.reshape(12, 8),
+        old_log_prob=spoiled[0].reshape(12, 8),
+        reference_log_prob=spoiled[1].reshape(12, 8),
+        greedy=greedy,
     ).reshape(4, 3, 8)
     penalties = np.zeros((4, 3, 8))  # of a response's tokens, from its first one on
     for p, g, t in np.argwhere(mask):
@@ -467,6 +472,7 @@ def test_a_logit_of_minus_infinity_is_probability_zero(loss):
     logits = jnp.array([[[0.0, -inf, -inf], [0.3, -inf, 1.0], [0.1, 0.0, 0.2]]])
     targets = jnp.array([[[0.0, -inf, -inf], [1.0, -inf, 0.5], [0.0, 0.0, -inf]]])
 
+    @jax.jit
     def value_and_gradient(logits, targets):
         def tokens(x):
             if loss == "entropy":
@@ -490,26 +496,27 @@ def test_top_k_distillation_and_total_variation_by_loops(x64, k):
     rng = np.random.default_rng(k)
     logits, targets = (jnp.asarray(rng.normal(size=(2, 3, 5)) * 2) for _ in range(2))
     p, q = (np.asarray(jax.nn.softmax(x)) for x in (targets, logits))
-    top = functools.partial(mtp.top_k_distillation, k=k)
+    top = jax.jit(functools.partial(mtp.top_k_distillation, k=k))
+    total_variation = jax.jit(mtp.total_variation)
+    top_values, variations = top(logits, targets), total_variation(logits, targets)
     for row, time in np.ndindex(2, 3):
         a, b = p[row, time], q[row, time]
         best = sorted(range(5), key=lambda v: -a[v])[:k]
         rest, its = 1 - a[best].sum(), 1 - b[best].sum()
         expected = sum(a[v] * np.log(a[v] / b[v]) for v in best)
         expected += rest * np.log(rest / its) if k < 5 else 0
-        np.testing.assert_allclose(top(logits, targets)[row, time], expected, atol=1e-12)
+        np.testing.assert_allclose(top_values[row, time], expected, atol=1e-12)
         variation = sum(abs(x - y) for x, y in zip(a, b, strict=True)) / 2
-        got = mtp.total_variation(logits, targets)[row, time]
-        np.testing.assert_allclose(got, variation, atol=1e-12)
-    for loss in (top, mtp.total_variation):
-        total = functools.partial(lambda x, y, loss: jnp.sum(loss(x, y)), loss=loss)
-        slope, towards = jax.grad(total, (0, 1))(logits, targets)
+        np.testing.assert_allclose(variations[row, time], variation, atol=1e-12)
+    for loss in (top, total_variation):
+        total = jax.jit(functools.partial(lambda x, y, loss: jnp.sum(loss(x, y)), loss=loss))
+        slope, towards = jax.jit(jax.grad(total, (0, 1)))(logits, targets)
         assert not towards.any()
         direction, step = jnp.asarray(rng.normal(size=logits.shape)), 1e-6
         ends = [total(logits + sign * step * direction, targets) for sign in (1, -1)]
         assert abs(jnp.sum(slope * direction) - (ends[0] - ends[1]) / (2 * step)) < 1e-8
     if k >= 5:
-        np.testing.assert_allclose(top(logits, targets), mtp.distillation(logits, targets))
+        np.testing.assert_allclose(top_values, mtp.distillation(logits, targets))
 
 
 def test_what_the_head_alone_excludes_is_infinitely_far():

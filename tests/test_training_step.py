@@ -1,6 +1,7 @@
 """The train step: trajectories bit for bit, alarms, skipped steps, clipping, decay, balancing."""
 
 import dataclasses
+import re
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import pytest
 from occ.models.config import MoEConfig
 from occ.models.parameters import is_shared
 from occ.models.policy import abstract_policy
+from occ.training import metrics, regimes
 from occ.training.batch import split
 from occ.training.config import (
     EvaluationConfig,
@@ -243,6 +245,12 @@ def test_router_bias_moves_against_the_load_and_not_otherwise():
 def test_learning_rate_warms_up_to_its_peak():
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=4))
     np.testing.assert_allclose([schedule(i) for i in range(6)], [0.25, 0.5, 0.75, 1, 1, 1])
+
+
+@pytest.mark.parametrize("describe", [metrics.describe, regimes.describe])
+def test_tables_of_names_have_as_many_cells_in_every_row(describe):
+    counts = {len(re.findall(r"(?<!\\)\|", line)) for line in describe().splitlines()}
+    assert len(counts) == 1
 
 
 # -- bad input --------------------------------------------------------------------------------

@@ -159,7 +159,10 @@ def over_steps(steps: list[dict[str, np.ndarray]]) -> dict[str, Any]:
 def describe() -> str:
     """A Markdown table of all metrics."""
     lines = ["| metric | meaning |", "|---|---|"]
-    return "\n".join([*lines, *(f"| `{m.name}` | {m.meaning} |" for m in METRICS.values())])
+    for metric in METRICS.values():
+        meaning = metric.meaning.replace("|", "\\|")  # or a cell would end there
+        lines.append(f"| `{metric.name}` | {meaning} |")
+    return "\n".join(lines)
 
 
 # -- Of the losses, the rollout and the evaluation; they are computed there

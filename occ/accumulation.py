@@ -147,9 +147,8 @@ class _Accumulation:
             _divide(tree, summed.auxiliary_count[k], like)
             for k, tree in enumerate(summed.auxiliary)
         )
-        if self.measure:
-            extra = {"statistics": summed.statistics, **extra}
-        result, inner = self.tx.update(mean, summed.inner, params, auxiliary=means, **extra)
+        sums = {"statistics": summed.statistics} if self.measure else {}
+        result, inner = self.tx.update(mean, summed.inner, params, auxiliary=means, **sums, **extra)
         fresh = jax.tree.map(jnp.zeros_like, summed._replace(inner=()))
         return result, fresh._replace(inner=inner)
 

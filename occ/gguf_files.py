@@ -9,7 +9,6 @@ Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 from __future__ import annotations
 
-import functools
 import mmap
 import pathlib
 import struct
@@ -23,21 +22,12 @@ _MOST_DIMENSIONS = 4
 
 
 def open_gguf(path: str | pathlib.Path) -> gguf.GGUFReader:
-    """A reader of the file's fields and tensors; the last one again, while its file is the same.
-
-    Reading a vocabulary takes seconds, and configuration, weights and tokenizer each need the file.
+    """A reader of the file's fields and tensors.
 
     Raises:
       ValueError: it is no GGUF file, or not a whole one; the file is named.
     """
     path = pathlib.Path(path)
-    stat = path.stat()
-    return _reader(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1)
-def _reader(path: pathlib.Path, size: int, changed: int) -> gguf.GGUFReader:
-    del size, changed  # another file, if they differ
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Header(data).check()

@@ -196,6 +196,12 @@ def test_a_measure_is_known_by_name_where_it_is_defined():
         del measures.REGISTRY["of_a_user"]
 
 
+def test_evidence_that_nothing_declares_is_not_early():
+    unknown = measures.gradients()._replace(evidence=("of_a_user",))
+    assert not unknown.early and not unknown.tree_evidence
+    assert measures.log_ratios().early
+
+
 @every_case
 def test_compiled_equals_eager(name):
     """Two steps each, the second from a state that is not the initial one."""

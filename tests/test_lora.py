@@ -15,7 +15,7 @@ from occ.generation.sampling import SamplingConfig
 from occ.models.config import LoRAConfig, MoEConfig
 from occ.models.lora import adapt, is_adapter, merge
 from occ.models.parameters import is_shared
-from occ.models.policy import abstract_policy
+from occ.models.policy import abstract_policy, new_policy
 from occ.training.config import LayoutConfig, MTPTrainingConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.programs import abstract_state
@@ -171,7 +171,7 @@ def test_at_the_start_the_coefficient_estimates_the_whole_kernels_own():
     error = found.std() / len(found) ** 0.5
     assert abs(found.mean() - expected) < 4 * error
     # As the model draws it.
-    policy = tiny.new_policy(tiny.model_config(width=inputs, lora=LoRAConfig(rank=64)))
+    policy = new_policy(tiny.model_config(width=inputs, lora=LoRAConfig(rank=64)))
     a = np.asarray(policy.params["layers"]["attention"]["query"]["lora_a"])
     np.testing.assert_allclose(a.var(), 1 / (3 * inputs), rtol=0.1)
     assert np.abs(a).max() <= bound

@@ -214,7 +214,7 @@ def spoiled(batch, seed=1):
 @pytest.mark.standard_promotion
 def test_portions_replay_the_same_experts(x64):
     base = config_for("float64")
-    config = dataclasses.replace(base, mtp=regime("detach"))
+    config = dataclasses.replace(base, mtp=regime("occ"))
     batch = spoiled(split(rollout_of(config)[2].batch, 2)[0])
     whole = dataclasses.replace(config, layout=LayoutConfig())
     cut = dataclasses.replace(config, layout=LayoutConfig(micro_batches=2, logits_chunk=3))

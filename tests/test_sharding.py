@@ -282,7 +282,7 @@ def test_a_bounded_capacity_drops_and_counts(x64):
 @pytest.mark.parametrize(
     ("moe", "layout"),
     [
-        pytest.param(None, LAYOUTS["data-fsdp-tensor"], marks=pytest.mark.slow, id="dense"),
+        pytest.param(None, LAYOUTS["data-fsdp-tensor"], id="dense"),
         pytest.param(MOE, LayoutConfig(fsdp=4, expert=2), id="moe"),
     ],
 )

@@ -366,7 +366,6 @@ def test_nonfinite_mtp_gradient_is_removed_in_both_placements():
         np.testing.assert_array_equal(got.calibration.nonfinite, [1])
 
 
-@pytest.mark.slow
 def test_zero_coefficient_through_the_rule_is_the_detached_shared_gradient():
     """The coefficient is data: forcing it to 0 gives Detach's shared gradient, bit for bit."""
     model_config = tiny.model_config(1)

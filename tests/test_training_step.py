@@ -230,11 +230,11 @@ def test_only_what_the_mask_names_decays(decay):
 
 def test_router_bias_moves_against_the_load_and_not_otherwise():
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
-    model_config = tiny.model_config(0, moe=moe)
-    model = tiny.build_model(model_config)
-    for rate in (0.0, 0.25):
+    for rate, heads, name in ((0.0, 0, "rl_only"), (0.25, 1, "detach")):
+        model_config = tiny.model_config(heads, moe=moe)
+        model = tiny.build_model(model_config)
         optimizer = dataclasses.replace(DECAYING, router_bias_rate=rate)
-        config = tiny.train_config(regime("rl_only"), model_config, optimizer=optimizer)
+        config = tiny.train_config(regime(name), model_config, optimizer=optimizer)
         before, after, _ = one_step(config, model, tiny.minibatch(config, model))
         old = before.rest["layers"]["mlp"]["router_bias"]
         new = after.rest["layers"]["mlp"]["router_bias"]

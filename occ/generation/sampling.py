@@ -23,8 +23,9 @@ class SamplingConfig:
       stop_tokens: any of them ends the response, and belongs to it.
       pad_token: stands after the end.
       speculation: how the trunk judges drafts. "common": it samples with the random numbers that
-        drew the draft, so that drafts change no sample. "rejection": it keeps more of them, and
-        samples follow the same distribution, but are others with each depth of drafts.
+        drew the draft, so that drafts change no sample (in float32 and float64, but for ties within
+        rounding; in bfloat16 passes of several tokens round otherwise). "rejection": it keeps more
+        of them, and samples follow the same distribution, but are others with each depth of drafts.
       keep_experts: of a mixture of experts, say which experts each token went to.
     """
 

@@ -18,7 +18,8 @@ class RolloutConfig:
       minibatches: gradient steps a rollout.
       temperature, top_p, top_k: of sampling; top_k = 0 is off.
       speculation: how drafts of the MTP modules are judged, where there are any
-        (`LayoutConfig.draft_depth`): "common" changes no sample; "rejection" keeps more drafts, and
+        (`LayoutConfig.draft_depth`): "common" changes no sample (but for
+        rounding, which in bfloat16 shows); "rejection" keeps more drafts, and
         draws other samples of the same distribution with each depth.
       routing_replay: a mixture of experts is scored and trained with the experts that its tokens
         went to when they were sampled; routers still weigh them. MTP modules choose anew.

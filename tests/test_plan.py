@@ -217,7 +217,7 @@ def test_a_layout_for_another_number_of_devices_is_refused(tmp_path):
 
 
 def test_advice_names_what_to_change():
-    cost = plan.Cost(10.0, 2e13, 3e13, 1.0, 1.0, {}, 1.0)
+    cost = plan.Cost(10.0, 2e13, 3e13, 1.0, 1.0, {})
     config = small_config(generation_rows=8)
     for ideas, expected in (
         (plan.train_advice(config), "micro_batches (now 1)"),

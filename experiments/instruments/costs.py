@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ class Cost:
       flops: operations of matrix products.
       traffic: bytes to and from its memory; NaN where not known.
       collectives: by kind.
-      compile_seconds: of the compiler; NaN without one.
     """
 
     arguments: float
@@ -34,7 +32,6 @@ class Cost:
     flops: float
     traffic: float
     collectives: dict[str, hlo.Traffic]
-    compile_seconds: float
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """Lower bounds on the time, by what limits it; in seconds."""
@@ -56,13 +53,11 @@ class Compiled(NamedTuple):
       jaxpr: as traced.
       text: as compiled.
       memory: the compiler's analysis.
-      seconds: that it took.
     """
 
     jaxpr: Any
     text: str
     memory: Any
-    seconds: float
 
     def cost(self, devices: int, usual: Mapping[int, float] | None = None) -> Cost:
         """On one of so many devices.
@@ -83,16 +78,13 @@ class Compiled(NamedTuple):
             flops=flops.matrix_flops(self.jaxpr, usual=usual) / devices,
             traffic=hlo.memory_traffic(program),
             collectives=hlo.collectives(program),
-            compile_seconds=self.seconds,
         )
 
 
 def compile_traced(traced: Any) -> Compiled:
     """Compiles what `jax.jit(f).trace(...)` returned."""
-    started = time.perf_counter()
     compiled = traced.lower().compile()
-    seconds = time.perf_counter() - started
-    return Compiled(traced.jaxpr, compiled.as_text(), compiled.memory_analysis(), seconds)
+    return Compiled(traced.jaxpr, compiled.as_text(), compiled.memory_analysis())
 
 
 class Trained(NamedTuple):
@@ -191,7 +183,6 @@ def estimated_cost(
         flops=flops.matrix_flops(traced.jaxpr) / devices,
         traffic=math.nan,
         collectives=collectives,
-        compile_seconds=math.nan,
     )
 
 

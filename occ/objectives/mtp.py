@@ -77,24 +77,6 @@ def log_prob_at_source(
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def token_log_prob(
-    logits_at_source: Float[Array, "batch time vocab"],
-    tokens: Int[Array, "batch time"],
-    depth: int,
-) -> Float[Array, "batch time"]:
-    """Log-probability of each token by the head at this depth, in token alignment.
-
-    Args:
-      logits_at_source: [B, T, V] as the head gives them.
-      tokens: int32 [B, T].
-      depth: 0 for the main head, k for MTP module k.
-
-    Returns:
-      At least float32 [B, T]; meaningless where `predictable` is False.
-    """
-    return align(log_prob_at_source(logits_at_source, labels_at_source(tokens, depth)), depth)
-
-
 def cross_entropy(
     log_prob: Float[Array, "batch time"], mask: Bool[Array, "batch time"]
 ) -> Float[Array, "batch time"]:

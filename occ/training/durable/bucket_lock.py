@@ -22,6 +22,7 @@ from typing import Any
 
 from occ import json_files
 from occ.buckets import Path, store
+from occ.training.durable.lock import is_running, read_owner
 
 BEAT = 5.0  # seconds between signs of life of the process that has a folder
 SILENCE = 30.0  # seconds without one, after which it is taken for dead
@@ -79,7 +80,7 @@ class BucketLock:
         while True:
             found = store.read(self._file)
             if found is not None:
-                owner = _read(found.content)
+                owner = read_owner(found.content)
                 if owner.get("lock") in _MINE or self._lives(found, owner):
                     raise self._refusal(self._file, owner)
             generation = 0 if found is None else found.generation
@@ -94,7 +95,7 @@ class BucketLock:
         """Whether the process that wrote a lock may still be there."""
         here = owner.get("machine") == self._owner["machine"] is not None
         # One with our own number, and none of our locks, was there before us.
-        if here and (owner.get("process") == os.getpid() or not _runs(owner.get("process"))):
+        if here and (owner.get("process") == os.getpid() or not is_running(owner.get("process"))):
             return False
         deadline = time.monotonic() + SILENCE
         while time.monotonic() < deadline:
@@ -115,7 +116,7 @@ class BucketLock:
                     generation = store.write(self._file, self._content(), 0)
                 if generation is None:
                     found = store.read(self._file)
-                    self._lost = {} if found is None else _read(found.content)
+                    self._lost = {} if found is None else read_owner(found.content)
                     return
             except Exception:  # the run's own requests say what is wrong
                 continue
@@ -136,21 +137,3 @@ def _machine() -> str | None:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
-
-
-def _runs(process: Any) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (TypeError, ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _read(content: bytes) -> dict[str, Any]:
-    try:
-        owner = json_files.parse(content, "lock")
-    except ValueError:
-        return {}
-    return owner if isinstance(owner, dict) else {}

@@ -92,7 +92,7 @@ def _take(file: pathlib.Path) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            owner = _owner(descriptor)
+            owner = read_owner(os.pread(descriptor, 4096, 0))
             locked = _lock(descriptor)
             if locked is False or (owner and _lives(file, owner, sure=locked is not None)):
                 raise _refusal(file, owner)
@@ -128,7 +128,7 @@ def _lives(file: pathlib.Path, owner: dict[str, Any], *, sure: bool) -> bool:
       sure: the operating system's lock is ours, so that no process on this host has it.
     """
     if owner.get("host") == socket.gethostname():
-        return not sure and _runs(owner.get("process"))
+        return not sure and is_running(owner.get("process"))
     seen, deadline = _touched(file), time.monotonic() + SILENCE
     while time.monotonic() < deadline:
         time.sleep(min(BEAT, SILENCE) / 5)
@@ -142,7 +142,8 @@ def _touched(file: pathlib.Path) -> int:
         return os.fstat(opened.fileno()).st_mtime_ns
 
 
-def _runs(process: Any) -> bool:
+def is_running(process: Any) -> bool:
+    """Whether this machine has a process of this number, which may be anything that a file held."""
     try:
         os.kill(int(process), 0)
     except (TypeError, ValueError, ProcessLookupError):
@@ -152,10 +153,11 @@ def _runs(process: Any) -> bool:
     return True
 
 
-def _owner(descriptor: int) -> dict[str, Any]:
+def read_owner(content: bytes) -> dict[str, Any]:
+    """Who holds a lock, as its file says; {} of one that was made a moment ago, or is damaged."""
     try:
-        owner = json_files.parse(os.pread(descriptor, 4096, 0), "lock")
-    except ValueError:  # empty: made a moment ago
+        owner = json_files.parse(content, "lock")
+    except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -259,8 +259,10 @@ def _write(arguments: Arguments, folder: Path) -> None:
 
 def main() -> int:
     """Reads the command line."""
-    compile_quickly()
-    return compare(tyro.cli(Arguments, description=__doc__))
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if base_config(arguments).pretrained is None:
+        compile_quickly()
+    return compare(arguments)
 
 
 if __name__ == "__main__":

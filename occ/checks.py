@@ -95,6 +95,7 @@ RANGES = {
         "every": ABOVE_ZERO,
         "prompts": ABOVE_ZERO,
         "samples": ABOVE_ZERO,
+        "temperature": ABOVE_ZERO,
         "top_p": NUCLEUS,
     },
     "EngineConfig": {

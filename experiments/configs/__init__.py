@@ -20,7 +20,7 @@ from experiments.configs.paper import (
     mimo_7b_gspo,
     mimo_7b_lora,
 )
-from experiments.configs.smollm2 import smollm2_arithmetic
+from experiments.configs.smollm2 import smollm2_arithmetic, smollm2_sums
 from occ.training.config import TrainConfig
 
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {
@@ -33,6 +33,7 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     "filtering_easy": filtering_easy,
     "filtering_hard": filtering_hard,
     "smollm2_arithmetic": smollm2_arithmetic,
+    "smollm2_sums": smollm2_sums,
     "mimo_7b_dapo": mimo_7b_dapo,
     "mimo_7b_gspo": mimo_7b_gspo,
     "mimo_7b_lora": mimo_7b_lora,

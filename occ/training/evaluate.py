@@ -24,7 +24,7 @@ def evaluate(
 
     Returns:
       "greedy": share of prompts whose most likely response is correct.
-      "sampled": avg@k at temperature 1.
+      "sampled": avg@k, as `EvaluationConfig` says.
       "mtp_acceptance": a list [K], share of the greedy response's tokens that each module
         predicts; for the first module, what speculative decoding would accept.
     """

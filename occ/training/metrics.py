@@ -199,7 +199,7 @@ for _name, _meaning, _better in (
     ("alarm/drafts_refused", "1 where not one draft was kept: the modules are stale", -1),
     ("batch/padding_waste", "share of what the train steps computed that holds no token", -1),
     ("eval/greedy", "share of held-out prompts whose most likely response is right", 1),
-    ("eval/sampled", "avg@k of held-out prompts at temperature 1", 1),
+    ("eval/sampled", "avg@k of held-out prompts, at the evaluation's temperature", 1),
     ("eval/mtp_acceptance", "[K] share of greedy tokens that each module predicts", 1),
     ("seconds/rollout", "sampling, verifying, scoring", -1),
     ("seconds/updates", "the train steps", -1),

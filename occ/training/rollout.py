@@ -40,7 +40,7 @@ class RolloutPrograms:
       sample: `(policy, prompts, prompt_mask, key, samples) -> Generation` as in training, on the
         host.
       greedy: the same with the most likely tokens.
-      evaluation: the same as `EvaluationConfig` says, at temperature 1.
+      evaluation: the same as `EvaluationConfig` says.
       score: `(policy, tokens, segment_ids, experts=None) -> Scores`.
       external: the engine that generates in their place; None is this process.
     """
@@ -115,7 +115,9 @@ def build_programs(config: TrainConfig, task: Task) -> RolloutPrograms:
         keep_experts=rollout.routing_replay,
     )
     greedy = dataclasses.replace(plain, temperature=0.0)
-    evaluation = dataclasses.replace(plain, top_p=config.evaluation.top_p)
+    evaluation = dataclasses.replace(
+        plain, temperature=config.evaluation.temperature, top_p=config.evaluation.top_p
+    )
 
     def program(sampling):
         compiled = jax.jit(sampler(sampling, config), static_argnames="draft_depth")

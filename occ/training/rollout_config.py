@@ -59,13 +59,15 @@ class EvaluationConfig:
     Attributes:
       every: rollouts between evaluations.
       prompts: held-out prompts, the first ones of the test set.
-      samples: sampled responses a prompt (avg@k) at temperature 1.
+      samples: sampled responses a prompt (avg@k).
+      temperature: of those samples, whatever the rollouts' is.
       top_p: nucleus of those samples; 1 is off.
     """
 
     every: int = 20
     prompts: int = 256
     samples: int = 4
+    temperature: float = 1.0
     top_p: float = 1.0
 
     def __post_init__(self):

@@ -9,7 +9,8 @@ Cost: three minutes on two CPU cores.
 Operations are the compiler's own count of the compiled step, with unrolled layers, since it counts
 the body of a loop once; temporary memory is its allocation plan; wall time is the median over
 rounds in which the regimes take turns, and its ratio the geometric mean over rounds with a 95 %
-Student-t interval.
+Student-t interval. Of a regime that measures at every n-th step, operations and time are the mean
+over n steps.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     """Operations, temporary bytes and seconds a step of every regime."""
     batch = minibatch(arguments)
     model = model_config(arguments, remat)
-    compiled, states, products = {}, {}, {}
+    compiled, states, products, every = {}, {}, {}, {}
+    in_turn: dict[str, list[tuple[Any, Any, float]]] = {}
     chunks = (0, arguments.logits_chunk) if arguments.logits_chunk else (0,)
     ranks = (0, arguments.lora_rank) if arguments.lora_rank else (0,)
     variants = list(itertools.product(ranks, chunks, arguments.regimes))
@@ -164,20 +166,50 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
         label = f"{name}, logits of {chunk} columns" if chunk else name
         label += f", adapters of rank {rank}" if rank else ""
         lora = LoRAConfig(rank=rank) if rank else None
-        made = compile_step(dataclasses.replace(model, lora=lora), regime(name), batch, chunk)
+        adapted, mtp = dataclasses.replace(model, lora=lora), regime(name)
+        made = compile_step(adapted, mtp, batch, chunk)
         compiled[label], states[label], products[label] = made
+        every[label] = mtp.every
+        if mtp.every > 1:
+            in_turn[label] = [compile_step(adapted, m, batch, chunk) for m in _in_turn(mtp)]
 
     def run(name):
-        states[name], _ = jax.block_until_ready(compiled[name](states[name], batch))
+        for _ in range(every[name]):
+            states[name], metrics = compiled[name](states[name], batch)
+        jax.block_until_ready((states[name], metrics))
 
-    costs = _costs(compiled, run, arguments.repeats)
+    costs = _costs(compiled, run, arguments.repeats, every)
     for name, cost in costs.items():
+        if name in in_turn:
+            flops = [float(program.cost_analysis()["flops"]) for program, *_ in in_turn[name]]
+            cost["flops"] = _usual(flops, every[name])
+            products[name] = _usual([each for *_, each in in_turn[name]], every[name])
         cost["products"] = products[name]
         held = (states[name].opt_state, states[name].params)  # and gradients like these
         cost["trained_bytes"] = float(sum(leaf.nbytes for leaf in jax.tree.leaves(held)))
         if arguments.scan:  # of which the compiler counts one layer
             cost["flops"] = products[name]
     return costs
+
+
+def _in_turn(mtp: MTPTrainingConfig) -> tuple[MTPTrainingConfig, MTPTrainingConfig]:
+    """A step that measures, and one of those in between."""
+    alone = dataclasses.replace(mtp, every=1)
+    between = dataclasses.replace(
+        alone,
+        rule="fixed",
+        rule_options={},
+        measure="log_ratios",
+        measure_options={},
+        smoothing=0.0,
+        placement="fused",
+    )
+    return alone, between
+
+
+def _usual(costs: list[float], every: int) -> float:
+    """Of the mean step, where every so many-th has the first cost and the others the second."""
+    return (costs[0] + (every - 1) * costs[1]) / every
 
 
 def measure_head(arguments: Arguments) -> dict[str, dict[str, float]]:
@@ -213,15 +245,27 @@ def measure_head(arguments: Arguments) -> dict[str, dict[str, float]]:
     return _costs(compiled, run, arguments.repeats)
 
 
-def _costs(compiled: dict[str, Any], run: Callable[[str], None], repeats: int) -> dict[str, Any]:
-    """What compiled programs cost; they take turns at running, and the first is the base."""
+def _costs(
+    compiled: dict[str, Any],
+    run: Callable[[str], None],
+    repeats: int,
+    every: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """What compiled programs cost; they take turns at running, and the first is the base.
+
+    Args:
+      compiled: the programs.
+      run: runs one of them by name.
+      repeats: rounds.
+      every: how many times `run` runs it, if not once.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
     for repeat in tqdm.trange(repeats + 2, desc="time", disable=not repeats):
         for name in compiled:
             started = time.perf_counter()
             run(name)
             if repeat >= 2:  # the first ones warm caches up
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append((time.perf_counter() - started) / (every or {}).get(name, 1))
         if not repeats:
             break
     base = next(iter(compiled))

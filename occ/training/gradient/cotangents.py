@@ -94,38 +94,48 @@ def rl_gradient(inputs: StepInputs, hidden: jax.Array) -> HeadGradient:
 
 
 def mtp_gradients(inputs: StepInputs, hidden: jax.Array, *, attached: bool) -> list[HeadGradient]:
-    """One a module; the modules' own parameters may have a loss of their own."""
-    heads = _of_one_loss(inputs, hidden, attached=attached)
-    mtp = inputs.config.mtp
-    if mtp.own_loss in ("same", mtp.loss):
-        return heads
-    own_mtp = dataclasses.replace(mtp, loss=mtp.own_loss)  # type: ignore[arg-type]
-    config = dataclasses.replace(inputs.config, mtp=own_mtp)
-    own = _of_one_loss(inputs._replace(config=config), hidden, attached=False)
-    return [
-        head._replace(gradient={**head.gradient, **mine.gradient})
-        for head, mine in zip(heads, own, strict=True)
-    ]
+    """One a module; the modules' own parameters may have a loss of their own.
 
-
-def _of_one_loss(inputs: StepInputs, hidden: jax.Array, *, attached: bool) -> list[HeadGradient]:
-    """One a module. Detached, only the modules are differentiated: nothing is left to leak."""
-    stages, parts = inputs.stages, inputs.parts
-    params = {**parts.modules, **parts.readout} if attached else parts.modules
+    Detached, only the modules are differentiated: nothing is left to leak. Both losses share one
+    forward pass.
+    """
+    parts, own_inputs = inputs.parts, _with_own_loss(inputs)
+    shared = parts.readout if attached else {}
+    params = {**parts.modules, **shared}
     states, pull_modules = jax.vjp(
-        lambda given: stages.modules(substitute(parts, given), given.get(HIDDEN, hidden)),
+        lambda given: inputs.stages.modules(substitute(parts, given), given.get(HIDDEN, hidden)),
         {**params, HIDDEN: hidden} if attached else params,
     )
-    heads = []
-    for k in range(states.shape[0]):
-        (own, cotangent), output = _head_gradient(inputs, params, hidden, states[k], k + 1)
+
+    def gradient(inputs, names, k):
+        """On these names, and on the trunk's output if attached."""
+        of_head = {name: tree for name, tree in params.items() if name in names}
+        (own, cotangent), output = _head_gradient(inputs, of_head, hidden, states[k], k + 1)
         own, cotangent = in_order(cut_as_parameters(own), cotangent)
         # With sequential modules head k's gradient also reaches modules 1..k-1.
         (below,) = pull_modules(jnp.zeros_like(states).at[k].set(cotangent))
-        beyond = {HIDDEN: below.pop(HIDDEN)} if attached else {}
-        gradient = add_trees(own, cut_as_parameters(below))
-        heads.append(HeadGradient({**gradient, **beyond}, output))
+        beyond = {HIDDEN: below[HIDDEN]} if attached else {}
+        below = {name: below[name] for name in of_head}
+        return HeadGradient({**add_trees(own, cut_as_parameters(below)), **beyond}, output)
+
+    heads = []
+    for k in range(states.shape[0]):
+        head = gradient(inputs, params if own_inputs is None else shared, k)
+        if own_inputs is not None:
+            mine = gradient(own_inputs, parts.modules, k).gradient
+            own = {name: mine[name] for name in parts.modules}
+            head = head._replace(gradient={**head.gradient, **own})
+        heads.append(head)
     return heads
+
+
+def _with_own_loss(inputs: StepInputs) -> StepInputs | None:
+    """With the loss that the modules' own parameters learn from, if that is another."""
+    mtp = inputs.config.mtp
+    if mtp.own_loss in ("same", mtp.loss):
+        return None
+    own = dataclasses.replace(mtp, loss=mtp.own_loss)  # type: ignore[arg-type]
+    return inputs._replace(config=dataclasses.replace(inputs.config, mtp=own))
 
 
 def _head_gradient(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -255,6 +256,31 @@ def test_worth_from_minibatches_is_that_of_their_gram_matrices():
     assert 0 < found["worth"]["error"][0] < 1 and found["joint"]["value"] > 0.9
 
 
+def test_folding_keeps_inner_products_in_expectation():
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=500) + shift) for shift in (0.3, 0.5))
+    assert worth.folded(a, 500, jax.random.key(0)) is a
+
+    def product(key):
+        return worth.folded(a, 101, key) @ worth.folded(b, 101, key)
+
+    found = np.asarray(jax.vmap(product)(jax.random.split(jax.random.key(1), 2000)))
+    error = found.std() / np.sqrt(len(found))
+    assert abs(found.mean() - float(a @ b)) < 4 * error
+    bound = float(jnp.linalg.norm(a) * jnp.linalg.norm(b)) / np.sqrt(101)
+    assert 0.5 * bound < found.std() < 2 * bound
+    other = np.asarray(worth.folded(a, 101, jax.random.key(2)) @ b[:101])
+    assert abs(other - float(a @ b)) > 4 * error  # one that is not folded is another matter
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"objectives": ("no",)}, {"objectives": ("ce_rewarded",)}, {"points": (1.0,)}]
+)
+def test_a_measurement_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match="worth: "):
+        worth.Run(**wrong)
+
+
 @pytest.mark.slow
 def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, capsys):
     config = CONFIGS[claims_grid.MAIN]()
@@ -262,10 +288,9 @@ def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, 
     warm = dataclasses.replace(config.warm_start, steps=150, batch_size=32, wrong_fraction=0.3)
     tiny = dataclasses.replace(config, rollouts=4, rollout=rollout, warm_start=warm)
     monkeypatch.setitem(CONFIGS, claims_grid.MAIN, lambda: tiny)
-    monkeypatch.setattr(worth, "POINTS", (0.5,))
-    only = {name: worth.AUXILIARIES[name] for name in ("ce", "policy_own")}
-    monkeypatch.setattr(worth, "AUXILIARIES", only)
-    arguments = worth.Run(minibatches=6, folder=at / "rows")
+    arguments = worth.Run(
+        objectives=("ce", "policy_own"), points=(0.5,), minibatches=6, folder=at / "rows"
+    )
     (row,) = worth_report.read_rows(worth.follow(claims_grid.MAIN, 11, arguments))
     assert row["rollout"] == 2 and row["minibatches"] == 6
     points = {(claims_grid.MAIN, 11 + i): [row] for i in range(4)}

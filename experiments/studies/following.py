@@ -92,9 +92,11 @@ def further_minibatches(
     return batches[:count]
 
 
-def inputs_of(run: Followed, state: TrainState, batch: Minibatch) -> StepInputs:
-    """What a step on this minibatch reads."""
-    return step_inputs(run.policy(state), batch, run.config)
+def inputs_of(
+    run: Followed, state: TrainState, batch: Minibatch, *, prompt_columns: int = 0
+) -> StepInputs:
+    """What a step on this minibatch reads; leading columns that hold prompts alone are left out."""
+    return step_inputs(run.policy(state), batch, run.config, prompt_columns=prompt_columns)
 
 
 @contextlib.contextmanager

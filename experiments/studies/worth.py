@@ -12,7 +12,10 @@ as long as noise rules and the step's length is free; `report` compares what it 
 coefficient with what training at that coefficient gained from the same warm start, in runs of other
 seeds (`experiments.studies.claims run --over-starts`).
 
-Cost: 25 runs of four points and 64 minibatches each, three to five minutes a run and core.
+Cost: 25 runs of four points and 64 minibatches each, three to five minutes a run and core. Of a
+model such as SmolLM2 (`run --settings smollm2_sums --starts 0 --workers 1 --objectives policy_own
+ce_rewarded --points 0.07 --minibatches 24 --folder runs/worth/smollm2`) a minibatch takes a minute
+on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +54,7 @@ from occ.training.durable.run_folder import environment
 from occ.training.gradient.placement import loss_gradients
 from occ.training.optimizer import second_moment
 from occ.training.regimes import regime
-from occ.training.rollout import collect
+from occ.training.rollout import collect, lengths
 from occ.training.state import TrainState
 
 
@@ -88,6 +91,9 @@ which must be on the whole minibatch."""
 POINTS = (0.07, 0.25, 0.5, 0.8)
 """Of a run; after one, two or three gradient steps of the rollout, in turn."""
 
+FOLDED = 2**20 - 3
+"""Entries that are kept of a part of a gradient; odd, so that rows do not fall on one another."""
+
 QUICK = pathlib.Path("runs/worth/quick")
 FOLLOWED_SEED = 50  # run of start s: 100 s + 50, apart from those whose gain is predicted
 
@@ -99,6 +105,8 @@ class Run:
     Attributes:
       settings: configurations.
       starts: seeds of the warm starts.
+      objectives: auxiliary ones, of AUXILIARIES; the first is on the whole minibatch.
+      points: shares of the run at which is measured; it ends with the last.
       minibatches: further ones at each point.
       workers: processes, each on one core.
       quick: one setting from one start, few minibatches.
@@ -107,6 +115,8 @@ class Run:
 
     settings: tuple[str, ...] = OVER_STARTS_SETTINGS
     starts: tuple[int, ...] = STARTS
+    objectives: tuple[str, ...] = tuple(AUXILIARIES)
+    points: tuple[float, ...] = POINTS
     minibatches: int = 64
     workers: int = 2
     quick: bool = False
@@ -119,6 +129,14 @@ class Run:
                 f"worth: expected settings in {sorted(CONFIGS)} and at least 4 minibatches, got "
                 f"{unknown or self.minibatches}."
             )
+        others = sorted(set(self.objectives) - set(AUXILIARIES))
+        if others or not self.objectives or self.objectives[0] == "ce_rewarded":
+            raise ValueError(
+                f"worth: expected objectives in {list(AUXILIARIES)}, of which the first is on the "
+                f"whole minibatch ('ce_rewarded' is not), got {list(self.objectives)}."
+            )
+        if not self.points or not all(0 <= share < 1 for share in self.points):
+            raise ValueError(f"worth: points are shares of a run in [0, 1), got {self.points}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,16 +159,22 @@ class Report:
 # ---------------------------------------------------------------------------------------------
 
 
-def gradients_of(run: Followed) -> Callable[..., Any]:
-    """`(state, minibatch) -> {norm: {part: float [A, P]}}`, compiled; the RL loss's first."""
+def gradients_of(run: Followed, objectives: Sequence[str]) -> Callable[..., Any]:
+    """`(state, minibatch) -> {norm: {part: float [A, P]}}`, compiled; the RL loss's first.
+
+    Parts of more than FOLDED entries are folded.
+    """
+    key = jax.random.key(0)
+    columns = 0 if run.config.layout.pack else lengths(run.config, run.task)[0]
 
     @jax.jit
     def compute(state: TrainState, batch: Minibatch):
         main: Any = None
         found = []
-        for auxiliary in AUXILIARIES.values():
+        for auxiliary in (AUXILIARIES[name] for name in objectives):
             config = dataclasses.replace(run.config, mtp=auxiliary.mtp)
-            inputs = inputs_of(run._replace(config=config), state, auxiliary.batch(batch))
+            following = run._replace(config=config)
+            inputs = inputs_of(following, state, auxiliary.batch(batch), prompt_columns=columns)
             own, *heads = shared_gradients(loss_gradients(inputs))
             main = own if main is None else main
             found.append(_added(heads))
@@ -159,11 +183,35 @@ def gradients_of(run: Followed) -> Callable[..., Any]:
         plain = [by_part(one) for one in (main, *found)]
         adam = [by_part(jax.tree.map(jnp.multiply, roots, one)) for one in (main, *found)]
         return {
-            norm: {part: jnp.stack([one[part] for one in several]) for part in several[0]}
+            norm: {
+                part: jnp.stack([folded(one[part], FOLDED, key) for one in several])
+                for part in several[0]
+            }
             for norm, several in (("adam", adam), ("euclidean", plain))
         }
 
     return lambda *inputs: jax.device_get(compute(*inputs))
+
+
+def folded(vector: jax.Array, entries: int, key: jax.Array) -> jax.Array:
+    """A vector as it is, or, if it is longer, each `entries`-th with random signs added up.
+
+    Inner products of vectors that are folded with the same key are kept in expectation; their
+    standard error is about ||a|| ||b|| / sqrt(entries). Those between many pairs of minibatches
+    have errors of their own, which their mean is rid of.
+
+    Args:
+      vector: float [P].
+      entries: of the result, at the most.
+      key: of the signs.
+
+    Reference: Charikar, Chen and Farach-Colton, Finding Frequent Items in Data Streams, 2002 (whose
+    hash of a place is here the remainder).
+    """
+    if vector.size <= entries:
+        return vector
+    signed = jnp.where(jax.random.bits(key, vector.shape, "uint8") < 128, vector, -vector)
+    return jnp.pad(signed, (0, -vector.size % entries)).reshape(-1, entries).sum(axis=0)
 
 
 def _added(heads: list[Any]) -> Any:
@@ -272,15 +320,15 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
         quick_rollouts=6 if arguments.quick else None,
     )
     config, task, programs, state = run
-    points = [round(share * config.rollouts) for share in POINTS]
-    measure = gradients_of(run)
+    points = [round(share * config.rollouts) for share in arguments.points]
+    measure = gradients_of(run, arguments.objectives)
     rows = []
-    for number in range(config.rollouts):
+    for number in range(max(points) + 1):
         rollout = collect(programs.rollout, run.policy(state), config, task, number)
-        steps = (
-            1 + points.index(number) % (config.rollout.minibatches - 1) if number in points else -1
-        )
-        count = arguments.minibatches if number in points else 0
+        steps, count = -1, 0
+        if number in points:
+            steps = 1 + points.index(number) % max(config.rollout.minibatches - 1, 1)
+            count = arguments.minibatches
         others = further_minibatches(run, state, number, count)
         for index, minibatch in enumerate(split(rollout.batch, config.rollout.minibatches)):
             if index == steps:
@@ -288,7 +336,7 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
                     "rollout": number,
                     "minibatch": index,
                     "minibatches": len(others),
-                    "objectives": list(AUXILIARIES),
+                    "objectives": list(arguments.objectives),
                     "reward": rollout.metrics["reward"],
                     "commit": environment()["commit"],
                 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -96,11 +97,16 @@ def run(
     progress: Progress,
     should_stop: Callable[[], bool],
     log: Sequence[Dashboard] = ("tensorboard",),
+    *,
+    keep_start: bool = True,
 ) -> dict[str, Any] | None:
     """One training run, a part of the job's progress; a finished one is not repeated."""
+    train = functools.partial(
+        loop.run, config, task, programs, start, folder, keep_start=keep_start
+    )
     with progress.part(title, config.rollouts) as part:
         if (folder / "result.json").exists() or not is_first():
-            return loop.run(config, task, programs, start, folder, should_stop=should_stop)
+            return train(should_stop=should_stop)
         name = f"{config.name}/{folder.name}"
         dashboards = Dashboards(log, Subject(name, config.name, as_json(config), folder))
 
@@ -109,7 +115,7 @@ def run(
             dashboards(row)
 
         try:
-            return loop.run(config, task, programs, start, folder, on_row, should_stop)
+            return train(on_row, should_stop)
         finally:
             dashboards.close()
 

@@ -126,6 +126,7 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
                     progress,
                     should_stop,
                     arguments.log,
+                    keep_start=False,
                 )
     except (DiskFullError, EngineError, LockedError, UnreachableError) as error:
         ended = str(error)

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,10 +81,16 @@ def test_a_checkpoint_holds_adapters_and_modules_alone(whole):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path):
+    """Also where it takes the arrays of its start, the frozen trunk's included, for its own."""
     folder, config, programs, start = whole
-    seen = []
-    stop = loop.run(config, TASK, programs, start, tmp_path, seen.append, lambda: len(seen) == 1)
-    assert stop is None
+    mine, seen = jax.tree.map(jnp.copy, start), []
+
+    def enough():
+        return len(seen) == 1
+
+    files = config, TASK, programs, mine, tmp_path
+    assert loop.run(*files, seen.append, enough, keep_start=False) is None
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((mine.params, mine.rest)))
     again = loop.run(config, TASK, programs, start, tmp_path)
     assert again is not None and len(read_rows(tmp_path / "metrics.jsonl")) == 2
     state = with_frozen(config, programs.state)

@@ -48,6 +48,8 @@ def run(
     folder: Path,
     on_row: OnRow = lambda row: None,
     should_stop: Callable[[], bool] = lambda: False,
+    *,
+    keep_start: bool = True,
 ) -> dict[str, Any] | None:
     """Trains to the end, from the newest checkpoint in the folder if there is one.
 
@@ -62,6 +64,8 @@ def run(
       folder: of the run's files; the same call resumes an interrupted run.
       on_row: called with every row of metrics.
       should_stop: asked after every rollout; True saves a checkpoint and ends the run early.
+      keep_start: the run works on a copy of `start`, which serves further runs. False takes its
+        arrays: they are in memory once, and gone from `start`.
 
     Returns:
       The result, as in result.json; None if the run was stopped before its end.
@@ -76,7 +80,7 @@ def run(
       VerifierError: `UNJUDGED` rollouts in a row held no response that could be judged.
     """
     with jax.set_mesh(programs.mesh), RunFolder(folder, config) as files:
-        return _run(config, task, programs, start, files, on_row, should_stop)
+        return _run(config, task, programs, start, files, on_row, should_stop, keep_start)
 
 
 def _run(
@@ -87,6 +91,7 @@ def _run(
     files: RunFolder,
     on_row: OnRow,
     should_stop: Callable[[], bool],
+    keep_start: bool,
 ) -> dict[str, Any] | None:
     began = time.perf_counter()
     result = files.result()
@@ -100,7 +105,8 @@ def _run(
             ahead.save(number, checkpoints.numbers)
             checkpoints.save(number, state, _now(history, began))
 
-        first, state, history = _restore(programs, start, checkpoints, files)
+        begin = programs.begin if keep_start or reference is not None else programs.take
+        first, state, history = _restore(begin, start, checkpoints, files)
         files.keep_rows_before(first)
         began -= history.seconds
         bad_updates = BadUpdates(
@@ -189,13 +195,16 @@ def _now(history: History, began: float) -> History:
 
 
 def _restore(
-    programs: Programs, start: Policy, checkpoints: Checkpoints, files: RunFolder
+    begin: Callable[[Policy], TrainState],
+    start: Policy,
+    checkpoints: Checkpoints,
+    files: RunFolder,
 ) -> Restored:
     """The newest checkpoint, or a beginning."""
     recorded = files.recorded()
     for variables in (start.params, start.rest):
         check_finite(variables, "the model that the run starts from")
-    fresh = programs.begin(start)
+    fresh = begin(start)
     restored = checkpoints.restore(fresh, recorded.rollouts if recorded.cut else None)
     if restored is not None:
         return restored

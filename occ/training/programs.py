@@ -31,6 +31,7 @@ class Programs:
       train_step: jitted; it donates its state.
       begin: jitted `Policy -> TrainState`, a fresh state on the mesh around a copy of its
         variables, which serve further runs.
+      take: the same around the variables themselves, which are then gone from the policy.
       mesh: all of them run on it, within `jax.set_mesh`.
       state: shapes of the training state, and where its arrays live.
     """
@@ -38,6 +39,7 @@ class Programs:
     rollout: RolloutPrograms
     train_step: TrainStep
     begin: Callable[[Policy], TrainState]
+    take: Callable[[Policy], TrainState]
     mesh: Mesh
     state: TrainState
 
@@ -59,6 +61,7 @@ def build(config: TrainConfig, task: Task, rollout: RolloutPrograms | None = Non
         rollout,
         jit_train_step(config, mesh, state, lengths(config, task)[0]),
         jax.jit(begin, out_shardings=shardings),
+        jax.jit(functools.partial(fresh_state, config), out_shardings=shardings, donate_argnums=0),
         mesh,
         state,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 
 import jax
@@ -9,6 +11,7 @@ import jax
 from occ.buckets import Path, absolute
 
 LEVEL = "--xla_backend_optimization_level"
+ACCELERATORS = ("jax_plugins", "libtpu")
 
 
 def compile_quickly() -> None:
@@ -16,11 +19,20 @@ def compile_quickly() -> None:
 
     For small models on CPUs, whose time is in a library's matrix products: programs of the main job
     take two thirds of the time to compile, and run about as fast (LOG.md). A level that the user
-    chose in XLA_FLAGS stays.
+    chose in XLA_FLAGS stays, and where JAX may find another device all stays as it is, since the
+    flag would reach that one's kernels too.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if LEVEL not in flags:
+    if LEVEL not in flags and cpu_alone():
         os.environ["XLA_FLAGS"] = f"{flags} {LEVEL}=1".strip()
+
+
+def cpu_alone() -> bool:
+    """Whether JAX can have no device but the CPU, as far as that shows before it looks for one."""
+    if (jax.config.jax_platforms or "") == "cpu":
+        return True
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not (plugins or any(importlib.util.find_spec(name) for name in ACCELERATORS))
 
 
 def keep_compiled(folder: Path) -> None:

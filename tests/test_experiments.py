@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import compare_regimes, curves, report_figure, runs, train
+from experiments import compare_regimes, compiled, curves, report_figure, runs, train
 from experiments.compiled import LEVEL, compile_quickly
 from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
@@ -181,6 +181,7 @@ def test_the_story_is_told_by_default():
 
 
 def test_llvm_is_asked_for_little_unless_the_user_chose(monkeypatch):
+    monkeypatch.setattr(compiled, "cpu_alone", lambda: True)
     for before, after in (
         ("--xla_cpu_enable_fast_math=false", f"--xla_cpu_enable_fast_math=false {LEVEL}=1"),
         (f"{LEVEL}=3", f"{LEVEL}=3"),
@@ -189,6 +190,20 @@ def test_llvm_is_asked_for_little_unless_the_user_chose(monkeypatch):
         monkeypatch.setenv("XLA_FLAGS", before)
         compile_quickly()
         assert os.environ["XLA_FLAGS"] == after
+
+
+def test_where_another_device_may_be_found_it_is_left_as_it_is(monkeypatch):
+    anything = types.SimpleNamespace(jax_platforms=None)
+    monkeypatch.setattr(compiled, "jax", types.SimpleNamespace(config=anything))
+    monkeypatch.setattr(compiled, "ACCELERATORS", ("no_such_package",))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compiled.cpu_alone()
+    monkeypatch.setattr(compiled, "ACCELERATORS", ("json",))
+    compile_quickly()
+    assert os.environ["XLA_FLAGS"] == ""
+    anything.jax_platforms = "cpu"
+    compile_quickly()
+    assert os.environ["XLA_FLAGS"] == f"{LEVEL}=1"
 
 
 def test_one_run_by_its_command_line(at, monkeypatch, capsys):

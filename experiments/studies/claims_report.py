@@ -46,11 +46,11 @@ from occ.evaluation.intervals import mean_interval
 
 
 def accuracy_table(runs: dict[str, Rows]) -> str:
-    """Every variant of one setting."""
+    """Every variant of one setting; seconds are the median run's, beside whatever ran with it."""
     lines = [
         "| variant | n | sampled | greedy | MTP acceptance | sampled, minus Detach | "
-        "greedy, minus Detach | mean reward, minus Detach |",
-        "|" + "---|" * 8,
+        "greedy, minus Detach | mean reward, minus Detach | s a run |",
+        "|" + "---|" * 9,
     ]
     for variant, rows in runs.items():
         absolute = [
@@ -61,7 +61,9 @@ def accuracy_table(runs: dict[str, Rows]) -> str:
             "" if variant == baseline(variant) else show(difference(runs, variant, name))
             for name in ("sampled", "greedy", "area")
         ]
-        lines.append("| " + " | ".join([variant, str(len(rows)), *absolute, *relative]) + " |")
+        seconds = f"{np.median(values(rows, 'seconds')):.0f}"
+        cells = [variant, str(len(rows)), *absolute, *relative, seconds]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

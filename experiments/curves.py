@@ -1,6 +1,7 @@
-"""Metrics of runs over their rollouts, as one figure.
+"""Metrics of runs over their rollouts or their time, as one figure; and when a reward is reached.
 
     python -m experiments.curves RUN [RUN ...] [--metrics reward rollout/acceptance] [--output FILE]
+    python -m experiments.curves RUN [RUN ...] --over seconds --reach 0.5 0.7
 
 RUN is a run's folder, or a file of rows such as those in experiments/studies/results/one_gpu.
 `python -m experiments.train metrics` lists the metrics.
@@ -12,7 +13,7 @@ import dataclasses
 import math
 import pathlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import matplotlib
 
@@ -25,6 +26,8 @@ from matplotlib.figure import Figure
 from experiments.runs import save_figure
 from occ.training.durable.run_folder import read_rows
 
+MEAN_OF = 5  # rollouts
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -33,12 +36,19 @@ class Arguments:
     Attributes:
       runs: folders, or files of rows.
       metrics: a panel each; of a list its first entry is drawn.
+      over: rollouts, or the seconds that rollouts and updates have taken up to then, without
+        compiling as far as `compiled` first rollouts did it.
+      compiled: rollouts at the beginning whose seconds are those of the rollout after them.
+      reach: rewards; it is said when the mean of MEAN_OF rollouts first is as large.
       names: of the runs; empty takes those of the folders or files.
       output: the figure.
     """
 
     runs: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional]
     metrics: tuple[str, ...] = ("reward", "eval/sampled", "eval/mtp_acceptance")
+    over: Literal["rollout", "seconds"] = "rollout"
+    compiled: int = 1
+    reach: tuple[float, ...] = ()
     names: tuple[str, ...] = ()
     output: pathlib.Path = pathlib.Path("runs/curves.png")
 
@@ -54,7 +64,49 @@ def series(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[flo
     return [rollout for rollout, _ in found], [value for _, value in found]
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], metrics: tuple[str, ...]) -> Figure:
+def elapsed(rows: list[dict[str, Any]], compiled: int = 1) -> list[float]:
+    """Seconds of rollouts and updates up to the end of each rollout, without evaluations.
+
+    >>> elapsed([{"seconds/rollout": a, "seconds/updates": 1.0} for a in (9.0, 2.0, 3.0)])
+    [3.0, 6.0, 10.0]
+    """
+    each = [row["seconds/rollout"] + row["seconds/updates"] for row in rows]
+    first = min(compiled, len(each) - 1)
+    return np.cumsum([each[first]] * first + each[first:]).tolist()
+
+
+def reached(rewards: list[float], level: float) -> int | None:
+    """The first rollout with which the mean of the last MEAN_OF rewards is as large as `level`.
+
+    >>> reached([0.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.5], 0.5), reached([0.1] * 9, 0.5)
+    (4, None)
+    """
+    means = np.convolve(rewards, np.ones(MEAN_OF) / MEAN_OF, mode="valid")
+    found = np.flatnonzero(means >= level)
+    return int(found[0]) + MEAN_OF - 1 if found.size else None
+
+
+def said(
+    runs: dict[str, list[dict[str, Any]]], levels: tuple[float, ...], compiled: int
+) -> list[str]:
+    """When each run reaches the levels, in words."""
+    lines = []
+    for name, rows in runs.items():
+        rewards = [math.nan if row["reward"] is None else row["reward"] for row in rows]
+        seconds = elapsed(rows, compiled)
+        for level in levels:
+            at = reached(rewards, level)
+            when = "never" if at is None else f"after {at + 1} rollouts, {seconds[at]:.0f} s"
+            lines.append(f"{name}: reward {level:g} {when}")
+    return lines
+
+
+def draw(
+    runs: dict[str, list[dict[str, Any]]],
+    metrics: tuple[str, ...],
+    over: str = "rollout",
+    compiled: int = 1,
+) -> Figure:
     """A panel a metric, a line a run.
 
     Raises:
@@ -65,11 +117,17 @@ def draw(runs: dict[str, list[dict[str, Any]]], metrics: tuple[str, ...]) -> Fig
     )
     for panel, metric in zip(axes[0], metrics, strict=True):
         for name, rows in runs.items():
-            panel.plot(*series(rows, metric), label=name, marker="." * metric.startswith("eval/"))
+            x, y = series(rows, metric)
+            if over == "seconds":
+                at = {
+                    row["rollout"]: t for row, t in zip(rows, elapsed(rows, compiled), strict=True)
+                }
+                x = [at[rollout] for rollout in x]
+            panel.plot(x, y, label=name, marker="." * metric.startswith("eval/"))
         if not any(line.get_xdata().size for line in panel.lines):
             known = sorted({key for rows in runs.values() for row in rows for key in row})
             raise ValueError(f"curves: no run has the metric {metric!r}; there are {known}.")
-        panel.set(title=metric, xlabel="rollout")
+        panel.set(title=metric, xlabel=over)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.3)
     axes[0][0].legend(frameon=False)
@@ -88,8 +146,9 @@ def main() -> int:
         return 2
     rows = {name: read_rows(file) for name, file in zip(names, files, strict=True)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(arguments.output, draw(rows, arguments.metrics), dpi=110)
-    print(arguments.output)
+    figure = draw(rows, arguments.metrics, arguments.over, arguments.compiled)
+    save_figure(arguments.output, figure, dpi=110)
+    print(*said(rows, arguments.reach, arguments.compiled), arguments.output, sep="\n")
     return 0
 
 

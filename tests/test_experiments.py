@@ -355,6 +355,13 @@ def test_curves_of_committed_rows_are_drawn(tmp_path, monkeypatch, capsys):
     assert command(file) == 0 and picture.read_bytes().startswith(b"\x89PNG")
     figure = curves.draw({"occ": read_rows(file)}, ("reward",))
     assert figure.axes[0].lines[0].get_ydata()[-1] == 0.627
+    rows = read_rows(file)
+    assert command(file, "--over", "seconds", "--reach", "0.5", "2") == 0
+    first, never, _ = capsys.readouterr().out.splitlines()[-3:]
+    rollouts, seconds = map(int, re.findall(r"after (\d+) rollouts, (\d+) s", first)[0])
+    assert np.mean([row["reward"] for row in rows[rollouts - 5 : rollouts]]) >= 0.5
+    taken = [row["seconds/rollout"] + row["seconds/updates"] for row in rows]
+    assert seconds == round(taken[1] + sum(taken[1:rollouts])) and never == "occ: reward 2 never"
     with pytest.raises(ValueError, match="no run has the metric 'rewards'; there are .*'reward'"):
         command(file, "--metrics", "rewards")
     assert command(tmp_path / "nothing") == 2 and "nothing" in capsys.readouterr().out

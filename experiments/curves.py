@@ -52,6 +52,10 @@ class Arguments:
     names: tuple[str, ...] = ()
     output: pathlib.Path = pathlib.Path("runs/curves.png")
 
+    def __post_init__(self):
+        if self.compiled < 0:
+            raise ValueError(f"curves: compiled is a number of rollouts, got {self.compiled}.")
+
 
 def series(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     """Rollouts that have a metric, and its values there.
@@ -67,10 +71,17 @@ def series(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[flo
 def elapsed(rows: list[dict[str, Any]], compiled: int = 1) -> list[float]:
     """Seconds of rollouts and updates up to the end of each rollout, without evaluations.
 
+    Raises:
+      ValueError: rows without seconds.
+
     >>> elapsed([{"seconds/rollout": a, "seconds/updates": 1.0} for a in (9.0, 2.0, 3.0)])
     [3.0, 6.0, 10.0]
     """
+    if not all("seconds/rollout" in row and "seconds/updates" in row for row in rows):
+        raise ValueError("curves: these rows do not say how many seconds they took.")
     each = [row["seconds/rollout"] + row["seconds/updates"] for row in rows]
+    if not each:
+        return []
     first = min(compiled, len(each) - 1)
     return np.cumsum([each[first]] * first + each[first:]).tolist()
 
@@ -78,9 +89,13 @@ def elapsed(rows: list[dict[str, Any]], compiled: int = 1) -> list[float]:
 def reached(rewards: list[float], level: float) -> int | None:
     """The first rollout with which the mean of the last MEAN_OF rewards is as large as `level`.
 
-    >>> reached([0.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.5], 0.5), reached([0.1] * 9, 0.5)
-    (4, None)
+    >>> reached([0.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.5], 0.5)
+    4
+    >>> reached([0.1] * 9, 0.5), reached([0.9] * 3, 0.5)
+    (None, None)
     """
+    if len(rewards) < MEAN_OF:
+        return None
     means = np.convolve(rewards, np.ones(MEAN_OF) / MEAN_OF, mode="valid")
     found = np.flatnonzero(means >= level)
     return int(found[0]) + MEAN_OF - 1 if found.size else None
@@ -90,6 +105,8 @@ def said(
     runs: dict[str, list[dict[str, Any]]], levels: tuple[float, ...], compiled: int
 ) -> list[str]:
     """When each run reaches the levels, in words."""
+    if not levels:
+        return []
     lines = []
     for name, rows in runs.items():
         rewards = [math.nan if row["reward"] is None else row["reward"] for row in rows]

@@ -269,12 +269,23 @@ def test_folding_keeps_inner_products_in_expectation():
     assert abs(found.mean() - float(a @ b)) < 4 * error
     bound = float(jnp.linalg.norm(a) * jnp.linalg.norm(b)) / np.sqrt(101)
     assert 0.5 * bound < found.std() < 2 * bound
-    other = np.asarray(worth.folded(a, 101, jax.random.key(2)) @ b[:101])
-    assert abs(other - float(a @ b)) > 4 * error  # one that is not folded is another matter
+
+    def apart(key):
+        first, second = jax.random.split(key)
+        return worth.folded(a, 101, first) @ worth.folded(b, 101, second)
+
+    others = np.asarray(jax.vmap(apart)(jax.random.split(jax.random.key(1), 2000)))
+    assert abs(others.mean()) < 4 * others.std() / np.sqrt(len(others))  # of two keys nothing is
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"objectives": ("no",)}, {"objectives": ("ce_rewarded",)}, {"points": (1.0,)}]
+    "wrong",
+    [
+        {"objectives": ("no",)},
+        {"objectives": ("ce_rewarded",)},
+        {"objectives": ("ce", "ce")},
+        {"points": (1.0,)},
+    ],
 )
 def test_a_measurement_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match="worth: "):
@@ -292,6 +303,8 @@ def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, 
         objectives=("ce", "policy_own"), points=(0.5,), minibatches=6, folder=at / "rows"
     )
     (row,) = worth_report.read_rows(worth.follow(claims_grid.MAIN, 11, arguments))
+    with pytest.raises(ValueError, match="has rows of the objectives .* Choose another --folder"):
+        worth.follow(claims_grid.MAIN, 11, dataclasses.replace(arguments, objectives=("ce",)))
     assert row["rollout"] == 2 and row["minibatches"] == 6
     points = {(claims_grid.MAIN, 11 + i): [row] for i in range(4)}
     runs = {

@@ -15,17 +15,19 @@ import pytest
 
 from occ import tasks
 from occ.generation.depth import DraftDepth
+from occ.models.config import LoRAConfig
 from occ.tasks.task import VerifierError
 from occ.training import draft_depth, loop
 from occ.training.config import (
     EvaluationConfig,
     LayoutConfig,
     OptimizerConfig,
+    PretrainedConfig,
     WarmStartConfig,
 )
 from occ.training.durable.bad_updates import first_nonfinite, leaf_name
 from occ.training.durable.checkpoints import Checkpoints
-from occ.training.durable.run_folder import RunFolder, read_rows
+from occ.training.durable.run_folder import RunFolder, identity, read_rows
 from occ.training.gradient.calibration import build_calibration
 from occ.training.optimizer import build_optimizer
 from occ.training.start.demonstrations import demonstration_batch, learn_from_demonstrations
@@ -184,6 +186,32 @@ def test_fields_that_change_no_result_may_change(whole):
     with RunFolder(whole[0], free) as files:
         assert files.result() == whole[1]
     RunFolder(whole[0], CONFIG).close()
+
+
+def test_a_run_goes_on_where_a_field_has_come_since(whole, tmp_path):
+    """At its default it changes nothing; at another value it is another run."""
+    (tmp_path / "run").mkdir()
+    older = json.loads((whole[0] / "config.json").read_text())
+    del older["evaluation"]["temperature"], older["objective"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(older))
+    RunFolder(tmp_path / "run", CONFIG).close()
+    evaluation = dataclasses.replace(CONFIG.evaluation, temperature=0.5)
+    with pytest.raises(ValueError, match=r"evaluation.temperature: 1.0 -> 0.5\)"):
+        RunFolder(tmp_path / "run", dataclasses.replace(CONFIG, evaluation=evaluation))
+
+    @dataclasses.dataclass(frozen=True)
+    class Newer(type(CONFIG)):
+        come_since: int = 3
+
+    fields = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)}
+    assert identity(Newer(**fields)) == identity(CONFIG)
+    others = [
+        Newer(**fields, come_since=4),
+        dataclasses.replace(CONFIG, pretrained=PretrainedConfig("x")),
+        dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, lora=LoRAConfig())),
+        dataclasses.replace(CONFIG, evaluation=evaluation),
+    ]
+    assert len({identity(other) for other in (CONFIG, *others)}) == 5
 
 
 def test_the_depth_of_drafts_is_chosen_and_kept(whole, start, tmp_path, monkeypatch):

@@ -257,6 +257,19 @@ def test_what_does_not_fit_the_model_is_refused(model, changes, message):
         loop.build(dataclasses.replace(config_for(), **changes), TASK)
 
 
+def test_each_sampler_has_its_own_temperature(model):
+    evaluation = EvaluationConfig(prompts=6, samples=2, temperature=0.6, top_p=0.9)
+    config = dataclasses.replace(config_for(rollout={"temperature": 0.8}), evaluation=evaluation)
+    built = build_programs(config, TASK)
+    found = {name: getattr(built, name).sampling for name in ("sample", "greedy", "evaluation")}
+    assert {name: one.temperature for name, one in found.items()} == {
+        "sample": 0.8,
+        "greedy": 0.0,
+        "evaluation": 0.6,
+    }
+    assert found["evaluation"].top_p == 0.9 and found["sample"].top_p == 1
+
+
 def test_a_prompt_longer_than_its_columns_is_refused(model, programs):
     config = dataclasses.replace(config_for(), max_prompt_tokens=3)
     with pytest.raises(ValueError, match="has 4 tokens, expected 1 to 3.*raise max_prompt_tokens"):

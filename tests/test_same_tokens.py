@@ -1,5 +1,6 @@
 """What `experiments.instruments.same_tokens` says of rows that differ."""
 
+import sys
 import types
 
 import jax
@@ -24,8 +25,9 @@ def setting():
 
 
 @pytest.mark.parametrize("name", ["most likely", "temperature 0.7, top-p 0.9", "temperature 1"])
-def test_a_token_that_is_not_drawn_is_behind_the_one_that_is(setting, name):
+def test_a_token_that_is_not_drawn_is_behind_the_one_that_is(setting, name, monkeypatch):
     """The drawn token decides by the score that is looked at, so no other may come before it."""
+    monkeypatch.setattr(same_tokens, "SAMPLES", 1)
     sampling = SamplingConfig(5, **same_tokens.SAMPLINGS[name])
     prompts = map(jnp.asarray, setting.prompts(ROWS))
     sampled = generate(setting.policy, *prompts, jax.random.key(0), config=sampling)
@@ -38,3 +40,19 @@ def test_a_token_that_is_not_drawn_is_behind_the_one_that_is(setting, name):
             other[1, column + 1 :] = 0  # what comes after does not matter
             (ahead,) = same_tokens.gaps(setting, sampling, plain, other)
             assert ahead > same_tokens.TIE
+
+
+def test_a_token_beyond_an_edge_is_as_far_as_it_would_have_to_come():
+    log_prob = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    nucleus, top = SamplingConfig(1, top_p=0.7), SamplingConfig(1, top_k=1)
+    assert same_tokens._beyond(log_prob, 2, nucleus) == pytest.approx(0.1)
+    assert same_tokens._beyond(log_prob, 2, top) == pytest.approx(np.log(0.5 / 0.15))
+
+
+def test_rows_that_are_no_ties_are_the_end(monkeypatch, tmp_path, capsys):
+    for gaps, status in (([], 0), ([1e-5, -1e-5], 0), ([0.2], 1), ([float("nan")], 1)):
+        found = {"temperature 1": {"drafts of 1": gaps}}
+        monkeypatch.setattr(same_tokens, "check", lambda arguments, found=found: found)
+        monkeypatch.setattr(sys, "argv", ["same_tokens", f"--folder={tmp_path}"])
+        assert same_tokens.main() == status
+        assert f"same_tokens: {len(gaps)} rows of 1 x 1000 differ" in capsys.readouterr().out

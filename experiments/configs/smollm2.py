@@ -91,7 +91,7 @@ def smollm2_arithmetic() -> TrainConfig:
 
 
 def smollm2_sums() -> TrainConfig:
-    """The same model on sums and differences of two digits, in a form for two CPU cores.
+    """The same model on sums and differences of one digit each, in a form for two CPU cores.
 
     What makes it cheap: prompts of 30 tokens (an empty system message in place of the template's),
     responses of at most 20, rollouts of 64 responses, and float32, which CPUs multiply faster than

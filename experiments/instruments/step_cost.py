@@ -21,7 +21,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,7 +158,7 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     batch = minibatch(arguments)
     model = model_config(arguments, remat)
     compiled, states, products, every = {}, {}, {}, {}
-    in_turn: dict[str, list[tuple[Any, Any, float]]] = {}
+    in_turn: dict[str, list[tuple[float, float]]] = {}
     chunks = (0, arguments.logits_chunk) if arguments.logits_chunk else (0,)
     ranks = (0, arguments.lora_rank) if arguments.lora_rank else (0,)
     variants = list(itertools.product(ranks, chunks, arguments.regimes))
@@ -171,7 +171,10 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
         compiled[label], states[label], products[label] = made
         every[label] = mtp.every
         if mtp.every > 1:
-            in_turn[label] = [compile_step(adapted, m, batch, chunk) for m in _in_turn(mtp)]
+            for one in _in_turn(mtp):
+                program, _, dots = compile_step(adapted, one, batch, chunk)
+                counted = float(program.cost_analysis()["flops"]), dots
+                in_turn.setdefault(label, []).append(counted)
 
     def run(name):
         for _ in range(every[name]):
@@ -181,9 +184,9 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     costs = _costs(compiled, run, arguments.repeats, every)
     for name, cost in costs.items():
         if name in in_turn:
-            flops = [float(program.cost_analysis()["flops"]) for program, *_ in in_turn[name]]
+            flops, dots = zip(*in_turn[name], strict=True)
             cost["flops"] = _usual(flops, every[name])
-            products[name] = _usual([each for *_, each in in_turn[name]], every[name])
+            products[name] = _usual(dots, every[name])
         cost["products"] = products[name]
         held = (states[name].opt_state, states[name].params)  # and gradients like these
         cost["trained_bytes"] = float(sum(leaf.nbytes for leaf in jax.tree.leaves(held)))
@@ -207,7 +210,7 @@ def _in_turn(mtp: MTPTrainingConfig) -> tuple[MTPTrainingConfig, MTPTrainingConf
     return alone, between
 
 
-def _usual(costs: list[float], every: int) -> float:
+def _usual(costs: Sequence[float], every: int) -> float:
     """Of the mean step, where every so many-th has the first cost and the others the second."""
     return (costs[0] + (every - 1) * costs[1]) / every
 

@@ -46,7 +46,7 @@ from occ.evaluation.intervals import mean_interval
 
 
 def accuracy_table(runs: dict[str, Rows]) -> str:
-    """Every variant of one setting; seconds are the median run's, beside whatever ran with it."""
+    """Every variant of one setting; seconds are the median start's, beside what ran with it."""
     lines = [
         "| variant | n | sampled | greedy | MTP acceptance | sampled, minus Detach | "
         "greedy, minus Detach | mean reward, minus Detach | s a run |",

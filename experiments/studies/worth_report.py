@@ -137,7 +137,7 @@ def pairs(points: Points, gains: claims_rows.Results) -> list[Pair]:
         for variant, (objective, value) in PREDICTED.items():
             for start, gain in claims_rows.by_start(runs, variant, "area").items():
                 rows = points.get((setting, start), [])
-                if not rows:
+                if not rows or objective not in rows[0]["objectives"]:
                     continue
                 place = COEFFICIENTS.index(value)
                 said = [figure_of(row, "adam", "gain", objective)[place] for row in rows]

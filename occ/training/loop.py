@@ -65,7 +65,8 @@ def run(
       on_row: called with every row of metrics.
       should_stop: asked after every rollout; True saves a checkpoint and ends the run early.
       keep_start: the run works on a copy of `start`, which serves further runs. False takes its
-        arrays: they are in memory once, and gone from `start`.
+        arrays, unless they stay as the reference of a KL term: they are in memory once, and gone
+        from `start`.
 
     Returns:
       The result, as in result.json; None if the run was stopped before its end.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -237,6 +238,8 @@ def check_usable(path: Path, resolved: dict[str, Any]) -> None:
     if not file.exists():
         return
     before, now = flatten(json_files.read_object(file)), flatten(resolved)
+    with contextlib.suppress(ValueError):  # fields that are younger have their defaults
+        before = flatten(as_json(read_config(path)))
     different = sorted(
         name
         for name in before.keys() | now.keys()
@@ -259,11 +262,27 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
 
 def identity(config: TrainConfig) -> str:
     """A digest of all fields that decide a run's results: whose a checkpoint is."""
-    decides = {
-        name: value for name, value in flatten(as_json(config)).items() if not name.startswith(FREE)
-    }
-    text = json.dumps(decides, sort_keys=True)
+    text = json.dumps(_decides(config), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _decides(config: Any, above: str = "") -> dict[str, Any]:
+    """Fields that decide a result, by dotted name.
+
+    Those at their default are left out, so that a field that is added later changes nothing.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value, default = above + field.name, getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if f"{name}.".startswith(FREE) or value == default:
+            continue
+        if dataclasses.is_dataclass(value):
+            found |= {name: type(value).__name__, **_decides(value, f"{name}.")}
+        else:
+            found[name] = value
+    return found
 
 
 def read_config(folder: Path) -> TrainConfig:

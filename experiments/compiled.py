@@ -29,7 +29,7 @@ def compile_quickly() -> None:
 
 def cpu_alone() -> bool:
     """Whether JAX can have no device but the CPU, as far as that shows before it looks for one."""
-    if (os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms) == "cpu":
+    if (os.environ.get("JAX_PLATFORMS") or jax.config.values["jax_platforms"]) == "cpu":
         return True
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not (plugins or any(importlib.util.find_spec(name) for name in ACCELERATORS))

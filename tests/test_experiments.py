@@ -195,8 +195,9 @@ def test_llvm_is_asked_for_little_unless_the_user_chose(monkeypatch):
 def test_where_another_device_may_be_found_it_is_left_as_it_is(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(compiled.importlib.metadata, "entry_points", lambda group: ())
-    anything = types.SimpleNamespace(jax_platforms=None)
-    monkeypatch.setattr(compiled, "jax", types.SimpleNamespace(config=anything))
+    asked = {"jax_platforms": None}
+    config = types.SimpleNamespace(values=asked)
+    monkeypatch.setattr(compiled, "jax", types.SimpleNamespace(config=config))
     monkeypatch.setattr(compiled, "ACCELERATORS", ("no_such_package",))
     monkeypatch.setenv("XLA_FLAGS", "")
     assert compiled.cpu_alone()
@@ -209,7 +210,7 @@ def test_where_another_device_may_be_found_it_is_left_as_it_is(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # as processes on one core each have it
     assert compiled.cpu_alone()
     monkeypatch.delenv("JAX_PLATFORMS")
-    anything.jax_platforms = "cpu"
+    asked["jax_platforms"] = "cpu"
     compile_quickly()
     assert os.environ["XLA_FLAGS"] == f"{LEVEL}=1"
 

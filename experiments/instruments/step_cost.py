@@ -184,9 +184,8 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     costs = _costs(compiled, run, arguments.repeats, every)
     for name, cost in costs.items():
         if name in in_turn:
-            flops, dots = zip(*in_turn[name], strict=True)
-            cost["flops"] = _usual(flops, every[name])
-            products[name] = _usual(dots, every[name])
+            cost["flops"] = _usual([counted for counted, _ in in_turn[name]], every[name])
+            products[name] = _usual([dots for _, dots in in_turn[name]], every[name])
         cost["products"] = products[name]
         held = (states[name].opt_state, states[name].params)  # and gradients like these
         cost["trained_bytes"] = float(sum(leaf.nbytes for leaf in jax.tree.leaves(held)))

@@ -13,6 +13,7 @@ from occ.generation.sampling import SamplingConfig
 from occ.models import cache_kernels
 from occ.models.attention import Context, attend, prefill_kernel
 from occ.models.cache import Past, StackCache, attend_to_past, columns_in_blocks, decode_kernel
+from occ.models.decoder import Decoder
 from occ.models.policy import Policy
 from occ.training.batch import positions_from_segments
 from tests import tiny
@@ -118,6 +119,31 @@ def test_generation_with_the_kernel_says_the_same(unchecked, depth):
     plain, kernel = run("xla"), run("pallas")
     np.testing.assert_array_equal(kernel.tokens, plain.tokens)
     np.testing.assert_allclose(kernel.log_prob, plain.log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("there", ["cpu", "gpu", "tpu"])
+def test_what_is_compiled_for_other_devices_suits_those(there, monkeypatch):
+    """As plans for pods are, on a machine with a CPU alone: by the mesh, and not by the machine."""
+    config = small_config(1, "bfloat16", head_dim=64)
+    device = jax.sharding.AbstractDevice(device_kind="", num_cores=None, platform=there)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    policy = Policy(config, *random_model(config)[1:])
+    tokens, _, segment_ids = rows(config, (2, 3), 3, "left", 0)
+    took_apart = []
+    monkeypatch.setattr(Decoder, "layers_apart", lambda model: took_apart.append(model))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert decode_kernel(config) == {"gpu": "pallas"}.get(there, "xla")
+        assert prefill_kernel(config) == {"gpu": "cudnn"}.get(there, "xla")
+        plain = dataclasses.replace(config, attention="xla", decode_attention="xla")
+        jax.eval_shape(
+            functools.partial(generate, config=SamplingConfig(2)),
+            policy.replace(config=plain),
+            jnp.asarray(tokens),
+            jnp.asarray(segment_ids == 1),
+            jax.random.key(0),
+        )
+    assert bool(took_apart) == (there == "cpu")
 
 
 def test_each_device_takes_the_kernel_that_suits_it(monkeypatch):

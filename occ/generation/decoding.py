@@ -29,7 +29,7 @@ from occ.generation.sampling import (
 from occ.models.cache import StackCache
 from occ.models.decoder import Cache, Decoder
 from occ.models.layers import at_least_float32
-from occ.models.partitioning import ROWS, constrain, several_devices
+from occ.models.partitioning import ROWS, constrain, platform, several_devices
 from occ.models.policy import Policy
 from occ.models.stacks import Layers
 
@@ -115,7 +115,7 @@ def generate(
     size = min(slots, count) if slots else count
     empty = _empty(model, size, count, prompts.shape[1], config, draft_depth)
     begun = begin(model, prompts, prompt_mask, size, config, draft_depth)
-    layers = model.layers_apart() if jax.default_backend() == "cpu" else None
+    layers = model.layers_apart() if platform() == "cpu" else None
 
     def refill(progress: _Progress) -> _Progress:
         return _refill(progress, begun, prompt_of, config)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from occ.models.cache import Past, StackCache, attend_to_past, decode_kernel
 from occ.models.config import ModelConfig
 from occ.models.layers import Linear, RMSNorm, rotary
-from occ.models.partitioning import ROWS, constrain, several_devices
+from occ.models.partitioning import ROWS, constrain, platform, several_devices
 
 P = jax.P
 
@@ -114,14 +114,14 @@ def _attend(query, key, value, mask):
 
 
 def prefill_kernel(config: ModelConfig) -> str:
-    """`attention`, where "auto" is what suits the devices of this process.
+    """`attention`, where "auto" is what suits the devices.
 
     cuDNN takes 16 bits and heads of a multiple of 8, at most 128.
     """
     if config.attention != "auto":
         return config.attention
     suits = config.compute.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
-    return "cudnn" if suits and jax.default_backend() == "gpu" else "xla"
+    return "cudnn" if suits and platform() == "gpu" else "xla"
 
 
 CUDNN: Literal["cudnn", "xla"] = "cudnn"

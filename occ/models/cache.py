@@ -13,7 +13,7 @@ from occ.models import cache_kernels
 from occ.models.cache_kernels import Sums
 from occ.models.config import ModelConfig
 from occ.models.layers import at_least_float32
-from occ.models.partitioning import ROWS, fit, several_devices
+from occ.models.partitioning import ROWS, fit, platform, several_devices
 
 P = jax.P
 
@@ -37,10 +37,10 @@ def columns_in_blocks(columns: int, kernel: str = "xla") -> int:
 
 
 def decode_kernel(config: ModelConfig) -> str:
-    """`decode_attention`, where "auto" is what suits the devices of this process."""
+    """`decode_attention`, where "auto" is what suits the devices."""
     if config.decode_attention != "auto":
         return config.decode_attention
-    return "pallas" if jax.default_backend() == "gpu" and cache_kernels.suits(config) else "xla"
+    return "pallas" if platform() == "gpu" and cache_kernels.suits(config) else "xla"
 
 
 class StackCache(NamedTuple):
@@ -93,7 +93,7 @@ class StackCache(NamedTuple):
 
             return StackCache(*(one(*pair) for pair in zip(old, new, strict=True)))
 
-        write = at_once if jax.default_backend() == "gpu" else rows
+        write = at_once if platform() == "gpu" else rows
         mesh = several_devices()
         if mesh is not None:
             whole = fit(self.keys.shape, None, ROWS, "tensor")

@@ -49,6 +49,15 @@ def fit(shape: tuple[int, ...], *spec: str | tuple[str, ...] | None) -> jax.P:
     )
 
 
+def platform() -> str:
+    """Kind of the devices ("cpu", "gpu", "tpu") of the mesh that is set, or else of JAX's default.
+
+    A program may be compiled for devices that are not here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def several_devices() -> jax.sharding.AbstractMesh | None:
     """The mesh that is set, if it has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -14,6 +14,7 @@ from occ.models import cache_kernels
 from occ.models.attention import Context, attend, prefill_kernel
 from occ.models.cache import Past, StackCache, attend_to_past, columns_in_blocks, decode_kernel
 from occ.models.decoder import Decoder
+from occ.models.partitioning import AXES
 from occ.models.policy import Policy
 from occ.training.batch import positions_from_segments
 from tests import tiny
@@ -121,12 +122,13 @@ def test_generation_with_the_kernel_says_the_same(unchecked, depth):
     np.testing.assert_allclose(kernel.log_prob, plain.log_prob, atol=1e-5)
 
 
+@pytest.mark.standard_promotion
 @pytest.mark.parametrize("there", ["cpu", "gpu", "tpu"])
 def test_what_is_compiled_for_other_devices_suits_those(there, monkeypatch):
     """As plans for pods are, on a machine with a CPU alone: by the mesh, and not by the machine."""
     config = small_config(1, "bfloat16", head_dim=64)
     device = jax.sharding.AbstractDevice(device_kind="", num_cores=None, platform=there)
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     policy = Policy(config, *random_model(config)[1:])
     tokens, _, segment_ids = rows(config, (2, 3), 3, "left", 0)

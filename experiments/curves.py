@@ -68,6 +68,11 @@ def series(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[flo
     return [rollout for rollout, _ in found], [value for _, value in found]
 
 
+def trained(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of rollouts; files of results may end with an evaluation alone."""
+    return [row for row in rows if "reward" in row]
+
+
 def elapsed(rows: list[dict[str, Any]], compiled: int = 1) -> list[float]:
     """Seconds of rollouts and updates up to the end of each rollout, without evaluations.
 
@@ -109,6 +114,7 @@ def said(
         return []
     lines = []
     for name, rows in runs.items():
+        rows = trained(rows)
         rewards = [math.nan if row["reward"] is None else row["reward"] for row in rows]
         seconds = elapsed(rows, compiled)
         for level in levels:
@@ -136,10 +142,12 @@ def draw(
         for name, rows in runs.items():
             x, y = series(rows, metric)
             if over == "seconds":
-                at = {
-                    row["rollout"]: t for row, t in zip(rows, elapsed(rows, compiled), strict=True)
-                }
-                x = [at[rollout] for rollout in x]
+                known = trained(rows)
+                ends = dict(
+                    zip((row["rollout"] for row in known), elapsed(known, compiled), strict=True)
+                )
+                # An evaluation at the end has no rollout after it.
+                x = [ends.get(rollout, max(ends.values(), default=0.0)) for rollout in x]
             panel.plot(x, y, label=name, marker="." * metric.startswith("eval/"))
         if not any(line.get_xdata().size for line in panel.lines):
             known = sorted({key for rows in runs.values() for row in rows for key in row})

@@ -96,7 +96,7 @@ def smollm2_sums() -> TrainConfig:
     What makes it cheap: prompts of 30 tokens (an empty system message in place of the template's),
     responses of at most 20, rollouts of 64 responses, and float32, which CPUs multiply faster than
     bfloat16. What makes it learn in few updates: a temperature at which the model starts with a
-    quarter of its answers right, and four times the learning rate. A rollout takes a minute.
+    fifth of its answers right, and four times the learning rate. A rollout takes a minute.
     Expected: sampled accuracy from a fifth to over a half, of which half within five rollouts.
 
     Command: python -m experiments.compare_regimes --config smollm2_sums --regimes detach worth

@@ -61,7 +61,8 @@ def accuracy_table(runs: dict[str, Rows]) -> str:
             "" if variant == baseline(variant) else show(difference(runs, variant, name))
             for name in ("sampled", "greedy", "area")
         ]
-        seconds = f"{np.median(values(rows, 'seconds')):.0f}"
+        timed = all("seconds" in row for row in rows)
+        seconds = f"{np.median(values(rows, 'seconds')):.0f}" if timed else ""
         cells = [variant, str(len(rows)), *absolute, *relative, seconds]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -142,9 +142,9 @@ def draw(
         for name, rows in runs.items():
             x, y = series(rows, metric)
             if over == "seconds":
-                finished = trained(rows)
+                own = trained(rows)
                 ends = dict(
-                    zip((row["rollout"] for row in finished), elapsed(finished, compiled), strict=True)
+                    zip((row["rollout"] for row in own), elapsed(own, compiled), strict=True)
                 )
                 # An evaluation at the end has no rollout after it.
                 x = [ends.get(rollout, max(ends.values(), default=0.0)) for rollout in x]

@@ -121,11 +121,14 @@ def test_the_report_pairs_seeds_and_marks_what_differs(tmp_path, capsys):
     for variant, shift in shifts.items():
         file = folder / claims_grid.MAIN / f"{variant}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(shift)))
+        rows = [row | {"seconds": 3.0} if variant == "ce_0.2" else row for row in rows_of(shift)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert claims_report.report(folder, tmp_path / "out") == 0
     text = (tmp_path / "out" / "table.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "**-5.0 ± 0.0**" in text  # policy_1.0, exactly, since the seeds' noise is shared
+    timed = [line for line in text.splitlines() if line.endswith(" | 3 |")]
+    assert len(timed) == 1 and timed[0].startswith("| ce_0.2 |")
     gspo = next(line for line in text.splitlines() if line.startswith("| gspo_occ"))
     assert "+0.0 ± 0.0" in gspo and "**" not in gspo  # compared with its own Detach
     for figure in ("differences.png", "cosines.png"):

@@ -438,12 +438,13 @@ def config_of_rl(config):
 @pytest.mark.parametrize("placement", ["fused", pytest.param("exact", marks=pytest.mark.slow)])
 def test_modules_may_learn_from_a_loss_of_their_own(x64, placement):
     """Shared parameters see the policy loss alone, the modules' own the detached cross-entropy."""
-    model_config = tiny.model_config(1, "float64")
+    model_config = tiny.model_config(2, "float64")
     model = tiny.build_model(model_config)
     policy = MTPTrainingConfig(rule="fixed", coefficient=0.4, placement=placement)
     got = {}
     for name, mtp in {
         "both": dataclasses.replace(policy, own_loss="ce"),
+        "detached": dataclasses.replace(regime("detach"), loss="policy", own_loss="ce"),
         "policy": policy,
         "detach": regime("detach"),
     }.items():
@@ -453,5 +454,7 @@ def test_modules_may_learn_from_a_loss_of_their_own(x64, placement):
     tiny.close(got["both"].blocks, got["policy"].blocks, 1e-12)
     tiny.close(got["both"].readout, got["policy"].readout, 1e-12)
     tiny.close(got["both"].modules, got["detach"].modules, 1e-12)
+    for part in ("blocks", "readout", "modules"):
+        tiny.close(getattr(got["detached"], part), getattr(got["detach"], part), 1e-12)
     own, other = (jax.tree.leaves(got[name].modules) for name in ("detach", "policy"))
     assert any(not np.allclose(a, b, rtol=1e-3) for a, b in zip(own, other, strict=True))

@@ -267,10 +267,7 @@ def identity(config: TrainConfig) -> str:
 
 
 def _decides(config: Any, above: str = "") -> dict[str, Any]:
-    """Fields that decide a result, by dotted name.
-
-    Those at their default are left out, so that a field that is added later changes nothing.
-    """
+    """Fields off their default, by dotted name: one that is added later changes nothing."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         name, value, default = above + field.name, getattr(config, field.name), field.default

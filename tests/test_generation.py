@@ -22,8 +22,9 @@ from occ.generation.sampling import (
     restrict,
 )
 from occ.models.attention import Context
+from occ.models.cache import Cache
 from occ.models.config import MTPConfig
-from occ.models.decoder import Cache, merge_model
+from occ.models.decoder import merge_model
 from occ.models.mtp import tokens_ahead
 from occ.models.policy import Policy
 from tests.reference_models import MOE, random_model, rows, small_config

@@ -132,8 +132,13 @@ def test_what_is_compiled_for_other_devices_suits_those(there, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     policy = Policy(config, *random_model(config)[1:])
     tokens, _, segment_ids = rows(config, (2, 3), 3, "left", 0)
-    took_apart = []
-    monkeypatch.setattr(Decoder, "layers_apart", lambda model: took_apart.append(model))
+    took_apart, take_apart = [], Decoder.layers_apart
+
+    def noted(model):
+        took_apart.append(model)
+        return take_apart(model)
+
+    monkeypatch.setattr(Decoder, "layers_apart", noted)
     with jax.sharding.use_abstract_mesh(mesh):
         assert decode_kernel(config) == {"gpu": "pallas"}.get(there, "xla")
         assert prefill_kernel(config) == {"gpu": "cudnn"}.get(there, "xla")

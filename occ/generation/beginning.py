@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from occ.generation.drafting import Window, first_window
 from occ.generation.sampling import SamplingConfig
 from occ.models import partitioning
-from occ.models.cache import StackCache
-from occ.models.decoder import Cache, Decoder
+from occ.models.cache import Cache, StackCache
+from occ.models.decoder import Decoder
 from occ.models.partitioning import ROWS, several_devices
 
 

@@ -7,7 +7,7 @@ neither slots nor drafts change a sample but for rounding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ from occ.generation.sampling import (
     log_prob_of,
     uniform_noise,
 )
-from occ.models.cache import StackCache
-from occ.models.decoder import Cache, Decoder
+from occ.models.cache import Cache, StackCache
+from occ.models.decoder import Decoder
 from occ.models.layers import at_least_float32
 from occ.models.partitioning import ROWS, constrain, platform, several_devices
 from occ.models.policy import Policy
@@ -115,7 +115,11 @@ def generate(
     size = min(slots, count) if slots else count
     empty = _empty(model, size, count, prompts.shape[1], config, draft_depth)
     begun = begin(model, prompts, prompt_mask, size, config, draft_depth)
-    layers = model.layers_apart() if platform() == "cpu" else None
+    layers = None
+    if platform() == "cpu":
+        layers, begun = model.layers_apart(), begun._replace(cache=begun.cache.apart)
+        of_layers = empty.slots._replace(cache=empty.slots.cache.apart)
+        empty = empty._replace(slots=of_layers)
 
     def refill(progress: _Progress) -> _Progress:
         return _refill(progress, begun, prompt_of, config)
@@ -224,10 +228,7 @@ def _refill(progress: _Progress, begun: Prompts, prompt_of, config: SamplingConf
     if modules is not None and begun.modules is not None:
         modules = _copy(modules, begun.modules, fresh, prompt, modules.keys.shape[0])
     cache = Cache(
-        tuple(
-            _copy(old, new, fresh, prompt)
-            for old, new in zip(slots.cache.stacks, begun.cache.stacks, strict=True)
-        ),
+        _copy(slots.cache.stacks, begun.cache.stacks, fresh, prompt),
         take(slots.cache.lengths, begun.cache.lengths),
         _taken_experts(slots.cache.experts, begun.cache.experts, take),
     )
@@ -253,8 +254,8 @@ def _taken_experts(old: jax.Array | None, of_prompts: jax.Array | None, take) ->
     return old.at[:, :columns].set(take(old[:, :columns], of_prompts))
 
 
-def _copy(old: StackCache, of_prompts: StackCache, fresh, prompt, first: int = 0) -> StackCache:
-    """With the columns of each fresh slot's prompt, from column `first` on."""
+def _copy(old: Any, of_prompts: Any, fresh, prompt, first: int = 0) -> Any:
+    """A cache, or several, with the columns of each fresh slot's prompt, from column `first` on."""
 
     def row(number, old):
         slot = order[number]

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from occ.models.layers import first_of_the_largest
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -190,10 +192,10 @@ def choose(
     Speculative Decoding, arXiv 2408.07978.
     """
     if noise is None:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = first_of_the_largest(logits)
         return token, jnp.zeros(token.shape, jnp.float32)
     log_prob = distribution(logits, config)
-    token = jnp.argmax(log_prob + noise, axis=-1).astype(jnp.int32)
+    token = first_of_the_largest(_once(log_prob + noise))
     return token, log_prob_of(token, log_prob).astype(jnp.float32)
 
 
@@ -231,9 +233,14 @@ def choose_by_rejection(
     # Where p = q nothing is lacking, and by rounding alone a draft may yet be refused.
     lacks_BxDx1 = jnp.any(lacking_BxDxV > 0, axis=-1, keepdims=True)
     other_BxDxV = jnp.where(lacks_BxDx1, jnp.log(lacking_BxDxV), logp_BxDxV)
-    other_BxT = jnp.argmax(jnp.concatenate([other_BxDxV, logp_after_Bx1xV], 1) + noise, axis=-1)
+    other_BxTxV = jnp.concatenate([other_BxDxV, logp_after_Bx1xV], axis=1)
+    other_BxT = first_of_the_largest(_once(other_BxTxV + noise))
     kept_BxT = jnp.pad(log_uniform < ratio_BxD, ((0, 0), (0, 1)))
-    return jnp.where(kept_BxT, jnp.pad(drafts, ((0, 0), (0, 1))), other_BxT.astype(jnp.int32))
+    return jnp.where(kept_BxT, jnp.pad(drafts, ((0, 0), (0, 1))), other_BxT)
+
+
+# Computed before it is read twice, and not within each reading.
+_once = jax.lax.optimization_barrier
 
 
 def log_prob_of(

@@ -53,54 +53,92 @@ class StackCache(NamedTuple):
     values: jax.Array
 
     def write(self, new: StackCache, columns: Int[Array, "batch"], layer: int = 0) -> StackCache:
-        """With T further columns, from each row's own column on.
-
-        On GPUs all at once, in one kernel. Elsewhere one row after the other, each where it lies:
-        written all at once, the compiler for TPUs wants rows along the slowest axis, reading wants
-        layers there, and so the whole cache would be turned round and back for every token. A loop
-        that writes two columns at a time makes it fail (libtpu 0.0.42).
+        """With T further columns, from each row's own column on; as `write`, of one stack.
 
         Args:
           new: [L', B, kv_heads, T, head_dim] each.
           columns: int32 [B], the first to write of each row.
           layer: the first of the L' layers.
         """
+        return write((self,), (new,), columns, layer)[0]
 
-        def rows(old: StackCache, new: StackCache, columns):
-            zero = jnp.zeros_like(columns[0])
 
-            def one(number, old, new):
-                row = jax.lax.dynamic_slice_in_dim(new, number, 1, axis=1)
-                for token in range(row.shape[3]):
-                    start = (zero + layer, number, zero, columns[number] + token, zero)
-                    column = row[:, :, :, token : token + 1]
-                    old = jax.lax.dynamic_update_slice(old, column, start)
-                return old
+Stacks = tuple[StackCache, ...]
 
-            def both(number, old):
-                return StackCache(*(one(number, *pair) for pair in zip(old, new, strict=True)))
 
-            return jax.lax.fori_loop(zero, columns.shape[0], both, old)
+def write(stacks: Stacks, new: Stacks, columns: Int[Array, "batch"], layer: int = 0) -> Stacks:
+    """Caches with T further columns each, from each row's own column on.
 
-        def at_once(old: StackCache, new: StackCache, columns):
-            layers, batch, _, time, _ = new.keys.shape
-            row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    On GPUs all at once, in one kernel. Elsewhere one row after the other, each where it lies:
+    written all at once, the compiler for TPUs wants rows along the slowest axis, reading wants
+    layers there, and so the whole cache would be turned round and back for every token. A loop
+    that writes two columns at a time makes it fail (libtpu 0.0.42).
+
+    Args:
+      stacks: of several stacks of layers.
+      new: [L', B, kv_heads, T, head_dim] each, of each stack.
+      columns: int32 [B], the first to write of each row.
+      layer: the first of the L' layers.
+    """
+
+    def rows(olds: Stacks, news: Stacks, columns):
+        zero = jnp.zeros_like(columns[0])
+
+        def one(number, old, new):
+            row = jax.lax.dynamic_slice_in_dim(new, number, 1, axis=1)
+            for token in range(row.shape[3]):
+                start = (zero + layer, number, zero, columns[number] + token, zero)
+                column = row[:, :, :, token : token + 1]
+                old = jax.lax.dynamic_update_slice(old, column, start)
+            return old
+
+        def all_of(number, olds):
+            return jax.tree.map(functools.partial(one, number), olds, news)
+
+        return jax.lax.fori_loop(zero, columns.shape[0], all_of, olds)
+
+    def at_once(olds: Stacks, news: Stacks, columns):
+        row = jnp.arange(columns.shape[0], dtype=jnp.int32)[:, None]
+
+        def one(old, new):
+            layers, time = new.shape[0], new.shape[3]
             column = columns[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
+            where = old.at[layer : layer + layers, row, :, column]
+            return where.set(jnp.transpose(new, (1, 3, 0, 2, 4)), unique_indices=True)
 
-            def one(old, new):
-                where = old.at[layer : layer + layers, row, :, column]
-                return where.set(jnp.transpose(new, (1, 3, 0, 2, 4)), unique_indices=True)
+        return jax.tree.map(one, olds, news)
 
-            return StackCache(*(one(*pair) for pair in zip(old, new, strict=True)))
+    do = at_once if platform() == "gpu" else rows
+    mesh = several_devices()
+    if mesh is not None:
+        whole = jax.tree.map(lambda old: fit(old.shape, None, ROWS, "tensor"), stacks)
+        of_rows = P(jax.tree.leaves(whole, is_leaf=lambda x: isinstance(x, P))[0][1])
+        do = jax.shard_map(do, mesh=mesh, in_specs=(whole, whole, of_rows), out_specs=whole)
+    return do(stacks, new, columns)
 
-        write = at_once if platform() == "gpu" else rows
-        mesh = several_devices()
-        if mesh is not None:
-            whole = fit(self.keys.shape, None, ROWS, "tensor")
-            write = jax.shard_map(
-                write, mesh=mesh, in_specs=(whole, whole, P(whole[1])), out_specs=whole
-            )
-        return write(self, new, columns)
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, for generation; a row's token t is in column t.
+
+    Attributes:
+      stacks: of each stack of layers.
+      lengths: int32 [B], tokens of each row; what is in later columns is not read.
+      experts: int [B, C, L, k], of each token in the L layers that have some; None keeps none.
+    """
+
+    stacks: tuple[StackCache, ...]
+    lengths: jax.Array
+    experts: jax.Array | None = None
+
+    @property
+    def apart(self) -> Cache:
+        """With each layer as a stack of its own, as `Decoder.layers_apart` has them."""
+        of_layer = [
+            jax.tree.map(lambda x, i=i: x[i : i + 1], stack)
+            for stack in self.stacks
+            for i in range(stack.keys.shape[0])
+        ]
+        return self._replace(stacks=tuple(of_layer))
 
 
 class Past(NamedTuple):

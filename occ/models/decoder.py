@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from occ.models.attention import Context
 from occ.models.block import Block
-from occ.models.cache import Past, StackCache, columns_in_blocks, decode_kernel
+from occ.models.cache import Cache, Past, StackCache, columns_in_blocks, decode_kernel, write
 from occ.models.config import ModelConfig
 from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
@@ -41,20 +41,6 @@ class TrunkOutput(NamedTuple):
 
     hidden: jax.Array
     router_load: jax.Array | None
-
-
-class Cache(NamedTuple):
-    """Keys and values of all layers, for generation; a row's token t is in column t.
-
-    Attributes:
-      stacks: of each stack of layers.
-      lengths: int32 [B], tokens of each row; what is in later columns is not read.
-      experts: int [B, C, L, k], of each token in the L layers that have some; None keeps none.
-    """
-
-    stacks: tuple[StackCache, ...]
-    lengths: jax.Array
-    experts: jax.Array | None = None
 
 
 class Decoder(nnx.Module):
@@ -228,11 +214,11 @@ class Decoder(nnx.Module):
           tokens: int32 [B, T].
           cache: with room for them, which is not checked.
           running: bool [B]; what comes out for other rows means nothing.
-          layers: this model's, from `layers_apart`.
+          layers: this model's, from `layers_apart`; the cache is then `apart` too.
         """
         past = jnp.where(running, cache.lengths, 0)
         context = _further(past, tokens.shape[1], running)
-        hidden, stacks = constrain(self.embedding(tokens), ROWS), []
+        hidden, new, chosen = constrain(self.embedding(tokens), ROWS), [], []
         parts: Sequence[Block | list[Block]] = self._stacks() if layers is None else layers
         for stack, before in zip(parts, cache.stacks, strict=True):
             passed = apply_layers(
@@ -240,21 +226,22 @@ class Decoder(nnx.Module):
             )
             hidden = passed.hidden
             assert passed.new is not None
-            stacks.append(before.write(passed.new, past))
-            if cache.experts is not None and passed.experts is not None:
-                # Rows that do not run write past the end, so that what they had stays.
-                columns = jnp.where(running, past, cache.experts.shape[1])
-                cache = cache._replace(
-                    experts=write_experts(cache.experts, passed.experts, columns)
-                )
-        return hidden, cache._replace(stacks=tuple(stacks))
+            new.append(passed.new)
+            chosen += [] if passed.experts is None else [passed.experts]
+        cache = cache._replace(stacks=write(cache.stacks, tuple(new), past))
+        if cache.experts is not None:
+            # Rows that do not run write past the end, so that what they had stays.
+            columns = jnp.where(running, past, cache.experts.shape[1])
+            experts = write_experts(cache.experts, jnp.concatenate(chosen), columns)
+            cache = cache._replace(experts=experts)
+        return hidden, cache
 
     def layers_apart(self) -> Layers:
-        """Each layer on its own, for a loop over tokens on CPUs.
+        """Each layer as a stack of its own, for a loop over tokens on CPUs.
 
         There the compiler copies a layer out of its stack to multiply with it, for every token.
         """
-        return tuple(apart(stack) for stack in self._stacks())
+        return tuple([layer] for stack in self._stacks() for layer in apart(stack))
 
     def module_input(
         self, hidden: Float[Array, "batch time width"]

@@ -17,7 +17,7 @@ from occ.models.moe import MixtureOfExperts
 from occ.models.partitioning import ROWS, constrain
 
 Layers = tuple[list[Block], ...]
-"""Of each stack, its layers one by one."""
+"""Stacks in their order, each as a list of its layers."""
 
 
 def create_stack(config: ModelConfig, rngs: nnx.Rngs, size: int, *, sparse: bool) -> Block:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from occ.models import decoder
+from occ.models.layers import first_of_the_largest
 from occ.models.parameters import Parts, join, partition, substitute
 from occ.models.partitioning import constrain
 from occ.models.policy import Policy
@@ -163,7 +164,7 @@ class Stages:
         return (
             mtp.log_prob_at_source(logits, labels),
             divergences.token_entropy(logits),
-            jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            first_of_the_largest(logits),
         )
 
     def _aligned(self, scores_at_source: Any, depth: int) -> TokenScores:

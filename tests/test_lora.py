@@ -16,6 +16,7 @@ from occ.models.config import LoRAConfig, MoEConfig
 from occ.models.lora import adapt, is_adapter, merge
 from occ.models.parameters import is_shared
 from occ.models.policy import abstract_policy, new_policy
+from occ.models.quantisation import dequantise, quantise
 from occ.training.config import LayoutConfig, MTPTrainingConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.programs import abstract_state
@@ -28,6 +29,7 @@ from tests.test_sharding import LAYOUTS, one_step, setting
 
 LORA = LoRAConfig(rank=3, alpha=5.0)
 SOME = LoRAConfig(rank=2, alpha=3.0, kernels=("value", "down"))
+EIGHT_BITS = dataclasses.replace(SOME, quantised="int8")
 
 
 def adapted_policy(model_config, seed=1):
@@ -101,6 +103,7 @@ def at(tree, names):
     ("lora", "dtype", "placement", "chunk", "tolerance"),
     [
         (LORA, "float32", "exact", 0, 1e-5),
+        (EIGHT_BITS, "float32", "exact", 0, 1e-5),
         pytest.param(SOME, "float32", "fused", 4, 1e-5, marks=pytest.mark.slow),
         pytest.param(LORA, "float64", "fused", 0, 1e-12, marks=pytest.mark.slow),
     ],
@@ -211,11 +214,51 @@ def test_merged_kernels_say_the_same():
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
+def test_a_quantised_trunk_is_off_by_half_a_step():
+    """All kernels that can be, adapted or not; and it says what its kernels say in one piece."""
+    plain = tiny.new_policy(tiny.model_config(1, qkv_bias=True))
+    policy = adapt(plain, tiny.model_config(1, qkv_bias=True, lora=EIGHT_BITS))
+    merged = merge(policy)
+    assert merged.config == plain.config
+    found = 0
+    for path, was in jax.tree_util.tree_leaves_with_path(plain.params):
+        names = path_string(path).split("/")
+        now = np.asarray(at(merged.params, names))
+        if names[0] != "layers" or names[-1] != "kernel":
+            np.testing.assert_array_equal(now, was)
+            continue
+        kernel, scale = at(policy.rest, names), at(policy.rest, [*names[:-1], "kernel_scale"])
+        assert kernel.dtype == jnp.int8 and np.abs(kernel).max(axis=1).min() == 127
+        np.testing.assert_allclose(scale, np.abs(was).max(axis=1) / 127, rtol=1e-6)
+        error = np.abs(now - was) / np.asarray(scale)[:, None, :]
+        assert 0.3 < error.max() < 0.5 + 1e-4, names
+        found += 1
+    assert found == 7
+    tokens = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+    inputs = tokens, jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (2, 4)), jnp.ones_like(tokens)
+    tiny.close(logits(policy, *inputs), logits(merged, *inputs), 1e-5)
+    with pytest.raises(AssertionError):
+        tiny.close(logits(policy, *inputs), logits(plain, *inputs), 1e-4)
+    sampling = SamplingConfig(max_new_tokens=5)
+    mask, key = jnp.ones_like(tokens) > 0, jax.random.key(0)
+    sample = jax.jit(generate, static_argnames="config")
+    ours, theirs = (sample(p, tokens, mask, key, config=sampling) for p in (policy, merged))
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+def test_a_column_of_zeros_stays_one():
+    values, scale = quantise(jnp.array([[0.0, 1.0], [0.0, -0.5]]))
+    assert not np.any(values[:, 0]) and scale[0] == 0
+    np.testing.assert_array_equal(dequantise(values, scale)[:, 0], 0)
+
+
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_moves_adapters_and_modules_alone(sparse):
     """Nothing else has a gradient or moments; the frozen trunk keeps its bits and its dtype."""
-    lora = dataclasses.replace(LORA, frozen_dtype="bfloat16")
+    lora = dataclasses.replace(
+        LORA, frozen_dtype="bfloat16", quantised="int8" if sparse else "none"
+    )
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8) if sparse else None
     model_config = tiny.model_config(1, lora=lora, moe=moe)
     policy = tiny.new_policy(model_config)
@@ -271,13 +314,13 @@ def test_adapting_twice_is_refused():
 
 
 @functools.cache
-def single_device():
+def single_device(quantised):
     with jax.enable_x64(True):
-        return one_step(*sharded_setting(LayoutConfig()))
+        return one_step(*sharded_setting(LayoutConfig(), quantised))
 
 
-def sharded_setting(layout):
-    lora = dataclasses.replace(LORA, rank=4)
+def sharded_setting(layout, quantised):
+    lora = dataclasses.replace(LORA, rank=4, quantised=quantised)
     config, _, _ = setting("occ", "float64", layout)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
     policy = adapted_policy(config.model)
@@ -286,11 +329,14 @@ def sharded_setting(layout):
 
 @pytest.mark.slow
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("layout", ["micro-batches", "fsdp", "fsdp-tensor"])
-def test_a_sharded_step_is_the_single_devices(x64, layout):
+@pytest.mark.parametrize(
+    ("layout", "quantised"),
+    [("micro-batches", "none"), ("fsdp", "none"), ("fsdp-tensor", "none"), ("fsdp-tensor", "int8")],
+)
+def test_a_sharded_step_is_the_single_devices(x64, layout, quantised):
     """In micro-batches with the logits in chunks, too: the frozen head is gathered for them."""
-    expected, expected_metrics = single_device()
-    state, metrics = one_step(*sharded_setting(LAYOUTS[layout]))
+    expected, expected_metrics = single_device(quantised)
+    state, metrics = one_step(*sharded_setting(LAYOUTS[layout], quantised))
     tiny.close(state.opt_state, expected.opt_state, 1e-9)
     tiny.close(metrics, expected_metrics, 1e-9)
     assert abs(expected.calibration.weights[1]) > 1e-3
@@ -322,3 +368,11 @@ def test_mimos_optimizer_and_gradients_are_less_than_a_quarter(chips):
     layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 11_008)
     adapters = 36 * lora.model.lora.rank * layer
     assert ours.parameters + ours.frozen == theirs.parameters + adapters
+    eight = dataclasses.replace(lora.model.lora, quantised="int8")
+    eight = dataclasses.replace(lora, model=dataclasses.replace(lora.model, lora=eight))
+
+    def trunk(config):
+        rest = abstract_policy(config.model).rest
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rest["layers"]))
+
+    assert 0.5 < trunk(eight) / trunk(lora) < 0.501

@@ -124,15 +124,21 @@ class LoRAConfig:
       frozen_dtype: of the stored trunk; None is `param_dtype`, which is then that of adapters and
         MTP modules alone. "bfloat16", as published, holds half the bytes, and no gradient is added
         to it.
+      quantised: "int8" stores the trunk's kernels of `LORA_KERNELS`, adapted or not, in eight bits
+        with a float32 scale for each output (embedding, output head, routers and the kernels of
+        routed experts stay in `frozen_dtype`). They are rounded once, from `frozen_dtype`, when
+        adapters are attached; adapters learn beside what is left.
 
     Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
-    section 4.1; A as in Hugging Face's PEFT.
+    section 4.1; A as in Hugging Face's PEFT. Dettmers et al., QLoRA, arXiv 2305.14314, for adapters
+    beside a quantised trunk (theirs in four bits).
     """
 
     rank: int = 16
     alpha: float = 32.0
     kernels: tuple[str, ...] = LORA_KERNELS
     frozen_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    quantised: Literal["none", "int8"] = "none"
 
     def __post_init__(self):
         validate(self)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from occ.measures import accumulation_dtype
 from occ.models.config import ModelConfig, RopeScaling
 from occ.models.partitioning import constrain
+from occ.models.quantisation import quantise, quantised_product
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -24,15 +25,31 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return accumulation_dtype(dtype)
 
 
+def first_of_the_largest(scores: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
+    """`argmax` over the last axis in two passes, the largest and the first equal to it; int32.
+
+    The compiler for CPUs makes one pass of `argmax`, number by number with all that is fused into
+    it: 24 ms for 32 rows of 49,152 tokens with their noise, where these take 10.
+
+    >>> first_of_the_largest(jnp.array([[0.0, 2.0, 2.0], [-jnp.inf, -jnp.inf, -1.0]])).tolist()
+    [1, 2]
+    """
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    number = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    return jnp.min(jnp.where(scores == largest, number, scores.shape[-1] - 1), axis=-1)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b); kernel [inputs, outputs]. With an adapter, y = x W + s (x A) B (+ b).
+
+    A frozen W may be stored in eight bits, with a scale for each output.
 
     Args:
       inputs, outputs: sizes of the last axis.
       config: of the model.
       rngs: random numbers for the initial weights.
       bias: whether there is one.
-      name: of the kernel in `LoRAConfig.kernels`; None never has an adapter.
+      name: of the kernel in `LoRAConfig.kernels`; None never has an adapter, nor eight bits.
     """
 
     def __init__(
@@ -46,7 +63,13 @@ class Linear(nnx.Module):
         name: str | None = None,
     ):
         scale, key = inputs**-0.5, rngs.params()
-        self.kernel = nnx.Param(scale * jax.random.normal(key, (inputs, outputs), config.base))
+        kernel = scale * jax.random.normal(key, (inputs, outputs), config.base)
+        in_eight_bits = config.lora is not None and config.lora.quantised == "int8"
+        scales = None
+        if in_eight_bits and name is not None:
+            kernel, scales = quantise(kernel)
+        self.kernel_scale = None if scales is None else nnx.Param(scales)
+        self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros((outputs,), config.base)) if bias else None
         self.dtype = config.compute
         lora = config.lora
@@ -60,7 +83,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """Multiplies the last axis."""
-        y = x @ self.kernel[...].astype(self.dtype)
+        if self.kernel_scale is None:
+            y = x @ self.kernel[...].astype(self.dtype)
+        else:
+            wide = at_least_float32(self.dtype)
+            y = quantised_product(x, self.kernel[...], self.kernel_scale[...], wide)
+            y = y.astype(self.dtype)
         if self.scale is not None:
             low = x @ self.lora_a[...].astype(self.dtype)
             y = y + self.scale * (low @ self.lora_b[...].astype(self.dtype))

@@ -30,11 +30,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from occ.models.config import ModelConfig
 from occ.models.parameters import ADAPTERS
 from occ.models.policy import Policy, abstract_policy, create_policy
+from occ.models.quantisation import dequantise, quantise
 from occ.trees import path_string
+
+KERNEL, SCALE = "/kernel", "/kernel_scale"
 
 
 def adapt(policy: Policy, config: ModelConfig, *, seed: int = 0, shardings: Any = None) -> Policy:
@@ -42,8 +46,8 @@ def adapt(policy: Policy, config: ModelConfig, *, seed: int = 0, shardings: Any 
 
     Args:
       policy: without adapters; its arrays are shared with the result where the dtype is the same.
-      config: the same architecture with `lora`; the trunk is cast to `lora.frozen_dtype`, MTP
-        modules and adapters to `param_dtype`.
+      config: the same architecture with `lora`; the trunk is cast to `lora.frozen_dtype` or
+        quantised, MTP modules and adapters to `param_dtype`.
       seed: of the adapters.
       shardings: of the adapted model's parameters, a tree of `jax.sharding.Sharding` as
         `occ.training.sharding.tree_shardings` makes it; None is the default device.
@@ -67,23 +71,27 @@ def adapt(policy: Policy, config: ModelConfig, *, seed: int = 0, shardings: Any 
         places = {p: s for p, s in _by_path(shardings).items() if is_adapter(p)}
     fresh = jax.jit(functools.partial(_fresh, config, seed), out_shardings=places)()
     leaves = {**_by_path(policy.params), **_by_path(policy.rest), **fresh}
+    for path in [path for path in _by_path(shapes.rest) if path.endswith(SCALE)]:
+        kernel = path.removesuffix(SCALE) + KERNEL
+        leaves[kernel], leaves[path] = _quantised(leaves[kernel].astype(config.base))
     return Policy(config, _filled(shapes.params, leaves), _filled(shapes.rest, leaves))
 
 
 def merge(policy: Policy) -> Policy:
     """The same model without adapters, W + (alpha / rank) A B in their place, in `param_dtype`.
 
-    The products are of at least float32. A model without adapters is returned as it is. Works under
-    jit, and on a mesh.
+    Nothing of it is quantised. The products are of at least float32. A model without adapters is
+    returned as it is. Works under jit, and on a mesh.
     """
     config = policy.config
     if config.lora is None:
         return policy
     leaves = {**_by_path(policy.params), **_by_path(policy.rest)}
-    for path in [path for path in leaves if path.endswith(f"/{ADAPTERS[0]}")]:
-        layer = path.removesuffix(ADAPTERS[0])
-        kernel, a, b = (leaves[layer + name] for name in ("kernel", *ADAPTERS))
-        leaves[layer + "kernel"] = _merged(kernel, a, b, config.lora.scale, config.params)
+    for path in [path for path in leaves if path.endswith(KERNEL)]:
+        layer = path.removesuffix(KERNEL)
+        beside = [leaves.get(layer + name) for name in (SCALE, *(f"/{a}" for a in ADAPTERS))]
+        if any(leaf is not None for leaf in beside):
+            leaves[path] = _merged(leaves[path], *beside, config.lora.scale, config.params)
     shapes = abstract_policy(config.whole)
     return Policy(config.whole, _filled(shapes.params, leaves), _filled(shapes.rest, leaves))
 
@@ -93,11 +101,25 @@ def is_adapter(path: str) -> bool:
     return path.split("/")[-1] in ADAPTERS
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _merged(kernel: Any, a: Any, b: Any, scale: float, dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _merged(kernel: Any, scales: Any, a: Any, b: Any, scale: float, dtype: Any) -> jax.Array:
+    if scales is not None:
+        kernel = dequantise(kernel, scales)
+    if a is None:
+        return kernel.astype(dtype)
     wide = jnp.promote_types(jnp.promote_types(kernel.dtype, a.dtype), jnp.float32)
     product = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(wide) + scale * product).astype(dtype)
+
+
+def _quantised(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A kernel in eight bits, and its scales, cut over devices as it is."""
+    places = None
+    if isinstance(kernel.sharding, NamedSharding):
+        cut = (*kernel.sharding.spec, *[None] * kernel.ndim)[: kernel.ndim]
+        scales = NamedSharding(kernel.sharding.mesh, jax.P(*cut[:-2], cut[-1]))
+        places = kernel.sharding, scales
+    return jax.jit(quantise, out_shardings=places)(kernel)
 
 
 def _fresh(config: ModelConfig, seed: int) -> dict[str, jax.Array]:

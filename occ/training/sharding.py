@@ -6,6 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
@@ -18,7 +19,7 @@ from occ.trees import path_string
 P = jax.P
 
 STACKED = re.compile(r"(dense_layers|layers)/")  # their leaves have a leading layer axis
-STACK = r"(dense_layers|layers)"  # of the trunk, which may have adapters
+STACK = r"(dense_layers|layers)"  # of the trunk, which may have adapters and be quantised
 BLOCK = r"(dense_layers|layers|mtp/\d+/block)"
 CUT = ("fsdp", "expert")  # experts apart, parameters are cut along both
 
@@ -44,6 +45,10 @@ TABLE = (
     Row(r"(mtp/\d+/)?embedding/embedding", "vocab width", P("tensor", CUT)),
     Row(r"(mtp/\d+/)?output_head/kernel", "width vocab", P(CUT, "tensor")),
     Row(rf"{BLOCK}/attention/(query|key|value)/kernel", "width heads*head_dim", P(CUT, "tensor")),
+    Row(rf"{STACK}/attention/(query|key|value)/kernel_scale", "heads*head_dim", P("tensor")),
+    Row(rf"{STACK}/attention/output/kernel_scale", "width", P(CUT)),
+    Row(rf"{STACK}/mlp/(shared/)?(gate|up)/kernel_scale", "hidden", P("tensor")),
+    Row(rf"{STACK}/mlp/(shared/)?down/kernel_scale", "width", P(CUT)),
     Row(rf"{STACK}/attention/(query|key|value)/lora_a", "width rank", P(CUT, None)),
     Row(rf"{STACK}/attention/(query|key|value)/lora_b", "rank heads*head_dim", P(None, "tensor")),
     Row(rf"{STACK}/attention/output/lora_a", "heads*head_dim rank", P("tensor", None)),
@@ -192,13 +197,13 @@ def for_generation(params: Any, dtype: Any) -> Any:
 
     Args:
       params: the model's, as they live in training.
-      dtype: of computation, to which matrices are cast anyway.
+      dtype: of computation, to which matrices are cast anyway; quantised ones stay as they are.
     """
     alone = several_devices() is None
 
     def gather(path, leaf):
         name = path_string(path)
-        if name.split("/")[-1] in COMPUTED:
+        if name.split("/")[-1] in COMPUTED and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(dtype)
         if alone:
             return leaf

@@ -58,6 +58,7 @@ class Arguments:
       depth: of the deepest drafts.
       tokens: of a response, for drafts.
       slots: for rows of uneven length, of which there are eight times as many.
+      mean: tokens of these rows, about; the longest has five times as many.
       prompt, samples: tokens of a prompt, and its samples.
       repeats: timed runs of each program.
       folder: for result.json, and the warmed-up module.
@@ -70,7 +71,8 @@ class Arguments:
     rows: tuple[int, ...] = (1, 4, 16)
     depth: int = 3
     tokens: int = 32
-    slots: int = 4
+    slots: int = 16
+    mean: int = 12
     prompt: int = 256
     samples: int = 16
     repeats: int = 3
@@ -206,11 +208,11 @@ def slots(setting: Setting, arguments: Arguments) -> dict[str, Any]:
     size = arguments.slots
     count = 8 * size
     inputs = setting.prompts(count)
-    vocabulary = setting.config.model.vocab_size
-    # Every 32nd token ends a response, so that lengths are about geometric; these are likelier than
-    # others, and the mean is a dozen.
-    sampling = SamplingConfig(5 * 12, stop_tokens=tuple(range(0, vocabulary, 32)))
+    longest = 5 * arguments.mean
     every = np.arange(count)
+    endless = setting.sample(*inputs, SamplingConfig(longest), slots=size)(every, every)
+    stops = stops_of(np.asarray(endless.tokens), setting.config.model.vocab_size, arguments.mean)
+    sampling = SamplingConfig(longest, stop_tokens=stops)
     together = setting.sample(*inputs, sampling, slots=size)
     portion = setting.sample(*inputs, sampling)
 
@@ -229,6 +231,23 @@ def slots(setting: Setting, arguments: Arguments) -> dict[str, Any]:
         "times": seconds[0] / seconds[1],
         "rows_that_differ": _differing(refilled.tokens, apart),
     }
+
+
+def stops_of(tokens: np.ndarray, vocabulary: int, mean: float) -> tuple[int, ...]:
+    """Tokens, drawn at random, at whose first the rows' lengths are nearest to a mean.
+
+    What is sampled does not depend on them, so that the lengths are those of a run with them.
+
+    >>> stops_of(np.array([[0, 1, 2, 3], [3, 2, 1, 0]]), 4, 4.0)
+    ()
+    """
+    order = np.random.default_rng(0).permutation(vocabulary)
+    rank = np.argsort(order)[tokens]  # a row has ended where one is below the number of stops
+    least = np.minimum.accumulate(rank, axis=1)[:, :-1]
+    counts = np.concatenate([[0], np.unique(least) + 1])
+    means = [1 + np.mean(np.sum(least >= count, axis=1)) for count in counts]
+    chosen = int(np.argmin(np.abs(np.array(means) - mean)))
+    return tuple(sorted(order[: counts[chosen]].tolist()))
 
 
 def shared_prompts(setting: Setting, arguments: Arguments) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.instruments import same_tokens
+from experiments.instruments import engine_reward, same_tokens
 from occ.generation.decoding import generate
 from occ.generation.sampling import SamplingConfig
 from tests import tiny
@@ -56,3 +56,18 @@ def test_rows_that_are_no_ties_are_the_end(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["same_tokens", f"--folder={tmp_path}"])
         assert same_tokens.main() == status
         assert f"same_tokens: {len(gaps)} rows of 1 x 1000 differ" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_one_engine_under_two_keys_is_not_told_apart():
+    """The comparison of rewards, whose unit is the prompt."""
+    arguments = engine_reward.Arguments(config="arithmetic_easy", prompts=32, samples=8)
+    found = engine_reward.measure(arguments)
+    assert found["tokens"]["in_process"] != found["tokens"]["other"]  # other keys, other samples
+    assert "tokens: in_process" in engine_reward.describe(found)
+    for of in found.values():
+        difference, half = of["difference"]
+        assert abs(difference) <= 2 * half
+    hot = found | {"reward": {"in_process": [0.5, 0.1], "other": [0.2, 0.1], "difference": [-1, 0]}}
+    assert "(told apart)" in engine_reward.describe(hot).splitlines()[0]

@@ -25,7 +25,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.standard_promotion
 
-LORA = LoRAConfig(rank=2, alpha=4.0, frozen_dtype="bfloat16")
+LORA = LoRAConfig(rank=2, alpha=4.0, frozen_dtype="bfloat16", quantised="int8")
 PLAIN = tiny.model_config(1, vocab_size=14, tied_embeddings=False)
 TASK = tasks.load("arithmetic", digits=1, train_size=40, test_size=10)
 
@@ -102,10 +102,10 @@ def test_other_frozen_weights_are_noticed(whole, tmp_path):
     """One bit of one kernel; a checkpoint is not damaged by it, and stays where it is."""
     folder, config, programs, start = whole
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    kernel = start.rest["layers"]["mlp"]["up"]["kernel"]
-    other = kernel.at[0, 0, 0].multiply(2)
+    up = start.rest["layers"]["mlp"]["up"]
+    other = up["kernel"].at[0, 0, 0].set(up["kernel"][0, 0, 0] ^ 1)
     layers = {**start.rest["layers"]}
-    layers["mlp"] = {**layers["mlp"], "up": {"kernel": other}}
+    layers["mlp"] = {**layers["mlp"], "up": {**up, "kernel": other}}
     state = programs.begin(start.replace(rest={**start.rest, "layers": layers}))
     frozen = frozen_leaves(config.model)
     with (

@@ -211,7 +211,8 @@ def slots(setting: Setting, arguments: Arguments) -> dict[str, Any]:
     longest = 5 * arguments.mean
     every = np.arange(count)
     endless = setting.sample(*inputs, SamplingConfig(longest), slots=size)(every, every)
-    stops = stops_of(np.asarray(endless.tokens), setting.config.model.vocab_size, arguments.mean)
+    responses = np.asarray(endless.tokens)[:, -longest:]
+    stops = stops_of(responses, setting.config.model.vocab_size, arguments.mean)
     sampling = SamplingConfig(longest, stop_tokens=stops)
     together = setting.sample(*inputs, sampling, slots=size)
     portion = setting.sample(*inputs, sampling)

@@ -107,7 +107,8 @@ def _merged(kernel: Any, scales: Any, a: Any, b: Any, scale: float, dtype: Any) 
         kernel = dequantise(kernel, scales)
     if a is None:
         return kernel.astype(dtype)
-    wide = jnp.promote_types(jnp.promote_types(kernel.dtype, a.dtype), jnp.float32)
+    dtypes = kernel.dtype, a.dtype, jnp.dtype(jnp.float32)
+    wide = max(dtypes, key=lambda dtype: dtype.itemsize)
     product = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(wide) + scale * product).astype(dtype)
 

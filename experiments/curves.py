@@ -155,7 +155,8 @@ def draw(
         panel.set(title=metric, xlabel=over)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.3)
-    axes[0][0].legend(frameon=False)
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", frameon=False)
     plt.close(figure)
     return figure
 

@@ -16,7 +16,7 @@ from occ.models.config import LoRAConfig, MoEConfig
 from occ.models.lora import adapt, is_adapter, merge
 from occ.models.parameters import is_shared
 from occ.models.policy import abstract_policy, new_policy
-from occ.models.quantisation import dequantise, quantise
+from occ.models.quantisation import dequantise, quantise, quantised_product
 from occ.training.config import LayoutConfig, MTPTrainingConfig
 from occ.training.gradient.calibration import build_calibration
 from occ.training.programs import abstract_state
@@ -244,6 +244,26 @@ def test_a_quantised_trunk_is_off_by_half_a_step():
     sample = jax.jit(generate, static_argnames="config")
     ours, theirs = (sample(p, tokens, mask, key, config=sampling) for p in (policy, merged))
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+def test_a_quantised_product_goes_back_in_its_own_dtype():
+    """As that with the kernel in bfloat16 does; and its gradient is of x alone."""
+    rng = np.random.default_rng(0)
+    values, scale = quantise(jnp.asarray(rng.normal(size=(8, 5)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(3, 8)), jnp.bfloat16)
+
+    def ours(x):
+        return jnp.sum(jnp.sin(quantised_product(x, values, scale, jnp.float32)))
+
+    def plain(x):
+        return jnp.sum(jnp.sin(x.astype(jnp.float32) @ dequantise(values, scale)))
+
+    found = jax.grad(ours)(x)
+    assert found.dtype == jnp.bfloat16
+    tiny.close(found.astype(jnp.float32), jax.grad(plain)(x).astype(jnp.float32), 2e-2)
+    made = jax.make_jaxpr(jax.grad(ours))(x)
+    products = [e for e in made.eqns if e.primitive.name == "dot_general"]
+    assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
 
 
 def test_a_column_of_zeros_stays_one():

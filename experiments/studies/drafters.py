@@ -72,7 +72,8 @@ class Run:
       variants: names.
       starts: seeds.
       folder: of the runs.
-      quick: two rollouts after a warm start of twenty steps, from one start. Its rows are not kept.
+      quick: three rollouts after a warm start of twenty steps, from one start, whose rows are not
+        kept.
     """
 
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -182,39 +183,59 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         by.setdefault(row["variant"], {})[row["start"]] = row
     lines = [
         "| variant | starts | accepted of draft 1, first / middle / last third | of draft 2 "
-        "| tokens a pass, last third |",
-        "|---|---|---|---|---|",
+        "| tokens a pass, last third | last third minus that of cross-entropy as deep, points |",
+        "|---|---|---|---|---|---|",
     ]
     for name, found in by.items():
         if VARIANTS[name].depth:
             shares = np.array([row["acceptance"] for row in found.values()])  # [starts, thirds, D]
             of_depth = [_cells(shares[:, :, d].T) for d in range(shares.shape[2])] + ["-"]
             passes = _cells(np.array([[row["tokens_a_pass"][-1] for row in found.values()]]))
-            lines.append(f"| {name} | {len(found)} | {of_depth[0]} | {of_depth[1]} | {passes} |")
+            cells = [*of_depth[:2], passes, _beside(name, found, by)]
+            lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"| variant | starts | mean reward, % | final sampled, % | s a run | s a rollout's samples "
-        f"| times as fast as without drafts | rollouts to a reward of {LEVEL} | s to it |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| variant | starts | mean reward, % | minus that without drafts | final sampled, % "
+        f"| s a run | s a rollout's samples | rollouts to a reward of {LEVEL} | s to it "
+        "| times as soon there as without drafts |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     return lines + [_time_line(name, found, by) for name, found in by.items()]
 
 
+def _beside(name: str, found: dict[int, Any], by: dict[str, dict[int, Any]]) -> str:
+    """Acceptance of each draft, paired by start."""
+    like = next(n for n, v in VARIANTS.items() if v == (regime("detach"), VARIANTS[name].depth))
+    shared = sorted(set(found) & set(by.get(like, {})))
+    if name == like or not shared:
+        return "-"
+    last, theirs = (
+        np.array([of[start]["acceptance"][-1] for start in shared]) for of in (found, by[like])
+    )
+    return _cells(100 * (last - theirs).T)
+
+
 def _time_line(name: str, found: dict[int, Any], by: dict[str, dict[int, Any]]) -> str:
     plain = by.get("no drafts", {})
-    ratios = [plain[s]["seconds"] / row["seconds"] for s, row in found.items() if s in plain]
+    pairs = [(row, plain[start]) for start, row in found.items() if start in plain]
+    reached = [row for row in found.values() if row["reached"] is not None]
     columns = [
         [100 * row["reward"] for row in found.values()],
+        [100 * (row["reward"] - base["reward"]) for row, base in pairs],
         [100 * row["sampled"] for row in found.values()],
         [row["seconds"] for row in found.values()],
         [row["sampling"] for row in found.values()],
-        ratios,
-        [row["reached"] for row in found.values() if row["reached"] is not None],
-        [row["seconds_to_reach"] for row in found.values() if row["reached"] is not None],
+        [row["reached"] for row in reached],
+        [row["seconds_to_reach"] for row in reached],
+        [
+            base["seconds_to_reach"] / row["seconds_to_reach"]
+            for row, base in pairs
+            if None not in (row["reached"], base["reached"])
+        ],
     ]
-    never = sum(row["reached"] is None for row in found.values())
+    never = len(found) - len(reached)
     cells = [_cells(np.array([values])) for values in columns]
-    cells[-1] += f" ({never} never)" if never else ""
+    cells[-2] += f" ({never} never)" if never else ""
     return f"| {name} | {len(found)} | {' | '.join(cells)} |"
 
 
@@ -226,7 +247,7 @@ def _cells(parts: np.ndarray) -> str:
             cells.append("-")
             continue
         found = mean_interval(values.astype(float))
-        cells.append(f"{found.mean:.3g} ± {found.half_width:.1g}")
+        cells.append(f"{found.mean:.3g} ± {found.half_width:.2g}")
     return " / ".join(cells)
 
 

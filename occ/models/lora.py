@@ -42,7 +42,9 @@ KERNEL, SCALE = "/kernel", "/kernel_scale"
 
 
 def adapt(policy: Policy, config: ModelConfig, *, seed: int = 0, shardings: Any = None) -> Policy:
-    """Gives a model fresh adapters and freezes the rest of its trunk; what it says stays the same.
+    """Gives a model fresh adapters and freezes the rest of its trunk.
+
+    What it says stays the same, but for rounding where the trunk is quantised.
 
     Args:
       policy: without adapters; its arrays are shared with the result where the dtype is the same.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ def dequantise(
     return values.astype(scale.dtype) * scale[..., None, :]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def quantised_product(
     x: Float[Array, "*batch inputs"],
     values: Int[Array, "inputs outputs"],
@@ -46,7 +48,24 @@ def quantised_product(
 ) -> Float[Array, "*batch outputs"]:
     """x (Q s), summed in the dtype `wide`, which it is returned in; Q is exact in any dtype of x.
 
-    The scale comes last, so that no kernel is made of it.
+    The scale comes last, so that no kernel is made of it. The gradient is of x alone, its product
+    in x's own dtype, as that of a kernel of this dtype is.
     """
     y = jnp.matmul(x, values.astype(x.dtype), preferred_element_type=wide)
     return y * jax.lax.broadcast_in_dim(scale.astype(wide), y.shape, (y.ndim - 1,))
+
+
+def _forward(x, values, scale, wide):
+    return quantised_product(x, values, scale, wide), (values, scale, jnp.zeros((), x.dtype))
+
+
+def _backward(_, residuals, cotangent):
+    values, scale, like = residuals
+    scale = jax.lax.broadcast_in_dim(
+        scale.astype(cotangent.dtype), cotangent.shape, (cotangent.ndim - 1,)
+    )
+    scaled = (cotangent * scale).astype(like.dtype)
+    return scaled @ values.T.astype(like.dtype), None, None
+
+
+quantised_product.defvjp(_forward, _backward)

@@ -46,7 +46,9 @@ def save_adapters(path: str | Path, policy: Policy, *, base: str | None = None) 
     Args:
       path: the folder, which must not exist; may be "gs://BUCKET/FOLDER".
       policy: the model, its arrays on any mesh.
-      base: folder or name of the model that was adapted, which PEFT loads first.
+      base: folder or name of the model that was adapted, which PEFT loads first. Adapters of a
+        quantised trunk are then beside kernels that are not rounded, unlike those they learned
+        beside.
 
     Raises:
       ValueError: the folder exists, the model has no adapters, or it is a mixture of experts with

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.studies import drafters
+from experiments.studies import drafters, variants
 from occ.training.durable.run_folder import read_rows
 
 pytestmark = pytest.mark.standard_promotion
@@ -24,7 +24,7 @@ def test_drafters_are_told_by_depth_and_by_time():
             for i in range(9)
         ]
         result = {"rollouts": 9, "reward_area": 0.4, "final": {"sampled": 0.5}}
-        return drafters.row_of(name, start, result, rows)
+        return variants.row_of(name, start, result, drafters.measured(name, rows))
 
     rows = [of("no drafts", start, 3.0, None) for start in (0, 1)]
     rows += [of("cross-entropy", start, 1.0 + start, [0.8, 0.5]) for start in (0, 1)]

@@ -16,7 +16,6 @@ rollouts and updates, without compiling and evaluations; nothing else may run on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -24,15 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import runs
-from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.curves import elapsed, reached
 from experiments.studies.command_line import command_line
+from experiments.studies.variants import by_variant, quickened, run_missing
 from occ.evaluation.intervals import mean_interval
-from occ.training import loop
 from occ.training.config import MTPTrainingConfig, TrainConfig
-from occ.training.durable.run_folder import environment, read_rows
+from occ.training.durable.run_folder import read_rows
 from occ.training.regimes import regime
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "drafters"
@@ -97,9 +94,7 @@ def config_of(name: str, seed: int, quick: bool = False) -> TrainConfig:
         seed=seed,
     )
     if quick:
-        warm = dataclasses.replace(config.warm_start, steps=20, clean_steps=0)
-        evaluation = dataclasses.replace(config.evaluation, prompts=32)
-        config = dataclasses.replace(config, warm_start=warm, evaluation=evaluation, rollouts=3)
+        config = quickened(config, 3)
     return config
 
 
@@ -108,28 +103,14 @@ def run(arguments: Run) -> int:
     starts = arguments.starts[:1] if arguments.quick else arguments.starts
     folder = arguments.folder / "quick" if arguments.quick else arguments.folder
     file = folder / "rows.jsonl" if arguments.quick else RESULTS / "rows.jsonl"
-    done = {(row["variant"], row["start"]) for row in read_rows(file)}
-    wanted = [(n, s) for s in starts for n in arguments.variants if (n, s) not in done]
-    keep_compiled(folder / "compiled")
-    with contextlib.closing(
-        runs.job(config_of("no drafts", 0, arguments.quick), len(starts), len(wanted))
-    ) as progress:
-        for name, seed in wanted:
-            config = config_of(name, seed, arguments.quick)
-            task = runs.load_task(config)
-            programs = loop.build(config, task)
-            start = runs.starting_point(config, task, programs, folder / "starts", progress)
-            at = folder / f"{name.replace(' ', '_')}-start{seed}"
-            result = runs.run(name, config, task, programs, start, at, progress, lambda: False, ())
-            assert result is not None
-            row = row_of(name, seed, result, read_rows(at / "metrics.jsonl"))
-            runs.write_rows(file, [*read_rows(file), row])
+    pairs = [(name, seed) for seed in starts for name in arguments.variants]
+    run_missing(
+        pairs, lambda name, seed: config_of(name, seed, arguments.quick), measured, folder, file
+    )
     return report(Report(file))
 
 
-def row_of(
-    name: str, seed: int, result: dict[str, Any], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
+def measured(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What is kept of a run: thirds of it, and its seconds."""
     thirds = [[rows[i] for i in part] for part in np.array_split(np.arange(len(rows)), 3)]
     drafted = bool(VARIANTS[name].depth)
@@ -141,22 +122,14 @@ def row_of(
 
     seconds = elapsed(rows)
     at = reached([row["reward"] for row in rows], LEVEL)
-    return runs.rounded(
-        {
-            "variant": name,
-            "start": seed,
-            "rollouts": result["rollouts"],
-            "reward": result["reward_area"],
-            "sampled": result["final"]["sampled"],
-            "acceptance": means("rollout/acceptance"),
-            "tokens_a_pass": means("rollout/tokens_a_pass"),
-            "seconds": seconds[-1],
-            "sampling": float(np.median([row["seconds/rollout"] for row in rows])),
-            "reached": None if at is None else at + 1,
-            "seconds_to_reach": None if at is None else seconds[at],
-            "commit": environment()["commit"],
-        }
-    )
+    return {
+        "acceptance": means("rollout/acceptance"),
+        "tokens_a_pass": means("rollout/tokens_a_pass"),
+        "seconds": seconds[-1],
+        "sampling": float(np.median([row["seconds/rollout"] for row in rows])),
+        "reached": None if at is None else at + 1,
+        "seconds_to_reach": None if at is None else seconds[at],
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +151,7 @@ def report(arguments: Report) -> int:
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
     """Lines in Markdown: acceptance by depth over the run, then reward and seconds."""
-    by: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        by.setdefault(row["variant"], {})[row["start"]] = row
+    by = by_variant(rows)
     lines = [
         "| variant | starts | accepted of draft 1, first / middle / last third | of draft 2 "
         "| tokens a pass, last third | last third minus that of cross-entropy as deep, points |",

@@ -20,7 +20,6 @@ by start, with 95 % Student-t intervals over starts.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -28,16 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments import runs
-from experiments.compiled import keep_compiled
 from experiments.configs import CONFIGS
 from experiments.studies.command_line import command_line
+from experiments.studies.variants import by_variant, quickened, run_missing
 from occ.evaluation.intervals import mean_interval, paired_difference
 from occ.generation.engines.config import EngineConfig
 from occ.models.config import MoEConfig
-from occ.training import loop
 from occ.training.config import TrainConfig
-from occ.training.durable.run_folder import environment, read_rows
+from occ.training.durable.run_folder import read_rows
 from occ.training.regimes import regime
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "off_policy"
@@ -116,9 +113,7 @@ def config_of(name: str, seed: int, arguments: Run) -> TrainConfig:
     if arguments.rollouts is not None:
         config = dataclasses.replace(config, rollouts=arguments.rollouts)
     if arguments.quick:
-        warm = dataclasses.replace(config.warm_start, steps=20, clean_steps=0)
-        evaluation = dataclasses.replace(config.evaluation, prompts=32)
-        config = dataclasses.replace(config, warm_start=warm, evaluation=evaluation, rollouts=2)
+        config = quickened(config, 2)
     return config
 
 
@@ -127,38 +122,13 @@ def run(arguments: Run) -> int:
     starts = arguments.starts[:1] if arguments.quick else arguments.starts
     folder = arguments.folder / "quick" if arguments.quick else arguments.folder
     file = folder / "rows.jsonl" if arguments.quick else RESULTS / "rows.jsonl"
-    done = {(row["variant"], row["start"]) for row in read_rows(file)}
-    wanted = [(n, s) for s in starts for n in arguments.variants if (n, s) not in done]
-    keep_compiled(folder / "compiled")
-    for name, seed in wanted:
-        config = config_of(name, seed, arguments)
-        task = runs.load_task(config)
-        programs = loop.build(config, task)
-        with contextlib.closing(runs.job(config, starts=1, runs=1)) as progress:
-            start = runs.starting_point(config, task, programs, folder / "starts", progress)
-            at = folder / f"{name}-start{seed}"
-            result = runs.run(name, config, task, programs, start, at, progress, lambda: False, ())
-        assert result is not None
-        row = _row(name, seed, result, read_rows(at / "metrics.jsonl"))
-        runs.write_rows(file, [*read_rows(file), row])
+    pairs = [(name, seed) for seed in starts for name in arguments.variants]
+    run_missing(pairs, lambda name, seed: config_of(name, seed, arguments), _measured, folder, file)
     return report(Report(file))
 
 
-def _row(
-    name: str, seed: int, result: dict[str, Any], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    mismatch = [row["rollout/log_prob_mismatch"] for row in rows]
-    return runs.rounded(
-        {
-            "variant": name,
-            "start": seed,
-            "rollouts": result["rollouts"],
-            "reward": result["reward_area"],
-            "sampled": result["final"]["sampled"],
-            "mismatch": float(np.mean(mismatch)),
-            "commit": environment()["commit"],
-        }
-    )
+def _measured(_: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"mismatch": float(np.mean([row["rollout/log_prob_mismatch"] for row in rows]))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +144,7 @@ class Report:
 
 def report(arguments: Report) -> int:
     """A line a variant."""
-    by: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in read_rows(arguments.rows):
-        by.setdefault(row["variant"], {})[row["start"]] = row
+    by = by_variant(read_rows(arguments.rows))
     print(
         "| variant | starts | mean reward | final sampled | difference of both | mismatch, nats |"
     )

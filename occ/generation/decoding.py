@@ -117,9 +117,7 @@ def generate(
     begun = begin(model, prompts, prompt_mask, size, config, draft_depth)
     layers = None
     if platform() == "cpu":
-        layers, begun = model.layers_apart(), begun._replace(cache=begun.cache.apart)
-        of_layers = empty.slots._replace(cache=empty.slots.cache.apart)
-        empty = empty._replace(slots=of_layers)
+        layers, empty, begun = _apart(model, empty, begun)
 
     def refill(progress: _Progress) -> _Progress:
         return _refill(progress, begun, prompt_of, config)
@@ -159,6 +157,13 @@ def generate(
         work=end.work._replace(places=end.work.steps * size + prompts.size),
         experts=_aligned(responses.experts, mask, taken),
     )
+
+
+def _apart(model: Decoder, empty: _Progress, begun: Prompts) -> tuple[Layers, _Progress, Prompts]:
+    """Each layer, and its cache, as a stack of its own."""
+    slots = empty.slots._replace(cache=empty.slots.cache.apart)
+    begun = begun._replace(cache=begun.cache.apart)
+    return model.layers_apart(), empty._replace(slots=slots), begun
 
 
 def _aligned(experts: jax.Array | None, prompt_mask, taken) -> jax.Array | None:

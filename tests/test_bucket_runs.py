@@ -14,7 +14,7 @@ import pytest
 from tests import bucket_server, test_durability
 from tests.test_durability import ROLLOUTS, outcome
 
-pytestmark = [pytest.mark.slow, bucket_server.needs_server]
+pytestmark = [pytest.mark.release, bucket_server.needs_server]
 KILLS = 10
 PATIENCE = 1500  # seconds, for any one process
 

@@ -42,7 +42,7 @@ def test_drafters_are_told_by_depth_and_by_time():
         drafters.Run(variants=("no_drafts",))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_drafters_train_one_trunk_on_the_same_samples(tmp_path):
     """Whatever the modules learn, and however deep they draft."""
     same = ("no drafts", "cross-entropy", "total variation", "untrained")

@@ -152,7 +152,7 @@ def test_a_run_killed_and_terminated_ends_as_the_whole_one(whole, start, tmp_pat
     assert outcome(tmp_path) == whole[0]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_twenty_kills_at_random_moments(whole, start, tmp_path, capsys):
     """Four on each of several runs, which then end undisturbed."""
     expected, seconds = whole
@@ -176,7 +176,7 @@ def test_twenty_kills_at_random_moments(whole, start, tmp_path, capsys):
         print("\nkills:", dict(phases))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_full_disk_keeps_the_last_good_checkpoint(whole, environment, tmp_path):
     """On a real one, of a megabyte and a half, which holds fewer checkpoints than are to be kept.
 

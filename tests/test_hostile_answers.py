@@ -1,6 +1,6 @@
 """Answers that try to hang, crash, exhaust or take over a verifier: a corpus and its offspring.
 
-python -m pytest -m slow tests/test_hostile_answers.py -s        10,000 of them
+python -m pytest -m release tests/test_hostile_answers.py -s        10,000 of them
 """
 
 import collections
@@ -103,7 +103,7 @@ def offspring(rng: random.Random) -> str:
     return answer
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_ten_thousand_hostile_answers(tmp_path, monkeypatch):
     """None is executed, none hangs, none is lost; prints what it took."""
     monkeypatch.chdir(tmp_path)

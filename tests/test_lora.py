@@ -104,8 +104,8 @@ def at(tree, names):
     [
         (LORA, "float32", "exact", 0, 1e-5),
         (EIGHT_BITS, "float32", "exact", 0, 1e-5),
-        pytest.param(SOME, "float32", "fused", 4, 1e-5, marks=pytest.mark.slow),
-        pytest.param(LORA, "float64", "fused", 0, 1e-12, marks=pytest.mark.slow),
+        pytest.param(SOME, "float32", "fused", 4, 1e-5, marks=pytest.mark.release),
+        pytest.param(LORA, "float64", "fused", 0, 1e-12, marks=pytest.mark.release),
     ],
 )
 def test_the_gradient_is_the_whole_kernels_projected(
@@ -124,7 +124,7 @@ def test_the_gradient_is_the_whole_kernels_projected(
     assert len([name for name in trained if is_adapter(name)]) == 2 * len(lora.kernels)
 
 
-@pytest.mark.parametrize("begun", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("begun", [pytest.param(False, marks=pytest.mark.release), True])
 def test_what_is_weighed_is_the_adapters_gradients(begun):
     """c = s^2 (<G B^T, M B^T> + <A^T G, A^T M>); at the start, where B = 0, the second alone."""
     model_config = tiny.model_config(1, lora=LORA)
@@ -347,11 +347,16 @@ def sharded_setting(layout, quantised):
     return config, model_of(policy), tiny.minibatch(config, model_of(policy), rows=16)
 
 
-@pytest.mark.slow
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize(
     ("layout", "quantised"),
-    [("micro-batches", "none"), ("fsdp", "none"), ("fsdp-tensor", "none"), ("fsdp-tensor", "int8")],
+    [
+        pytest.param("micro-batches", "none", marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.release)
+            for case in [("fsdp", "none"), ("fsdp-tensor", "none"), ("fsdp-tensor", "int8")]
+        ),
+    ],
 )
 def test_a_sharded_step_is_the_single_devices(x64, layout, quantised):
     """In micro-batches with the logits in chunks, too: the frozen head is gathered for them."""

@@ -61,7 +61,7 @@ QUICK = ("proxy_fused",)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in MTP]
+    "name", [pytest.param(name, marks=[pytest.mark.release] * (name not in QUICK)) for name in MTP]
 )
 def test_micro_batches_give_the_whole_minibatchs_step(x64, name):
     whole = result(MTP[name], LayoutConfig())
@@ -69,7 +69,7 @@ def test_micro_batches_give_the_whole_minibatchs_step(x64, name):
     assert_same(parts, whole, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum"])
 def test_micro_batches_under_other_aggregations_and_two_heads(x64, aggregation):
     objective = ObjectiveConfig(aggregation=aggregation, kl_coefficient=0.1)
@@ -79,7 +79,7 @@ def test_micro_batches_under_other_aggregations_and_two_heads(x64, aggregation):
         assert_same(parts, whole, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_micro_batches_in_float32():
     whole = result(MTP["exact"], LayoutConfig(), dtype="float32")
     parts = result(MTP["exact"], LayoutConfig(micro_batches=4), dtype="float32")
@@ -88,7 +88,7 @@ def test_micro_batches_in_float32():
     assert abs(parts.gram[0, 1] - whole.gram[0, 1]) <= 1e-5 * scale
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_mean_of_micro_batch_coefficients_would_be_another(x64):
     """What the tests above would miss if every micro-batch happened to agree."""
     model_config = tiny.model_config(1, "float64")
@@ -106,8 +106,8 @@ def test_a_mean_of_micro_batch_coefficients_would_be_another(x64):
     "name",
     [
         "proxy_fused",
-        pytest.param("detach", marks=pytest.mark.slow),
-        pytest.param("exact", marks=pytest.mark.slow),
+        pytest.param("detach", marks=pytest.mark.release),
+        pytest.param("exact", marks=pytest.mark.release),
     ],
 )
 def test_a_non_finite_micro_batch_takes_its_head_out_and_is_counted_once(x64, name):
@@ -131,7 +131,7 @@ def test_a_non_finite_micro_batch_takes_its_head_out_and_is_counted_once(x64, na
     ("name", "chunk"),
     [("proxy_fused", 5), ("exact", 1), ("exact", 4), ("distill", 4)],
 )
-@pytest.mark.slow
+@pytest.mark.release
 def test_logits_in_chunks_give_the_same_step(x64, name, chunk):
     objective = ObjectiveConfig(entropy_coefficient=0.01)
     whole = result(MTP[name], LayoutConfig(), heads=2, objective=objective)
@@ -139,7 +139,7 @@ def test_logits_in_chunks_give_the_same_step(x64, name, chunk):
     assert_same(chunked, whole, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.standard_promotion  # jax.nn.dot_product_attention mixes dtypes
 def test_chunks_add_gradients_of_the_head_up_in_float32():
     """Under bfloat16 they differ by rounding of sums alone; bfloat16 sums would by 1e-3."""

@@ -164,7 +164,7 @@ def value_and_gradient(graphdef, params, rest, inputs):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_loops_and_recomputation_leave_values_and_gradients():
     """On a model with a dense layer, two sparse ones, and a module."""
     config = small_config(1, dtype="float32", num_layers=3, moe=MOE)
@@ -345,7 +345,7 @@ def test_unknown_choices_raise(config, field, match):
         broken.__post_init__()
 
 
-@pytest.mark.parametrize("chunk", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunk", [2, pytest.param(5, marks=pytest.mark.release)])
 def test_attention_in_chunks_of_queries_is_the_same(x64, chunk):
     """Logits and gradients, with padding and packed rows, for lengths that chunks do not divide."""
     config = tiny.model_config(1, "float64", num_kv_heads=2)

@@ -270,7 +270,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize(
-    "name", [*STEPS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "name", [*STEPS, *(pytest.param(name, marks=pytest.mark.release) for name in SLOW)]
 )
 def test_a_step_is_that_of_the_loops(x64, name):
     config = (STEPS | SLOW)[name]
@@ -282,7 +282,7 @@ def test_a_step_is_that_of_the_loops(x64, name):
     [
         (regime("occ_released"), ONE, 0),  # its mean is over the columns of responses
         *(
-            pytest.param(DISTILL, model, chunk, marks=pytest.mark.slow)
+            pytest.param(DISTILL, model, chunk, marks=pytest.mark.release)
             for model, chunk in ((ONE, 0), (TWO, 0), (TWO, 3))
         ),
     ],
@@ -293,7 +293,7 @@ def test_without_the_columns_of_the_prompts(x64, mtp, model, chunk):
     check(config, [batch_for(config)], prompt_columns=PROMPT_COLUMNS)
 
 
-@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.release)])
 def test_a_step_that_is_not_due_keeps_the_coefficients(x64, parts):
     """Of averages: measured, kept, measured, each on another minibatch."""
     config = config_of(SMOOTHED, "ppo", ONE, **cut(parts))
@@ -305,14 +305,14 @@ REPLAY = MTPTrainingConfig(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("placement", ["fused", "exact"])
 def test_replay_keeps_its_coefficient_too(x64, placement):
     config = config_of(dataclasses.replace(REPLAY, placement=placement), "ppo", ONE)
     check(config, [minibatch(ONE, seed) for seed in range(3)])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_replay_in_micro_batches_keeps_its_coefficient_too(x64):
     config = config_of(REPLAY, "ppo", ONE, **cut(2))
     check(config, [minibatch(ONE, seed) for seed in range(3)])

@@ -99,14 +99,14 @@ SLOW = ("exact", "cross_fitted", "row_subset")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MTP]
+    "name", [pytest.param(name, marks=[pytest.mark.release] * (name in SLOW)) for name in MTP]
 )
 def test_packing_changes_no_step(x64, name):
     for padded, packed in steps(MTP[name]):
         assert_same(padded, packed, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_packing_under_what_is_counted_by_sequence(x64):
     """Sequences that idle are left out, and must not have been counted before."""
     objective = ObjectiveConfig(aggregation="seq-mean-token-mean", policy=PolicyConfig(kind="gspo"))
@@ -114,20 +114,20 @@ def test_packing_under_what_is_counted_by_sequence(x64):
         assert_same(padded, packed, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_packing_in_float32():
     for padded, packed in steps(MTP["exact"], dtype="float32"):
         assert_same(padded, packed, 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_packing_and_micro_batches_of_halves(x64):
     layout = dataclasses.replace(PACKED, micro_batches=2)
     for padded, packed in steps(MTP["cross_fitted"], layout=layout):
         assert_same(padded, packed, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_packing_leaves_a_routers_load_as_it_is(x64):
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
     for padded, packed in steps(MTP["proxy"], model={"moe": moe}):
@@ -246,7 +246,7 @@ def test_the_minibatches_of_a_rollout_have_one_shape():
     assert {part.tokens.shape for part in minibatches(nothing, config)} == {(1, 12)}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.standard_promotion
 def test_a_run_compiles_once_or_when_packed_once_a_rung(tmp_path):
     """Whatever lengths it meets: counted by the compiled programs themselves."""

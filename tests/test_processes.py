@@ -67,7 +67,7 @@ def check_same(alone, together):
 LONGER = ("--rollouts", "60")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_are_one_run_and_end_together(tmp_path):
     """Four devices in one process or two in each of two: the same rewards, and losses to rounding.
 
@@ -99,7 +99,7 @@ def test_two_processes_are_one_run_and_end_together(tmp_path):
     assert rows[:4] == together
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_packing_slots_and_evaluation_are_the_same_in_two_processes(tmp_path):
     """Every process packs all rows alike, and refills slots with all samples, not with its own."""
     one = start(tmp_path / "one", 4, "--packed")

@@ -58,7 +58,7 @@ def test_rows_that_are_no_ties_are_the_end(monkeypatch, tmp_path, capsys):
         assert f"same_tokens: {len(gaps)} rows of 1 x 1000 differ" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.standard_promotion
 def test_one_engine_under_two_keys_is_not_told_apart():
     """The comparison of rewards, whose unit is the prompt."""

@@ -115,7 +115,7 @@ def single(name):
     [
         ("occ", "fsdp-tensor"),
         *(
-            pytest.param(*pair, marks=pytest.mark.slow)
+            pytest.param(*pair, marks=pytest.mark.release)
             for pair in (
                 ("occ_paper", "micro-batches"),
                 ("occ", "data"),
@@ -244,10 +244,10 @@ def single_moe():
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param("fsdp-expert-tensor", marks=pytest.mark.slow),
-        pytest.param("data-expert", marks=pytest.mark.slow),
-        pytest.param("expert", marks=pytest.mark.slow),
-        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("fsdp-expert-tensor", marks=pytest.mark.release),
+        pytest.param("data-expert", marks=pytest.mark.release),
+        pytest.param("expert", marks=pytest.mark.release),
+        pytest.param("fsdp", marks=pytest.mark.release),
     ],
 )
 def test_a_sharded_mixture_of_experts_is_the_single_devices(x64, layout):
@@ -258,7 +258,7 @@ def test_a_sharded_mixture_of_experts_is_the_single_devices(x64, layout):
     tiny.close(metrics, expected_metrics, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_tokens_travel_to_experts_and_are_never_gathered():
     config, model, batch = setting("occ_paper", "float32", MOE_LAYOUTS["data-expert"], MOE)
     config = dataclasses.replace(config, layout=LayoutConfig(data=2, expert=4))
@@ -269,7 +269,7 @@ def test_tokens_travel_to_experts_and_are_never_gathered():
     assert gathered and max(gathered) < tokens
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_bounded_capacity_drops_and_counts(x64):
     """One pair a device and expert group: most of the tokens find no room."""
     tight = dataclasses.replace(MOE, capacity_factor=0.01)

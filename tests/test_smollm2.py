@@ -20,6 +20,8 @@ from occ.tasks import pretrained_tokenizer
 from occ.training.rollout import build_programs
 from occ.training.start.pretrained import load_policy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def path():
@@ -70,7 +72,6 @@ def test_the_tokenizer_knows_its_turns(path):
     assert tokenizer.vocab_size == 49_152
 
 
-@pytest.mark.slow
 def test_the_weights_go_into_the_model_with_a_module_beside(path):
     policy = load_policy(config())
     params, rest = policy.params, policy.rest

@@ -51,9 +51,9 @@ def autodiff(config, model, batch, weights, own_weight=1.0):
     ("tied", "loss", "placement"),
     [
         (True, "ce", "fused"),
-        pytest.param(False, "ce", "fused", marks=pytest.mark.slow),
-        pytest.param(True, "policy", "fused", marks=pytest.mark.slow),
-        pytest.param(False, "policy", "exact", marks=pytest.mark.slow),
+        pytest.param(False, "ce", "fused", marks=pytest.mark.release),
+        pytest.param(True, "policy", "fused", marks=pytest.mark.release),
+        pytest.param(False, "policy", "exact", marks=pytest.mark.release),
     ],
 )
 def test_detach_leaves_the_shared_gradient_that_of_rl_alone(tied, loss, placement):
@@ -99,10 +99,10 @@ def test_a_detached_mtp_loss_does_not_depend_on_shared_parameters(tied, own):
 @pytest.mark.parametrize(
     ("loss", "heads", "kind"),
     [
-        pytest.param("ce", 1, SEQUENTIAL, marks=pytest.mark.slow, id="ce-1-sequential"),
-        pytest.param("policy", 2, SEQUENTIAL, marks=pytest.mark.slow, id="policy-2-sequential"),
+        pytest.param("ce", 1, SEQUENTIAL, marks=pytest.mark.release, id="ce-1-sequential"),
+        pytest.param("policy", 2, SEQUENTIAL, marks=pytest.mark.release, id="policy-2-sequential"),
         pytest.param("ce", 2, PARALLEL, id="ce-2-parallel"),
-        pytest.param("ce", 2, OWN, marks=pytest.mark.slow, id="ce-2-own"),
+        pytest.param("ce", 2, OWN, marks=pytest.mark.release, id="ce-2-own"),
     ],
 )
 def test_fused_equals_exact_equals_plain_autodiff(x64, heads, kind, loss):
@@ -120,7 +120,7 @@ def test_fused_equals_exact_equals_plain_autodiff(x64, heads, kind, loss):
     tiny.close(gradients["exact"], expected, 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_modules_own_head_says_the_same_in_chunks(x64):
     model_config = tiny.model_config(1, "float64", mtp=OWN)
     model = tiny.build_model(model_config)
@@ -133,7 +133,7 @@ def test_a_modules_own_head_says_the_same_in_chunks(x64):
     tiny.close([s.log_prob for s in chunked], [s.log_prob for s in whole], 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_fused_equals_exact_in_float32():
     model_config = tiny.model_config(2, mtp=SEQUENTIAL, qkv_bias=True, qk_norm=True)
     model = tiny.build_model(model_config)
@@ -145,7 +145,7 @@ def test_fused_equals_exact_in_float32():
     tiny.close(*got, 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("scale_own", [False, True])
 def test_own_parameters_are_unscaled_unless_asked(x64, scale_own):
     model_config = tiny.model_config(1, "float64")
@@ -162,7 +162,7 @@ def test_own_parameters_are_unscaled_unless_asked(x64, scale_own):
         tiny.close(got, expected, 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_exact_measures_the_gradients_of_the_shared_parameters(x64):
     """c = <g_RL, g_MTP> and v^2 from two separate calls of jax.grad, own leaves left out."""
     model_config = tiny.model_config(1, "float64")
@@ -258,9 +258,9 @@ def packed(config, sequences):
 @pytest.mark.parametrize(
     ("name", "objective"),
     [
-        pytest.param("occ", "full", marks=pytest.mark.slow),
+        pytest.param("occ", "full", marks=pytest.mark.release),
         ("occ_paper", "dapo"),
-        pytest.param("occ_paper", "gspo", marks=pytest.mark.slow),
+        pytest.param("occ_paper", "gspo", marks=pytest.mark.release),
     ],
 )
 def test_layout_changes_nothing(x64, name, objective):
@@ -283,7 +283,7 @@ def test_layout_changes_nothing(x64, name, objective):
         tiny.close(got.gradient, plain.gradient, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_layout_changes_nothing_in_float32():
     model_config = tiny.model_config(1)
     model = tiny.build_model(model_config)
@@ -332,7 +332,7 @@ def test_every_target_masked_is_zero_and_finite():
         assert np.isfinite(float(got.heads[0].metrics["loss/mtp"]))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_mixture_of_experts_goes_through_both_placements(x64, remat):
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
@@ -389,7 +389,7 @@ def test_alignment_of_the_first_response_tokens():
     assert mtp_alignment.aligned_mask(mask, segments, 2).tolist() == [[False, False, False, True]]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_distillation_is_the_divergence_from_a_main_head_held_fixed(x64):
     """Its gradient by plain autodiff, with the main head's probabilities as numbers."""
     model_config = tiny.model_config(2, "float64", tied_embeddings=False)
@@ -435,7 +435,7 @@ def config_of_rl(config):
     return dataclasses.replace(config, mtp=regime("rl_only"))
 
 
-@pytest.mark.parametrize("placement", ["fused", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("placement", ["fused", pytest.param("exact", marks=pytest.mark.release)])
 def test_modules_may_learn_from_a_loss_of_their_own(x64, placement):
     """Shared parameters see the policy loss alone, the modules' own the detached cross-entropy."""
     model_config = tiny.model_config(2, "float64")

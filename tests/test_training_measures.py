@@ -34,7 +34,7 @@ def only_shared(tree):
     return {name: tree[name] for name in tree if is_shared(name)}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 def test_halves_make_up_the_whole(x64, aggregation):
     """Gradient, matrix and metrics from two halves of unequal token counts are the minibatch's."""
@@ -75,7 +75,7 @@ def test_a_subset_of_rows_is_measured_before_the_backward_pass(x64):
     tiny.close(got.gradient, same.gradient, 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_readout_is_head_and_final_norm(x64):
     """Untied, with a module that has no norm of its own, so that both losses reach both."""
     mtp = MTPTrainingConfig(measure="readout", placement="fused")
@@ -92,7 +92,7 @@ def test_the_readout_is_head_and_final_norm(x64):
     assert got[1, 1] > expected[1, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_first_layer_and_embedding_are_parts_of_the_whole(x64):
     grams = {}
     for measure in ("gradients", "first_layer", "last_layer", "embedding"):
@@ -107,7 +107,7 @@ def test_first_layer_and_embedding_are_parts_of_the_whole(x64):
     assert len({float(part[0, 1]) for part in parts}) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("placement", ["exact", "fused"])
 def test_only_every_second_step_measures(x64, placement):
     """A step in between takes the held weight, and is a fused one: it has no true matrix."""
@@ -156,8 +156,8 @@ def test_the_second_moment_is_adams_without_its_bias():
     "measure",
     [
         "preconditioned",
-        pytest.param("preconditioned_euclidean", marks=pytest.mark.slow),
-        pytest.param("sketched", marks=pytest.mark.slow),
+        pytest.param("preconditioned_euclidean", marks=pytest.mark.release),
+        pytest.param("sketched", marks=pytest.mark.release),
     ],
 )
 def test_the_other_measures_run_in_the_train_step(x64, measure):

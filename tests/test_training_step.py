@@ -72,7 +72,7 @@ def shared(params):
     return {name: tree for name, tree in params.items() if is_shared(name)}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_coefficient_zero_is_training_the_modules_alone_for_50_steps(optimized):
     zero = dataclasses.replace(regime("occ_paper"), scale=0.0)
     alone = MTPTrainingConfig(loss="policy", rule="detach", placement="fused")
@@ -85,7 +85,7 @@ def test_coefficient_zero_is_training_the_modules_alone_for_50_steps(optimized):
         chex.assert_trees_all_equal(calibrated, modules_only)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_detach_moves_the_trunk_as_rl_alone_for_50_steps(optimized):
     detached, _ = trajectory(regime("detach"), 50)
     alone, _ = trajectory(regime("rl_only"), 50)
@@ -107,7 +107,9 @@ def test_one_norm_for_all_lets_the_modules_shrink_the_policys_step():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("rl_only", "occ", "drafter")))
+        pytest.param(
+            name, marks=[pytest.mark.release] * (name not in ("rl_only", "occ", "drafter"))
+        )
         for name in REGIMES
     ],
 )
@@ -351,8 +353,10 @@ def test_configurations_that_cannot_work_are_refused(unchecked, build, message):
 @pytest.mark.parametrize(
     ("mtp", "logits_chunk"),
     [
-        pytest.param(regime("occ"), 0, marks=pytest.mark.slow),
-        pytest.param(dataclasses.replace(regime("ce"), loss="distill"), 2, marks=pytest.mark.slow),
+        pytest.param(regime("occ"), 0, marks=pytest.mark.release),
+        pytest.param(
+            dataclasses.replace(regime("ce"), loss="distill"), 2, marks=pytest.mark.release
+        ),
     ],
 )
 def test_columns_that_hold_prompts_alone_can_be_left_out_of_the_head(mtp, logits_chunk):

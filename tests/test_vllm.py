@@ -29,7 +29,7 @@ PYTHON = os.environ.get("OCC_VLLM_PYTHON") or (
     sys.executable if importlib.util.find_spec("vllm") else None
 )
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.release,
     pytest.mark.skipif(PYTHON is None, reason="no vLLM: set OCC_VLLM_PYTHON to its interpreter"),
 ]
 SAMPLING = SamplingConfig(max_new_tokens=8, stop_tokens=(1, 2))

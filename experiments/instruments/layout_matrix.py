@@ -7,7 +7,7 @@ Cost: five minutes on two CPU cores, which simulate eight devices.
 One production train step is run in each layout, and compared with one device and the whole, padded
 minibatch: differences of loss and v^2 relative to themselves, of c relative to ||g|| ||m||, of the
 coefficient relative to ||g|| / ||m||, of Adam's first moment (the gradient, after clipping) as the
-largest of the leaves' relative norms. Several processes: pytest -m slow tests/test_processes.py.
+largest of the leaves' relative norms. Several processes: pytest -m release tests/test_processes.py.
 """
 
 from __future__ import annotations

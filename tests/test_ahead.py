@@ -192,6 +192,7 @@ def test_samples_are_kept_whole(programs, start):
     assert again.metrics == drawn.metrics
 
 
+@pytest.mark.slow
 def test_an_engine_of_its_own_samples_while_the_run_trains(start, tmp_path):
     """The train step does not return before the engine has the next request."""
     with Serving(tmp_path) as serving:

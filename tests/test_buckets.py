@@ -358,6 +358,7 @@ def test_adapters_go_out_to_a_bucket_and_come_back(folder, tmp_path, monkeypatch
 # -- an outage --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_server
 def test_while_the_bucket_is_away_everything_waits_and_says_so(folder, server, capsys):
     save(folder / "checkpoints", 1)

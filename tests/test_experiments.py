@@ -112,6 +112,7 @@ def at(monkeypatch, tmp_path):
     yield tmp_path
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_after_ctrl_c_and_leaves_table_figure_and_results(
     at, capsys, monkeypatch
 ):
@@ -215,6 +216,7 @@ def test_where_another_device_may_be_found_it_is_left_as_it_is(monkeypatch):
     assert os.environ["XLA_FLAGS"] == f"{LEVEL}=1"
 
 
+@pytest.mark.slow
 def test_one_run_by_its_command_line(at, monkeypatch, capsys):
     command = ["train", "laptop", "--regime", "ce", "--config.rollouts", "1", "--config.seed", "3"]
     command += ["--config.mtp.coefficient", "0.7"]

@@ -99,7 +99,8 @@ def test_a_cache_written_at_once_is_that_written_row_by_row(monkeypatch):
             np.testing.assert_array_equal(after, expected)
 
 
-@pytest.mark.parametrize("depth", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [0, 2])
 def test_generation_with_the_kernel_says_the_same(unchecked, depth):
     config = small_config(2, "float32", head_dim=16)
     policy = Policy(config, *random_model(config)[1:])

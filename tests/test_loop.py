@@ -214,6 +214,7 @@ def test_a_run_goes_on_where_a_field_has_come_since(whole, tmp_path):
     assert len({identity(other) for other in (CONFIG, *others)}) == 5
 
 
+@pytest.mark.slow
 def test_the_depth_of_drafts_is_chosen_and_kept(whole, start, tmp_path, monkeypatch):
     """What is measured at the beginning decides, also after a stop; samples are the same."""
     monkeypatch.setattr(draft_depth, "DEEPEST", 1)

@@ -214,6 +214,7 @@ def test_a_starting_point_is_made_once(weights, programs, tmp_path, monkeypatch)
         runs.starting_point(longer, TASK, programs, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_a_run_goes_on_from_published_weights(weights, programs, tmp_path):
     config = with_weights(weights[0], rollouts=1, warm_start=dataclasses.replace(OWN, steps=2))

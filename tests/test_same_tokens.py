@@ -24,7 +24,14 @@ def setting():
     return types.SimpleNamespace(policy=policy, prompts=lambda count: (tokens, mask))
 
 
-@pytest.mark.parametrize("name", ["most likely", "temperature 0.7, top-p 0.9", "temperature 1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("most likely", marks=pytest.mark.release),
+        "temperature 0.7, top-p 0.9",
+        pytest.param("temperature 1", marks=pytest.mark.release),
+    ],
+)
 def test_a_token_that_is_not_drawn_is_behind_the_one_that_is(setting, name, monkeypatch):
     """The drawn token decides by the score that is looked at, so no other may come before it."""
     monkeypatch.setattr(same_tokens, "SAMPLES", 1)

@@ -283,7 +283,7 @@ def test_a_bounded_capacity_drops_and_counts(x64):
     ("moe", "layout"),
     [
         pytest.param(None, LAYOUTS["data-fsdp-tensor"], id="dense"),
-        pytest.param(MOE, LayoutConfig(fsdp=4, expert=2), id="moe"),
+        pytest.param(MOE, LayoutConfig(fsdp=4, expert=2), marks=pytest.mark.slow, id="moe"),
     ],
 )
 def test_generation_on_a_mesh_samples_the_same_tokens(moe, layout):

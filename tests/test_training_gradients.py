@@ -101,7 +101,7 @@ def test_a_detached_mtp_loss_does_not_depend_on_shared_parameters(tied, own):
     [
         pytest.param("ce", 1, SEQUENTIAL, marks=pytest.mark.release, id="ce-1-sequential"),
         pytest.param("policy", 2, SEQUENTIAL, marks=pytest.mark.release, id="policy-2-sequential"),
-        pytest.param("ce", 2, PARALLEL, id="ce-2-parallel"),
+        pytest.param("ce", 2, PARALLEL, marks=pytest.mark.slow, id="ce-2-parallel"),
         pytest.param("ce", 2, OWN, marks=pytest.mark.release, id="ce-2-own"),
     ],
 )
@@ -259,7 +259,7 @@ def packed(config, sequences):
     ("name", "objective"),
     [
         pytest.param("occ", "full", marks=pytest.mark.release),
-        ("occ_paper", "dapo"),
+        pytest.param("occ_paper", "dapo", marks=pytest.mark.slow),
         pytest.param("occ_paper", "gspo", marks=pytest.mark.release),
     ],
 )
@@ -366,6 +366,7 @@ def test_nonfinite_mtp_gradient_is_removed_in_both_placements():
         np.testing.assert_array_equal(got.calibration.nonfinite, [1])
 
 
+@pytest.mark.slow
 def test_zero_coefficient_through_the_rule_is_the_detached_shared_gradient():
     """The coefficient is data: forcing it to 0 gives Detach's shared gradient, bit for bit."""
     model_config = tiny.model_config(1)
@@ -435,7 +436,13 @@ def config_of_rl(config):
     return dataclasses.replace(config, mtp=regime("rl_only"))
 
 
-@pytest.mark.parametrize("placement", ["fused", pytest.param("exact", marks=pytest.mark.release)])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        pytest.param("fused", marks=pytest.mark.slow),
+        pytest.param("exact", marks=pytest.mark.release),
+    ],
+)
 def test_modules_may_learn_from_a_loss_of_their_own(x64, placement):
     """Shared parameters see the policy loss alone, the modules' own the detached cross-entropy."""
     model_config = tiny.model_config(2, "float64")

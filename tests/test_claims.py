@@ -257,6 +257,19 @@ def test_worth_from_minibatches_is_that_of_their_gram_matrices():
     assert abs(found["worth"]["value"][1] - plain) < 3 * found["worth"]["error"][1]
     assert np.shape(found["gain"]["value"]) == (2, len(worth_report.COEFFICIENTS))
     assert 0 < found["worth"]["error"][0] < 1 and found["joint"]["value"] > 0.9
+    assert worth_report.LARGER[0] == 1
+    np.testing.assert_allclose(
+        np.array(found["larger"]["value"])[:, 0], found["worth"]["value"], rtol=1e-12
+    )
+    # With four times the samples the noise is a quarter of what it was, and the signal stays.
+    same, cross = (np.asarray(m).sum(0)[:2, :2] for m in worth.sampled(matrices))
+    fourth = cross + (same - cross) / 4
+    ratio, cosine = cross[0, 1] / cross[0, 0], fourth[0, 1] / fourth[0, 0]
+    rest = fourth[1, 1] - fourth[0, 1] ** 2 / fourth[0, 0]
+    expected = 1 + (ratio - cosine) ** 2 * fourth[0, 0] / rest
+    with jax.enable_x64(True):
+        everything = worth.figures(worth.sampled(matrices))
+    np.testing.assert_allclose(everything["larger"][0, worth_report.LARGER.index(4)], expected)
 
 
 def test_folding_keeps_inner_products_in_expectation():
@@ -327,7 +340,9 @@ def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, 
     )
     assert value == pytest.approx(1) and low <= high
     assert worth_report.report(at / "rows", None, at / "out") == 0
-    assert "| filtering_easy | policy_own | 1 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| filtering_easy | policy_own | 1 |" in said
+    assert "| filtering_easy, 11, 2 | policy_own |" in said
 
 
 @pytest.mark.slow

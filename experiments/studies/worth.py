@@ -45,7 +45,7 @@ from experiments.studies.following import (
     inputs_of,
     one_core_processes,
 )
-from experiments.studies.worth_report import COEFFICIENTS, GAINS, RESULTS
+from experiments.studies.worth_report import COEFFICIENTS, GAINS, LARGER, RESULTS
 from occ import theory
 from occ.theory import SampledGram
 from occ.training.batch import Minibatch, split
@@ -263,8 +263,9 @@ def figures(parts: SampledGram) -> dict[str, jax.Array]:
 
     Returns:
       "worth", "coefficient", "critical_batch" and "by_part" (worth with a coefficient a part), each
-      [A - 1], of every auxiliary alone; "gain" [A - 1, C], of fixed coefficients; "joint" [], the
-      worth of all auxiliaries together.
+      [A - 1], of every auxiliary alone; "gain" [A - 1, C], of fixed coefficients; "larger"
+      [A - 1, F], the worth in minibatches LARGER times as large; "joint" [], the worth of all
+      auxiliaries together.
     """
     total = SampledGram(*(matrix.sum(axis=0) for matrix in parts))
 
@@ -279,6 +280,9 @@ def figures(parts: SampledGram) -> dict[str, jax.Array]:
             "critical_batch": theory.critical_batch(pair),
             "by_part": theory.worth(theory.by_group(groups)).worth,
             "gain": jnp.stack([theory.relative_gain(pair, value) for value in COEFFICIENTS]),
+            "larger": jnp.stack(
+                [theory.worth(theory.at_batch_size(pair, f)).worth for f in LARGER]
+            ),
         }
 
     each = [alone(k) for k in range(1, len(total.same))]

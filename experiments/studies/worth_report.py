@@ -20,6 +20,8 @@ from occ.training.durable.run_folder import read_rows
 RESULTS = pathlib.Path(__file__).parent / "results" / "worth"
 GAINS = RESULTS.with_name("claims_over_starts")
 COEFFICIENTS = (0.2, 1.0, 3.0)
+LARGER = (1, 4, 16, 64, 256, 1024)
+"""Factors of the minibatch."""
 PREDICTED = {
     "drafter": ("policy_own", 0.2),
     "policy_1.0": ("policy_main", 1.0),
@@ -51,9 +53,11 @@ def read(folder: pathlib.Path) -> Points:
     return points
 
 
-def figure_of(row: dict[str, Any], norm: str, name: str, objective: str) -> np.ndarray:
-    """One figure of one auxiliary at one point."""
-    value = row[norm][name]["value"][row["objectives"].index(objective)]
+def figure_of(
+    row: dict[str, Any], norm: str, name: str, objective: str, of: str = "value"
+) -> np.ndarray:
+    """One figure of one auxiliary at one point, or its standard "error"."""
+    value = row[norm][name][of][row["objectives"].index(objective)]
     return np.array(value, np.float64)
 
 
@@ -94,6 +98,31 @@ def worth_table(points: Points, norm: str) -> str:
                 f"{_mean(critical, np.median):.1f} | {column('gain', 100, 1, pick=0)} |"
             )
     return "\n".join(lines)
+
+
+def larger_table(points: Points, norm: str) -> str:
+    """What larger minibatches leave of the worth: of each point, with its standard error.
+
+    Empty where no row says it: the older ones do not.
+    """
+    lines = [
+        "| setting, start, rollout | auxiliary | "
+        + " | ".join(f"{factor} times" for factor in LARGER)
+        + " |",
+        "|" + "---|" * (2 + len(LARGER)),
+    ]
+    for (setting, start), rows in points.items():
+        for row in (row for row in rows if "larger" in row[norm]):
+            for objective in row["objectives"]:
+                values = figure_of(row, norm, "larger", objective)
+                errors = figure_of(row, norm, "larger", objective, of="error")
+                cells = (f"{v:.3f} ({e:.3f})" for v, e in zip(values, errors, strict=True))
+                lines.append(
+                    f"| {setting}, {start}, {row['rollout']} | {objective} | "
+                    + " | ".join(cells)
+                    + " |"
+                )
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _picked(value: np.ndarray, pick: int | None) -> np.ndarray:
@@ -229,6 +258,8 @@ def report(folder: pathlib.Path, gains: pathlib.Path | None, output: pathlib.Pat
     text = error_line(points) + "\n"
     for norm in NORMS:
         text += f"\n### Norm: {norm}\n\n{worth_table(points, norm)}\n"
+        if larger := larger_table(points, norm):
+            text += f"\nThe worth in larger minibatches (standard error):\n\n{larger}\n"
     found = pairs(points, claims_rows.read(gains)) if gains is not None and gains.exists() else []
     if len(found) > 2:
         text += f"\n### What training gave\n\n{prediction_table(found)}\n"

@@ -65,7 +65,7 @@ class Arguments:
         columns at a time (whose operations the compiler counts for one chunk alone); 0 leaves that
         out.
       lora_rank: measure every regime again with adapters of this rank on all kernels, the rest of
-        the trunk frozen; 0 leaves that out.
+        the trunk frozen, as it is and in eight bits; 0 leaves that out.
       folder: for result.json and table.md.
     """
 
@@ -160,12 +160,16 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
     compiled, states, products, every = {}, {}, {}, {}
     in_turn: dict[str, list[tuple[float, float]]] = {}
     chunks = (0, arguments.logits_chunk) if arguments.logits_chunk else (0,)
-    ranks = (0, arguments.lora_rank) if arguments.lora_rank else (0,)
-    variants = list(itertools.product(ranks, chunks, arguments.regimes))
-    for rank, chunk, name in tqdm.tqdm(variants, desc=f"compile, remat {remat}"):
+    adapters: dict[str, LoRAConfig | None] = {"": None}
+    if rank := arguments.lora_rank:
+        adapters[f", adapters of rank {rank}"] = LoRAConfig(rank=rank)
+        adapters[f", adapters of rank {rank} beside eight bits"] = LoRAConfig(
+            rank=rank, quantised="int8"
+        )
+    variants = list(itertools.product(adapters.items(), chunks, arguments.regimes))
+    for (suffix, lora), chunk, name in tqdm.tqdm(variants, desc=f"compile, remat {remat}"):
         label = f"{name}, logits of {chunk} columns" if chunk else name
-        label += f", adapters of rank {rank}" if rank else ""
-        lora = LoRAConfig(rank=rank) if rank else None
+        label += suffix
         adapted, mtp = dataclasses.replace(model, lora=lora), regime(name)
         made = compile_step(adapted, mtp, batch, chunk)
         compiled[label], states[label], products[label] = made
@@ -189,6 +193,9 @@ def measure(arguments: Arguments, remat: str) -> dict[str, dict[str, float]]:
         cost["products"] = products[name]
         held = (states[name].opt_state, states[name].params)  # and gradients like these
         cost["trained_bytes"] = float(sum(leaf.nbytes for leaf in jax.tree.leaves(held)))
+        cost["frozen_bytes"] = float(
+            sum(leaf.nbytes for leaf in jax.tree.leaves(states[name].rest))
+        )
         if arguments.scan:  # of which the compiler counts one layer
             cost["flops"] = products[name]
     return costs
@@ -300,9 +307,9 @@ def predicted_share(arguments: Arguments, detach_flops: float) -> float:
 def table(costs: dict[str, dict[str, float]]) -> str:
     """A row a program, each figure with its ratio to the first's; of a known chip its share."""
     lines = [
-        "| program | GFLOP | ratio | temporary MiB | ratio | optimizer, gradient MiB | ms a step "
-        "| ratio | of the chip |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| program | GFLOP | ratio | temporary MiB | ratio | optimizer, gradient MiB | frozen MiB "
+        "| ms a step | ratio | of the chip |",
+        "|" + "---|" * 10,
     ]
     chip = this_chip()
     base = next(iter(costs.values()))
@@ -310,8 +317,8 @@ def table(costs: dict[str, dict[str, float]]) -> str:
         cells = [name]
         for key, unit, digits in (("flops", 1e9, 2), ("temporary_bytes", 2**20, 1)):
             cells += [f"{cost[key] / unit:.{digits}f}", f"{cost[key] / base[key]:.3f}"]
-        held = cost.get("trained_bytes")
-        cells.append("" if held is None else f"{held / 2**20:.1f}")
+        for key in ("trained_bytes", "frozen_bytes"):
+            cells.append(f"{cost[key] / 2**20:.1f}" if key in cost else "")
         interval = f"[{cost['ratio_low']:.3f}, {cost['ratio_high']:.3f}]"
         cells += [f"{cost['seconds'] * 1e3:.3g}", f"{cost['ratio']:.3f} {interval}"]
         cells.append("")

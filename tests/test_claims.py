@@ -22,6 +22,7 @@ from experiments.studies import (
 )
 from experiments.studies.claims_grid import Cell
 from experiments.studies.fidelity_estimators import PARTS
+from experiments.studies.following import read_followed
 from occ import theory
 from occ.training.gradient.calibration import build_calibration
 from tests.test_experiments import small
@@ -221,12 +222,12 @@ def test_following_a_run_measures_every_estimator(at, monkeypatch):
     tiny = dataclasses.replace(config, rollouts=4, rollout=rollout, warm_start=warm)
     monkeypatch.setitem(CONFIGS, claims_grid.MAIN, lambda: tiny)
     arguments = estimator_fidelity.Run(minibatches=5, stride=2, folder=at / "rows")
-    estimator_fidelity.follow("tiny", arguments)
-    models = fidelity_report.read(at / "rows")
-    assert [(row["rollout"], row["minibatch"]) for row in models["tiny"]] == [(1, 1), (3, 2)]
-    truth = fidelity_report.ratios(models["tiny"], "truth")
+    estimator_fidelity.follow("tiny", 31, arguments)
+    rows = read_followed(at / "rows", "estimator_fidelity")["tiny", 31]
+    assert [(row["rollout"], row["minibatch"]) for row in rows] == [(1, 1), (3, 2)]
+    truth = fidelity_report.ratios(rows, "truth")
     for name in fidelity_report.SHOWN:
-        values = fidelity_report.estimates(models["tiny"], name)
+        values = fidelity_report.estimates(rows, name)
         assert values.shape == truth.shape == (2, 5) and np.isfinite(values).all(), name
     assert fidelity_report.report(at / "rows", at / "out") == 0
     assert (at / "out" / "fidelity.png").stat().st_size > 5_000
@@ -318,7 +319,8 @@ def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, 
     arguments = worth.Run(
         objectives=("ce", "policy_own"), points=(0.5,), minibatches=6, folder=at / "rows"
     )
-    (row,) = worth_report.read_rows(worth.follow(claims_grid.MAIN, 11, arguments))
+    worth.follow(claims_grid.MAIN, 11, arguments)
+    (row,) = read_followed(at / "rows", "worth")[claims_grid.MAIN, 11]
     with pytest.raises(ValueError, match="has rows of the objectives .* Choose another --folder"):
         worth.follow(claims_grid.MAIN, 11, dataclasses.replace(arguments, objectives=("ce",)))
     assert row["rollout"] == 2 and row["minibatches"] == 6
@@ -352,9 +354,9 @@ def test_one_step_is_predicted_and_taken(at):
     rollout = dataclasses.replace(config.rollout, prompts=8, minibatches=4)
     tiny = dataclasses.replace(config, rollouts=4, rollout=rollout, warm_start=warm)
     CONFIGS[claims_grid.MAIN] = lambda: tiny  # `at` puts the old one back
-    arguments = one_step.Run(setting=claims_grid.MAIN, stride=2, folder=at / "rows")
-    one_step.follow(arguments)
-    rows = one_step.read_rows(at / "rows" / f"{claims_grid.MAIN}.jsonl")
+    arguments = one_step.Run(stride=2, folder=at / "rows")
+    one_step.follow(claims_grid.MAIN, 31, arguments)
+    rows = read_followed(at / "rows", "one_step")[claims_grid.MAIN, 31]
     assert [(row["rollout"], row["minibatch"]) for row in rows] == [(1, 1), (3, 2)]
     for row in rows:
         # The step is short, so the second order is all but exact.
@@ -364,8 +366,19 @@ def test_one_step_is_predicted_and_taken(at):
 
 
 def test_slope_through_the_origin():
-    x = np.array([1.0, 2.0, -1.0])
-    value, half = one_step.slope(x, 0.5 * x)
-    assert value == pytest.approx(0.5) and half == pytest.approx(0.0, abs=1e-12)
-    value, half = one_step.slope(x, np.array([1.0, 0.0, 1.0]))
-    assert value == pytest.approx(0.0) and half > 0.5
+    points = [{"realised": 0.5 * x, "first_order": x} for x in (1.0, 2.0, -1.0)]
+    assert one_step.slope(points, "first_order") == pytest.approx(0.5)
+    assert one_step.correlation(points, "first_order") == pytest.approx(1)
+    apart = [{"realised": y, "first_order": x} for x, y in ((1.0, 1.0), (2.0, 0.0), (-1.0, 1.0))]
+    assert one_step.slope(apart, "first_order") == pytest.approx(0.0)
+
+
+def test_intervals_are_over_starts_of_means_over_models(at):
+    """A start that is off in all models shows, and models that differ widen nothing."""
+    values = {("a", 1): 1.0, ("b", 1): 5.0, ("a", 2): 2.0, ("b", 2): 6.0}
+    points = {key: [{"value": value}] for key, value in values.items()}
+    shown = fidelity_report.show(points, lambda rows: rows[0]["value"], 1)
+    half = 12.7062 * np.std([3, 4], ddof=1) / np.sqrt(2)
+    assert shown == f"3.5 ± {half:.1f} (1.5 to 5.5)"
+    with pytest.raises(ValueError, match="run `python -m experiments.studies.one_step run` first"):
+        read_followed(at / "nothing", "one_step")

@@ -1,17 +1,17 @@
 """How close does each estimator of the coefficient come to c / v^2 of the expected gradients?
 
-    python -m experiments.studies.estimator_fidelity run       all models of MODELS, resumable
+    python -m experiments.studies.estimator_fidelity run       TASKS from every start, resumable
     python -m experiments.studies.estimator_fidelity run --quick
     python -m experiments.studies.estimator_fidelity report    tables from the rows
     python -m experiments.studies.estimator_fidelity cost      operations of each estimator
 
-One training run (policy loss, coefficient 0.2) is followed. At chosen rollouts, after one, two or
-three of its four gradient steps, many further minibatches are drawn from the policy of that
-rollout. Every estimator is applied to each of them, and its value compared with the truth from all
-the others: c and v^2 of their mean gradients, at least 16 minibatches together. Averages over
-training steps are applied to the run's own minibatches.
+Training runs (policy loss, coefficient 0.2) are followed, each from a warm start of its own. At
+chosen rollouts, after one, two or three of its four gradient steps, many further minibatches are
+drawn from the policy of that rollout. Every estimator is applied to each of them, and its value
+compared with the truth from all the others: c and v^2 of their mean gradients, at least 16
+minibatches together. Averages over training steps are applied to the run's own minibatches.
 
-Cost: about three minutes a model on one core; the whole of MODELS about half an hour on two.
+Cost: about three minutes a run and core. `--models` takes the other sizes of MODELS.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ from experiments.studies import fidelity_report
 from experiments.studies.command_line import command_line
 from experiments.studies.fidelity_estimators import AVERAGES, PARTS, by_path, cost, estimate
 from experiments.studies.following import (
+    FOLLOWED_SEED,
+    STARTS,
     Followed,
     begin,
+    file_of,
+    follow_all,
     further_minibatches,
     inputs_of,
-    one_core_processes,
 )
 from occ.training.batch import Minibatch, split
 from occ.training.config import TrainConfig
+from occ.training.durable.run_folder import environment
 from occ.training.optimizer import second_moment
 from occ.training.rollout import collect
 from occ.training.state import TrainState
@@ -67,25 +71,27 @@ MODELS: dict[str, tuple[str, Callable[[TrainConfig], TrainConfig]]] = {
 """Task and change of its model, by name: two tasks easy, one hard, one of planning; then width,
 depth and vocabulary one at a time."""
 
+TASKS = ("arithmetic_easy", "arithmetic_hard", "filtering_easy", "star_easy")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Measures.
 
     Attributes:
-      models: only these; empty for all of MODELS that have a configuration.
+      models: of MODELS.
+      starts: seeds of the warm starts.
       minibatches: further minibatches at each point; the truth for one is from all others.
       stride: rollouts between points.
-      seed: of the training run.
       workers: processes, each on one core.
-      quick: one model, few points: two minutes.
+      quick: one model from one start, few points: two minutes.
       folder: of the rows.
     """
 
-    models: tuple[str, ...] = ()
+    models: tuple[str, ...] = TASKS
+    starts: tuple[int, ...] = STARTS
     minibatches: int = 24
     stride: int = 2
-    seed: int = 0
     workers: int = 2
     quick: bool = False
     folder: pathlib.Path = RESULTS
@@ -115,14 +121,18 @@ class Cost:
     folder: pathlib.Path = RESULTS
 
 
-def follow(name: str, arguments: Run) -> pathlib.Path:
+def follow(name: str, start: int, arguments: Run) -> pathlib.Path:
     """Follows one training run and writes a row a point; returns the file."""
-    file = arguments.folder / f"{name}.jsonl"
+    file = file_of(arguments.folder, name, start)
     if file.exists():
         return file
     setting, change = MODELS[name]
-    quick_rollouts = 6 if arguments.quick else None
-    run = begin(change(CONFIGS[setting]()), seed=arguments.seed, quick_rollouts=quick_rollouts)
+    run = begin(
+        change(CONFIGS[setting]()),
+        seed=100 * start + FOLLOWED_SEED,
+        start=start,
+        quick_rollouts=6 if arguments.quick else None,
+    )
     config, task, programs, state = run
     measure = _compiled(run)
     lines: list[dict[str, Any]] = []
@@ -146,6 +156,7 @@ def follow(name: str, arguments: Run) -> pathlib.Path:
                         "rollout": number,
                         "minibatch": index,
                         "reward": rollout.metrics["reward"],
+                        "commit": environment()["commit"],
                         **compare(measured, [one["gram"]["exact"] for one in own]),
                     }
                 )
@@ -239,26 +250,19 @@ def run(arguments: Run) -> int:
     if arguments.quick:
         arguments = dataclasses.replace(
             arguments,
-            models=arguments.models or ("arithmetic_easy",),
+            models=arguments.models[:1],
+            starts=arguments.starts[:1],
             minibatches=17,
             folder=pathlib.Path("runs/fidelity/quick"),
             workers=1,
         )
-    names = arguments.models or tuple(n for n, (setting, _) in MODELS.items() if setting in CONFIGS)
-    unknown = sorted(set(names) - set(MODELS))
+    unknown = sorted(set(arguments.models) - set(MODELS))
     if unknown or arguments.minibatches < 17:
         raise ValueError(
             f"estimator_fidelity: expected models in {sorted(MODELS)} and at least 17 minibatches "
             f"(16 for the truth and one to estimate from), got {unknown or arguments.minibatches}."
         )
-    if arguments.workers == 1:
-        for name in names:
-            print(follow(name, arguments))
-        return 0
-    with one_core_processes(arguments.workers) as pool:
-        for file in pool.map(follow, names, [arguments] * len(names)):
-            print(file)
-    return 0
+    return follow_all(follow, arguments.models, arguments.starts, arguments)
 
 
 def main() -> int:

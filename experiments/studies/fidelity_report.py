@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -13,8 +14,10 @@ import numpy as np
 import scipy.stats
 
 from experiments import runs
+from experiments.studies import claims_rows
+from experiments.studies.following import Points, read_followed
 from occ import json_files
-from occ.training.durable.run_folder import read_rows
+from occ.evaluation.intervals import mean_interval
 
 Rows = list[dict[str, Any]]
 PARTS = ("first_layer", "last_layer", "embedding")
@@ -106,27 +109,51 @@ def scores(rows: Rows) -> dict[str, Score]:
     return result
 
 
-def table(models: dict[str, Rows], costs: dict[str, float]) -> str:
-    """A Markdown table: means over models; the error beside that of the exact measure."""
-    everything = {model: scores(rows) for model, rows in models.items()}
+def by_model(points: Points) -> dict[str, list[Rows]]:
+    """The runs of every model, one a start."""
+    models = sorted({model for model, _ in points})
+    return {m: [rows for (model, _), rows in points.items() if model == m] for m in models}
+
+
+def show(points: Points, value: Callable[[Rows], float], digits: int) -> str:
+    """Mean over models with its interval over starts, and the extremes of the models' means."""
+    figures = {key: value(rows) for key, rows in points.items()}
+    starts, models = {start for _, start in points}, {model for model, _ in points}
+    means = np.array([np.mean([v for key, v in figures.items() if key[1] == s]) for s in starts])
+    if np.isnan(means).any():
+        return ""
+    each = [np.mean([v for key, v in figures.items() if key[0] == m]) for m in models]
+    return (
+        f"{claims_rows.show(mean_interval(means), 1, digits, signed=False)} "
+        f"({np.min(each):.{digits}f} to {np.max(each):.{digits}f})"
+    )
+
+
+def table(points: Points, costs: dict[str, float]) -> str:
+    """A Markdown table of all estimators; the error beside that of the exact measure."""
+    everything = {id(rows): scores(rows) for rows in points.values()}
     lines = [
         "| estimator | rank correlation | same sign, % | bias | deviation | error / exact's | "
         "with the same minibatch | operations / Detach |",
-        "|---|---|---|---|---|---|---|---|",
+        "|" + "---|" * 8,
     ]
     for name in next(iter(everything.values())):
-        several = [one[name] for one in everything.values()]
         reference = "exact" if name in SHOWN else "exact (run)"
-        relative = [one[name].rmse / one[reference].rmse for one in everything.values()]
-        own = [_with_same_minibatch(rows, name) for rows in models.values()]
+
+        def figure_of(key, scale=1.0, n=name):
+            return lambda rows: scale * getattr(everything[id(rows)][n], key)
+
+        def relative(rows, n=name, r=reference):
+            return everything[id(rows)][n].rmse / everything[id(rows)][r].rmse
+
         cells = [
             name,
-            _range([s.spearman for s in several], 2),
-            _range([100 * s.sign for s in several], 0),
-            f"{np.mean([s.bias for s in several]):+.3f}",
-            f"{np.mean([s.deviation for s in several]):.3f}",
-            _range(relative, 2),
-            "" if np.isnan(own).any() else _range(own, 2),
+            show(points, figure_of("spearman"), 2),
+            show(points, figure_of("sign", 100), 0),
+            show(points, figure_of("bias"), 3),
+            show(points, figure_of("deviation"), 3),
+            show(points, relative, 2),
+            show(points, lambda rows, n=name: _with_same_minibatch(rows, n), 2),
             f"{costs[_cost_name(name)]:.2f}" if _cost_name(name) in costs else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -139,12 +166,6 @@ def _cost_name(name: str) -> str:
     return {"exact (run)": "exact", "sketched_32": "sketched_8"}.get(name, name)
 
 
-def _range(values: list[float], digits: int) -> str:
-    """Mean over models, and its extremes."""
-    low, high = np.min(values), np.max(values)
-    return f"{np.mean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def _with_same_minibatch(rows: Rows, name: str) -> float:
     """Rank correlation with the exact value of the same minibatch."""
     if name not in SHOWN or name == "exact":
@@ -153,49 +174,50 @@ def _with_same_minibatch(rows: Rows, name: str) -> float:
     return float(scipy.stats.spearmanr(estimates(rows, name).ravel(), exact).statistic)
 
 
-def parts_table(models: dict[str, Rows]) -> str:
+def parts_table(points: Points) -> str:
     """Measures on some leaves, scored against c / v^2 of all the *other* leaves."""
     lines = ["| measured on | rank correlation | same sign, % |", "|---|---|---|"]
     for part in PARTS:
-        several = [
-            score(estimates(rows, part), ratios(rows, "other_leaves", part))
-            for rows in models.values()
-        ]
+
+        def of(key, scale=1.0, p=part):
+            return lambda rows: (
+                scale * getattr(score(estimates(rows, p), ratios(rows, "other_leaves", p)), key)
+            )
+
         lines.append(
-            f"| {part} | {_range([s.spearman for s in several], 2)} | "
-            f"{_range([100 * s.sign for s in several], 0)} |"
+            f"| {part} | {show(points, of('spearman'), 2)} | {show(points, of('sign', 100), 0)} |"
         )
     return "\n".join(lines)
 
 
-def models_table(models: dict[str, Rows]) -> str:
+def models_table(points: Points) -> str:
     """A row a model: the truth early and late, what noise does to it, and who follows it."""
+    names = ("exact", "smoothed_0.9_every_5", "log_ratios_main", "log_ratios_own")
     lines = [
-        "| model | points | true c / v^2, early | late | c, same samples / true | "
-        "v^2, same / true | exact: rank corr. | smoothed_0.9_every_5 | "
-        "log_ratios_main | log_ratios_own |",
-        "|" + "---|" * 10,
+        "| model | starts | true c / v^2, early | late | c, same samples / true | v^2, same / true "
+        "| " + " | ".join(f"{name}: rank corr." for name in names) + " |",
+        "|" + "---|" * (6 + len(names)),
     ]
-    for model, rows in models.items():
-        truth = ratios(rows, "truth").mean(axis=1)
-        half = len(truth) // 2
-        noise = [
-            sum(row["same"][key] for row in rows) / sum(row["unbiased"][key] for row in rows)
-            for key in ("c", "v2")
+
+    def noise(rows, key):
+        return sum(row["same"][key] for row in rows) / sum(row["unbiased"][key] for row in rows)
+
+    for model, several in by_model(points).items():
+        truths = [ratios(rows, "truth").mean(axis=1) for rows in several]
+        columns = [
+            [truth[: len(truth) // 2].mean() for truth in truths],
+            [truth[len(truth) // 2 :].mean() for truth in truths],
+            *([noise(rows, key) for rows in several] for key in ("c", "v2")),
+            *([scores(rows)[name].spearman for rows in several] for name in names),
         ]
-        got = scores(rows)
-        names = ("exact", "smoothed_0.9_every_5", "log_ratios_main", "log_ratios_own")
-        lines.append(
-            f"| {model} | {len(rows)} | {truth[:half].mean():.2f} | {truth[half:].mean():.2f} | "
-            f"{noise[0]:.2f} | {noise[1]:.2f} | "
-            + " | ".join(f"{got[name].spearman:.2f}" for name in names)
-            + " |"
-        )
+        cells = (claims_rows.show(mean_interval(c), 1, 2, signed=False) for c in columns)
+        lines.append(f"| {model} | {len(several)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def figure(models: dict[str, Rows], file: pathlib.Path) -> None:
-    """True c / v^2 and estimates along the run, a panel a model."""
+def figure(points: Points, file: pathlib.Path) -> None:
+    """True c / v^2 and estimates along the first start's run, a panel a model."""
+    models = {model: several[0] for model, several in by_model(points).items()}
     names = list(models)
     columns = min(len(names), 2)
     lines = -(-len(names) // columns)
@@ -228,40 +250,25 @@ def figure(models: dict[str, Rows], file: pathlib.Path) -> None:
     plt.close(canvas)
 
 
-def read(folder: pathlib.Path) -> dict[str, Rows]:
-    """Rows of every model in the folder.
-
-    Raises:
-      ValueError: there are none.
-    """
-    models = {file.stem: read_rows(file) for file in sorted(folder.glob("*.jsonl"))}
-    if not models:
-        raise ValueError(
-            f"no rows in {folder}: run `python -m experiments.studies.estimator_fidelity run` "
-            "first, or pass the --folder that it wrote to."
-        )
-    return models
-
-
 def report(folder: pathlib.Path, output: pathlib.Path) -> int:
     """Prints and writes the tables, and draws the figure; returns the exit status."""
-    models = read(folder)
+    points = read_followed(folder, "estimator_fidelity")
     cost_file = folder / "cost.json"
     costs = json_files.read_object(cost_file) if cost_file.exists() else {}
     output.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(
         [
-            "Means over models, with their extremes in brackets. Error and deviation are of the "
-            "coefficient c / v^2.",
-            table(models, costs),
+            "Means over models with 95 % intervals over starts, and in brackets the extremes of "
+            "the models' means. Bias, deviation and error are of the coefficient c / v^2.",
+            table(points, costs),
             "Measures on some leaves, against c / v^2 of all other leaves:",
-            parts_table(models),
+            parts_table(points),
             "By model:",
-            models_table(models),
+            models_table(points),
         ]
     )
     runs.replace(output / "table.md", text + "\n")
-    figure(models, output / "fidelity.png")
+    figure(points, output / "fidelity.png")
     print(text)
     print(f"\n{output}: table.md, fidelity.png")
     return 0

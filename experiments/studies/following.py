@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from occ.tasks import Task
 from occ.training import loop
 from occ.training.batch import Minibatch, split
 from occ.training.config import MTPTrainingConfig, TrainConfig
+from occ.training.durable.run_folder import read_rows
 from occ.training.gradient.calibration import build_calibration
 from occ.training.gradient.inputs import StepInputs, step_inputs
 from occ.training.optimizer import build_optimizer
@@ -28,7 +30,15 @@ from occ.training.rollout import collect
 from occ.training.state import TrainState, init_state
 
 TRAINED_WITH = MTPTrainingConfig(rule="fixed", coefficient=0.2, placement="fused")
+STARTS = (31, 32, 33, 34, 35)
+"""Seeds of warm starts that nothing else has begun from."""
+
+FOLLOWED_SEED = 50  # run of start s: 100 s + 50, apart from those that training is compared in
 FURTHER_STEPS = 10**6  # numbers of the rollouts that only measure, apart from those of training
+
+
+Points = dict[tuple[str, int], list[dict[str, Any]]]
+"""Rows by what was followed and its start; a row a point of the run."""
 
 
 class Followed(NamedTuple):
@@ -97,6 +107,55 @@ def inputs_of(
 ) -> StepInputs:
     """What a step on this minibatch reads; leading columns that hold prompts alone are left out."""
     return step_inputs(run.policy(state), batch, run.config, prompt_columns=prompt_columns)
+
+
+def file_of(folder: pathlib.Path, name: str, start: int) -> pathlib.Path:
+    """Where the rows of a followed run are."""
+    return folder / name / f"start{start}.jsonl"
+
+
+def read_followed(folder: pathlib.Path, study: str) -> Points:
+    """All finished rows.
+
+    Raises:
+      ValueError: there are none.
+    """
+    points = {
+        (file.parent.name, int(file.stem.removeprefix("start"))): read_rows(file)
+        for file in sorted(folder.glob("*/start*.jsonl"))
+    }
+    if not points:
+        raise ValueError(
+            f"no rows in {folder}: run `python -m experiments.studies.{study} run` first, or pass "
+            "the --folder that it wrote to."
+        )
+    return points
+
+
+def follow_all(
+    follow: Callable[[str, int, Any], pathlib.Path],
+    names: Sequence[str],
+    starts: Sequence[int],
+    arguments: Any,
+) -> int:
+    """Follows a run of each name from each start, `arguments.workers` at one time.
+
+    Args:
+      follow: writes the rows of one run that has none yet, and returns their file.
+      names: of what is followed.
+      starts: seeds of the warm starts, each with all names before the next.
+      arguments: of the study.
+    """
+    pairs = [(name, start) for start, name in itertools.product(starts, names)]
+    if arguments.workers == 1:
+        for pair in pairs:
+            print(follow(*pair, arguments), flush=True)
+        return 0
+    with one_core_processes(arguments.workers) as pool:
+        jobs = [pool.submit(follow, *pair, arguments) for pair in pairs]
+        for job in jobs:
+            print(job.result(), flush=True)
+    return 0
 
 
 @contextlib.contextmanager

@@ -1,13 +1,15 @@
 """Is what the decomposition predicts of one step what the step does, on data that it has not seen?
 
-    python -m experiments.studies.one_step run       a training run, a row a point: three minutes
+    python -m experiments.studies.one_step run       a row a point of every run, resumable
+    python -m experiments.studies.one_step run --quick
     python -m experiments.studies.one_step report    slopes and a scatter from the committed rows
 
-One training run (policy loss, coefficient 0.2) is followed. After one, two or three of the
-gradient steps of every other rollout, its next minibatch gives directions g and m, and a further
-rollout of the same policy the objective J: the clipped RL objective on fresh prompts. A step of the
-length that the run's optimizer takes there goes along g + lambda m, lambda = 1, and along g alone.
-What m contributes to J is the difference, and is compared with four predictions of it:
+Training runs (policy loss, coefficient 0.2) are followed, each from a warm start of its own. After
+one, two or three of the gradient steps of every other rollout, its next minibatch gives directions
+g and m, and a further rollout of the same policy the objective J: the clipped RL objective on fresh
+prompts. A step of the length that the run's optimizer takes there goes along g + lambda m,
+lambda = 1, and along g alone. What m contributes to J is the difference, and is compared with four
+predictions of it:
 
     believed        eta lambda <g, m>, both from the minibatch: what OCC reads
     cross_fitted    the same between halves of the minibatch
@@ -15,6 +17,8 @@ What m contributes to J is the difference, and is compared with four predictions
     second_order    with the curvature of J on the fresh data, by Hessian-vector products
 
 A slope of realised on predicted of 1 is a calibrated prediction.
+
+Cost: three minutes a run and core.
 """
 
 from __future__ import annotations
@@ -32,17 +36,28 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import scipy.stats
 
 from experiments import runs
 from experiments.configs import CONFIGS
+from experiments.studies import claims_rows
 from experiments.studies.command_line import command_line
-from experiments.studies.following import Followed, begin, further, inputs_of
+from experiments.studies.following import (
+    FOLLOWED_SEED,
+    STARTS,
+    Followed,
+    begin,
+    file_of,
+    follow_all,
+    further,
+    inputs_of,
+    read_followed,
+)
 from occ import theory
+from occ.evaluation.intervals import mean_interval
 from occ.measures import inner_product
 from occ.models.parameters import is_shared, partition
 from occ.training.batch import Minibatch, split
-from occ.training.durable.run_folder import read_rows
+from occ.training.durable.run_folder import environment
 from occ.training.gradient.inputs import StepInputs
 from occ.training.gradient.losses import rl_loss
 from occ.training.gradient.placement import loss_gradients
@@ -59,16 +74,18 @@ class Run:
     """Measures.
 
     Attributes:
-      setting: a configuration.
-      seed: of the training run.
+      settings: configurations.
+      starts: seeds of the warm starts.
       stride: rollouts between points.
-      quick: four rollouts after a short warm start.
+      workers: processes, each on one core.
+      quick: one setting from one start, four rollouts after a short warm start.
       folder: of the rows.
     """
 
-    setting: str = "arithmetic_easy"
-    seed: int = 0
+    settings: tuple[str, ...] = ("arithmetic_easy", "filtering_easy", "star_easy")
+    starts: tuple[int, ...] = STARTS
     stride: int = 2
+    workers: int = 2
     quick: bool = False
     folder: pathlib.Path = RESULTS
 
@@ -86,13 +103,17 @@ class Report:
     output: pathlib.Path = pathlib.Path("runs/one_step/report")
 
 
-def follow(arguments: Run) -> pathlib.Path:
+def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
     """Follows one training run and writes a row a point; returns the file."""
-    file = arguments.folder / f"{arguments.setting}.jsonl"
+    file = file_of(arguments.folder, setting, start)
     if file.exists():
         return file
-    quick_rollouts = 4 if arguments.quick else None
-    run = begin(CONFIGS[arguments.setting](), seed=arguments.seed, quick_rollouts=quick_rollouts)
+    run = begin(
+        CONFIGS[setting](),
+        seed=100 * start + FOLLOWED_SEED,
+        start=start,
+        quick_rollouts=4 if arguments.quick else None,
+    )
     config, task, programs, state = run
     measure = _compiled(run)
     lines = []
@@ -111,7 +132,8 @@ def follow(arguments: Run) -> pathlib.Path:
                 moved = jax.tree.map(jnp.subtract, state.params, before)
                 length = jnp.sqrt(inner_product(_shared(moved), _shared(moved)))
                 row = jax.device_get(measure(given, minibatch, fresh, length))
-                lines.append({"rollout": number, "minibatch": index} | runs.rounded(row))
+                at = {"rollout": number, "minibatch": index, "commit": environment()["commit"]}
+                lines.append(at | runs.rounded(row))
     runs.write_rows(file, lines)
     return file
 
@@ -168,25 +190,32 @@ def _shared(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def slope(predicted: np.ndarray, realised: np.ndarray) -> tuple[float, float]:
-    """Slope of realised on predicted through the origin, and half its 95 % interval."""
-    squares = np.sum(predicted**2)
-    value = np.sum(predicted * realised) / squares
-    residual = realised - value * predicted
-    degrees = len(predicted) - 1
-    error = np.sqrt(np.sum(residual**2) / degrees / squares)
-    return float(value), float(scipy.stats.t.ppf(0.975, degrees) * error)
+def column(points: list[dict[str, Any]], name: str) -> np.ndarray:
+    """One figure of all points."""
+    return np.array([point[name] for point in points])
+
+
+def slope(points: list[dict[str, Any]], name: str) -> float:
+    """Slope of realised on predicted through the origin."""
+    predicted = column(points, name)
+    return float(np.sum(predicted * column(points, "realised")) / np.sum(predicted**2))
+
+
+def correlation(points: list[dict[str, Any]], name: str) -> float:
+    """Of realised and predicted."""
+    return float(np.corrcoef(column(points, name), column(points, "realised"))[0, 1])
 
 
 def report(folder: pathlib.Path, output: pathlib.Path) -> int:
     """Prints and writes the table, and draws the scatter; returns the exit status."""
-    settings = {file.stem: read_rows(file) for file in sorted(folder.glob("*.jsonl"))}
-    if not settings:
-        raise ValueError(
-            f"no rows in {folder}: run `python -m experiments.studies.one_step run` first."
-        )
+    found = read_followed(folder, "one_step")
+    settings = sorted({setting for setting, _ in found})
     output.mkdir(parents=True, exist_ok=True)
-    lines = ["| setting | points | prediction | slope | correlation |", "|---|---|---|---|---|"]
+    lines = [
+        "Means and 95 % intervals over starts.\n",
+        "| setting | starts, points | prediction | slope | correlation |",
+        "|---|---|---|---|---|",
+    ]
     figure, axes = plt.subplots(
         len(settings),
         len(PREDICTIONS),
@@ -194,19 +223,20 @@ def report(folder: pathlib.Path, output: pathlib.Path) -> int:
         layout="constrained",
         squeeze=False,
     )
-    for row, (setting, points) in zip(axes, settings.items(), strict=True):
-        realised = np.array([point["realised"] for point in points])
+    for row, setting in zip(axes, settings, strict=True):
+        several = [points for (name, _), points in found.items() if name == setting]
         for axis, name in zip(row, PREDICTIONS, strict=True):
-            predicted = np.array([point[name] for point in points])
-            value, half = slope(predicted, realised)
-            correlation = np.corrcoef(predicted, realised)[0, 1]
+            slopes = mean_interval([slope(points, name) for points in several])
+            shown = claims_rows.show(slopes, 1, 2, signed=False)
+            correlations = mean_interval([correlation(points, name) for points in several])
             lines.append(
-                f"| {setting} | {len(points)} | {name} | {value:.2f} ± {half:.2f} | "
-                f"{correlation:.2f} |"
+                f"| {setting} | {len(several)}, {sum(map(len, several))} | {name} | {shown} | "
+                f"{claims_rows.show(correlations, 1, 2, signed=False)} |"
             )
-            axis.scatter(predicted, realised, s=10)
-            ends = np.array([predicted.min(), predicted.max()])
-            axis.plot(ends, value * ends, color="tab:red", label=f"slope {value:.2f} ± {half:.2f}")
+            for points in several:
+                axis.scatter(column(points, name), column(points, "realised"), s=6)
+            ends = np.array(axis.get_xlim())
+            axis.plot(ends, slopes.mean * ends, color="tab:red", label=f"slope {shown}")
             axis.plot(ends, ends, color="black", linewidth=0.6, linestyle="--")
             axis.axhline(0, color="black", linewidth=0.4)
             axis.set(title=name, xlabel="predicted", ylabel=f"realised, {setting}")
@@ -227,9 +257,14 @@ def main() -> int:
     if isinstance(arguments, Report):
         return report(arguments.folder, arguments.output)
     if arguments.quick:
-        arguments = dataclasses.replace(arguments, folder=pathlib.Path("runs/one_step/quick"))
-    print(follow(arguments))
-    return 0
+        arguments = dataclasses.replace(
+            arguments,
+            settings=arguments.settings[:1],
+            starts=arguments.starts[:1],
+            workers=1,
+            folder=pathlib.Path("runs/one_step/quick"),
+        )
+    return follow_all(follow, arguments.settings, arguments.starts, arguments)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ on two cores.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -39,11 +38,13 @@ from experiments.studies.claims_grid import OVER_STARTS_SETTINGS, STARTS
 from experiments.studies.command_line import command_line
 from experiments.studies.fidelity_estimators import PARTS, by_part, by_path, shared_gradients
 from experiments.studies.following import (
+    FOLLOWED_SEED,
     Followed,
     begin,
+    file_of,
+    follow_all,
     further_minibatches,
     inputs_of,
-    one_core_processes,
 )
 from experiments.studies.worth_report import COEFFICIENTS, GAINS, LARGER, RESULTS
 from occ import theory
@@ -95,7 +96,6 @@ FOLDED = 2**20 - 3
 """Entries that are kept of a part of a gradient; odd, so that rows do not fall on one another."""
 
 QUICK = pathlib.Path("runs/worth/quick")
-FOLLOWED_SEED = 50  # run of start s: 100 s + 50, apart from those whose gain is predicted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +314,7 @@ def jackknife(matrices: np.ndarray) -> dict[str, dict[str, Any]]:
 
 def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
     """Follows a run of Detach and writes a row a point; returns the file."""
-    file = arguments.folder / setting / f"start{start}.jsonl"
+    file = file_of(arguments.folder, setting, start)
     if file.exists():
         measured = read_rows(file)[0]["objectives"]
         if measured != list(arguments.objectives):
@@ -366,17 +366,7 @@ def _measured(gradients: list[dict[str, dict[str, np.ndarray]]]) -> dict[str, An
 
 def run(arguments: Run) -> int:
     """Measures every run that has no rows yet."""
-    # Every start once before any setting is done twice.
-    pairs = [(s, start) for start, s in itertools.product(arguments.starts, arguments.settings)]
-    if arguments.workers == 1:
-        for setting, start in pairs:
-            print(follow(setting, start, arguments))
-        return 0
-    with one_core_processes(arguments.workers) as pool:
-        jobs = [pool.submit(follow, *pair, arguments) for pair in pairs]
-        for job in jobs:
-            print(job.result(), flush=True)
-    return 0
+    return follow_all(follow, arguments.settings, arguments.starts, arguments)
 
 
 def main() -> int:

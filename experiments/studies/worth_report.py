@@ -14,8 +14,8 @@ import numpy as np
 import scipy.stats
 
 from experiments.studies import claims_rows
+from experiments.studies.following import Points, read_followed
 from occ.evaluation.intervals import mean_interval
-from occ.training.durable.run_folder import read_rows
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "worth"
 GAINS = RESULTS.with_name("claims_over_starts")
@@ -31,26 +31,7 @@ PREDICTED = {
 }
 """Variants of `claims_grid.OVER_STARTS` whose gain a fixed coefficient predicts."""
 
-Points = dict[tuple[str, int], list[dict[str, Any]]]  # by setting and start; a row a point
 NORMS = ("adam", "euclidean")
-
-
-def read(folder: pathlib.Path) -> Points:
-    """All finished rows.
-
-    Raises:
-      ValueError: there are none.
-    """
-    points = {
-        (file.parent.name, int(file.stem.removeprefix("start"))): read_rows(file)
-        for file in sorted(folder.glob("*/start*.jsonl"))
-    }
-    if not points:
-        raise ValueError(
-            f"no rows in {folder}: run `python -m experiments.studies.worth run` first, or pass "
-            "the --folder that it wrote to."
-        )
-    return points
 
 
 def figure_of(
@@ -253,7 +234,7 @@ def report(folder: pathlib.Path, gains: pathlib.Path | None, output: pathlib.Pat
       gains: rows of training; None compares with none.
       output: for table.md and worth.png.
     """
-    points = read(folder)
+    points = read_followed(folder, "worth")
     output.mkdir(parents=True, exist_ok=True)
     text = error_line(points) + "\n"
     for norm in NORMS:

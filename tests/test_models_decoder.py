@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from occ.models import layers
 from occ.models.attention import Context, attend
 from occ.models.config import MoEConfig, MTPConfig
 from occ.models.decoder import Decoder, merge_model, split_model
@@ -21,6 +22,7 @@ from tests.reference_models import MOE, random_model, rows, run, small_config
 SIZES = pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
 
 
+KEY = jax.random.key(0)
 TIME = 9  # of most inputs, so that they share compilations
 
 
@@ -277,6 +279,26 @@ def test_gradient_is_the_finite_difference(x64):
     parts = jax.tree.map(lambda g, d: np.sum(np.asarray(g) * d), gradient, direction)
     difference = (moved(1e-6) - moved(-1e-6)) / 2e-6
     np.testing.assert_allclose(sum(jax.tree.leaves(parts)), difference, rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"tied_embeddings": True}, {"tied_embeddings": False}])
+def test_turned_kernels_say_the_same_and_are_what_few_rows_read(x64, changes):
+    config = small_config(heads=1, qkv_bias=True, **changes)
+    model, few = merge_model(*random_model(config)), jax.random.normal(KEY, (2, 3, config.width))
+    linear = model.mtp[0].projection
+    wide = jnp.concatenate([few, -few], axis=-1)
+    expected = model.logits(few), model.mtp_logits(few, 0), linear(wide)
+    assert all(
+        isinstance(layer.attention.query.turned, jax.Array) for (layer,) in model.layers_apart()
+    )
+    after = model.logits(few), model.mtp_logits(few, 0), linear(wide)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), after, expected)
+    head = model.embedding if config.tied_embeddings else model.output_head
+    head.turned, linear.turned = 0 * head.turned, 2 * linear.turned
+    assert not np.any(model.logits(few))
+    np.testing.assert_allclose(linear(wide), 2 * expected[2], atol=1e-12)
+    many = jnp.tile(few, (layers.FEW_ROWS, 1, 1))  # these read the kernels as they lie
+    np.testing.assert_allclose(model.logits(many)[:2], expected[0], atol=1e-12)
 
 
 def test_tied_head_has_no_matrix_of_its_own():

@@ -14,10 +14,18 @@ from occ.models.attention import Context
 from occ.models.block import Block
 from occ.models.cache import Cache, Past, StackCache, columns_in_blocks, decode_kernel, write
 from occ.models.config import ModelConfig
-from occ.models.layers import Embedding, Linear, RMSNorm, vocabulary_product
+from occ.models.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    at_least_float32,
+    few_rows,
+    turned_product,
+    vocabulary_product,
+)
 from occ.models.mtp import ParallelHead, SequentialModule, tokens_ahead
 from occ.models.parameters import is_trained
-from occ.models.partitioning import ROWS, constrain
+from occ.models.partitioning import ROWS, constrain, several_devices
 from occ.models.stacks import (
     Layers,
     apart,
@@ -239,9 +247,18 @@ class Decoder(nnx.Module):
     def layers_apart(self) -> Layers:
         """Each layer as a stack of its own, for a loop over tokens on CPUs.
 
-        There the compiler copies a layer out of its stack to multiply with it, for every token.
+        There the compiler copies a layer out of its stack to multiply with it, for every token. On
+        one device all kernels are turned, those of the modules and of the output head too.
         """
-        return tuple([layer] for stack in self._stacks() for layer in apart(stack))
+        layers = tuple([layer] for stack in self._stacks() for layer in apart(stack))
+        if several_devices() is None:
+            head = self.embedding if self.config.tied_embeddings else self.output_head
+            modules = self.mtp if self.config.mtp.num_modules else []
+            for part in (head, *modules, *(layer for (layer,) in layers)):
+                for _, linear in nnx.iter_modules(part):
+                    if linear is head or isinstance(linear, Linear):
+                        linear.turn()
+        return layers
 
     def module_input(
         self, hidden: Float[Array, "batch time width"]
@@ -322,13 +339,17 @@ class Decoder(nnx.Module):
     def _readout(
         self, normal: Float[Array, "batch time width"], own_head: Linear | None = None
     ) -> Array:
+        head: Embedding | Linear
         if own_head is not None:
-            kernel = own_head.kernel[...]
-        elif self.config.tied_embeddings:
-            kernel = self.embedding.embedding[...].T
+            head = own_head
         else:
-            kernel = self.output_head.kernel[...]
-        logits = vocabulary_product(normal, kernel, self.config.compute)
+            head = self.embedding if self.config.tied_embeddings else self.output_head
+        dtype = self.config.compute
+        if head.turned is not None and few_rows(normal):
+            logits = turned_product(normal, head.turned, at_least_float32(dtype))
+        else:
+            kernel = head.embedding[...].T if isinstance(head, Embedding) else head.kernel[...]
+            logits = vocabulary_product(normal, kernel, dtype)
         return constrain(logits, ROWS, None, "tensor")
 
 

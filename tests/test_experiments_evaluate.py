@@ -69,7 +69,7 @@ def evaluated_once(trained):
     return trained / "evaluation"
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_on_another_mesh_the_samples_are_the_same(run_folder, evaluated_once):
     evaluate.run(arguments(run_folder, mesh={"data": 2, "tensor": 2}))
     moved = run_folder / "evaluation"

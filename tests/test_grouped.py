@@ -100,7 +100,7 @@ def test_a_nonfinite_auxiliary_is_removed_from_every_group():
     assert [int(s.nonfinite[0]) for s in state.groups.values()] == [1, 1, 1]
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_the_train_step_takes_a_coefficient_a_layer(x64):
     """Two layers and a tied embedding: each part's gradient is g + w m with the part's own w."""
     model_config = tiny.model_config(1, "float64")

@@ -8,8 +8,8 @@ from tests import tiny
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.release
-@pytest.mark.release
+@pytest.mark.slow
+@pytest.mark.slow
 def test_packing_leaves_less_padding_and_is_compared_with_the_padded_layout(tmp_path, monkeypatch):
     config = tiny.run_config("tiny", max_prompt_tokens=20)  # prompts have four
     monkeypatch.setitem(CONFIGS, "tiny", lambda: config)

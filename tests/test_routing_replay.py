@@ -211,7 +211,7 @@ def spoiled(batch, seed=1):
     return batch.replace(experts=np.where(here, others, batch.experts).astype(np.int8))
 
 
-@pytest.mark.release
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_portions_replay_the_same_experts(x64):
     base = config_for("float64")

@@ -27,9 +27,9 @@ def setting():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("most likely", marks=pytest.mark.release),
+        pytest.param("most likely", marks=pytest.mark.slow),
         "temperature 0.7, top-p 0.9",
-        pytest.param("temperature 1", marks=pytest.mark.release),
+        pytest.param("temperature 1", marks=pytest.mark.slow),
     ],
 )
 def test_a_token_that_is_not_drawn_is_behind_the_one_that_is(setting, name, monkeypatch):

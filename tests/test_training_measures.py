@@ -60,7 +60,7 @@ def test_halves_make_up_the_whole(x64, aggregation):
     np.testing.assert_allclose(crossed.calibration.gram[1:, 1:], whole.gram[1:, 1:], rtol=1e-10)
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_a_subset_of_rows_is_measured_before_the_backward_pass(x64):
     mtp = MTPTrainingConfig(
         measure="row_subset", measure_options={"fraction": 0.5}, placement="fused"

@@ -231,7 +231,7 @@ def test_only_what_the_mask_names_decays(decay):
     assert is_matrix("layers/mlp/router") and not is_matrix("layers/attention/query/bias")
 
 
-@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.release), 0.25])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.25])
 def test_router_bias_moves_against_the_load_and_not_otherwise(rate):
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=8)
     model_config = tiny.model_config(0, moe=moe)

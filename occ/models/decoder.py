@@ -254,9 +254,10 @@ class Decoder(nnx.Module):
         if several_devices() is None:
             head = self.embedding if self.config.tied_embeddings else self.output_head
             modules = self.mtp if self.config.mtp.num_modules else []
-            for part in (head, *modules, *(layer for (layer,) in layers)):
+            head.turn()
+            for part in (*modules, *(layer for (layer,) in layers)):
                 for _, linear in nnx.iter_modules(part):
-                    if linear is head or isinstance(linear, Linear):
+                    if isinstance(linear, Linear):
                         linear.turn()
         return layers
 

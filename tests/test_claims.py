@@ -24,6 +24,7 @@ from experiments.studies.claims_grid import Cell
 from experiments.studies.fidelity_estimators import PARTS
 from experiments.studies.following import read_followed
 from occ import theory
+from occ.training.durable.run_folder import read_rows
 from occ.training.gradient.calibration import build_calibration
 from tests.test_experiments import small
 
@@ -324,6 +325,13 @@ def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, 
     with pytest.raises(ValueError, match="has rows of the objectives .* Choose another --folder"):
         worth.follow(claims_grid.MAIN, 11, dataclasses.replace(arguments, objectives=("ce",)))
     assert row["rollout"] == 2 and row["minibatches"] == 6
+    # An attempt that was ended before its run was keeps the points that it had measured.
+    file = at / "rows" / claims_grid.MAIN / "start11.jsonl"
+    file.rename(file.with_suffix(".unfinished"))
+    with monkeypatch.context() as patch:
+        patch.setattr(worth, "_measured", None)
+        assert worth.follow(claims_grid.MAIN, 11, arguments) == file
+    assert read_rows(file) == [row] and not file.with_suffix(".unfinished").exists()
     points = {(claims_grid.MAIN, 11 + i): [row] for i in range(4)}
     runs = {
         variant: [

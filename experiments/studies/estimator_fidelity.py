@@ -31,7 +31,6 @@ from experiments.studies import fidelity_report
 from experiments.studies.command_line import command_line
 from experiments.studies.fidelity_estimators import AVERAGES, PARTS, by_path, cost, estimate
 from experiments.studies.following import (
-    FOLLOWED_SEED,
     STARTS,
     Followed,
     begin,
@@ -127,12 +126,7 @@ def follow(name: str, start: int, arguments: Run) -> pathlib.Path:
     if file.exists():
         return file
     setting, change = MODELS[name]
-    run = begin(
-        change(CONFIGS[setting]()),
-        seed=100 * start + FOLLOWED_SEED,
-        start=start,
-        quick_rollouts=6 if arguments.quick else None,
-    )
+    run = begin(change(CONFIGS[setting]()), start, quick_rollouts=6 if arguments.quick else None)
     config, task, programs, state = run
     measure = _compiled(run)
     lines: list[dict[str, Any]] = []

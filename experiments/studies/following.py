@@ -33,7 +33,6 @@ TRAINED_WITH = MTPTrainingConfig(rule="fixed", coefficient=0.2, placement="fused
 STARTS = (31, 32, 33, 34, 35)
 """Seeds of warm starts that nothing else has begun from."""
 
-FOLLOWED_SEED = 50  # run of start s: 100 s + 50, apart from those that training is compared in
 FURTHER_STEPS = 10**6  # numbers of the rollouts that only measure, apart from those of training
 
 
@@ -56,28 +55,26 @@ class Followed(NamedTuple):
 
 def begin(
     config: TrainConfig,
+    start: int,
     *,
-    seed: int,
-    start: int | None = None,
     mtp: MTPTrainingConfig = TRAINED_WITH,
     quick_rollouts: int | None = None,
 ) -> Followed:
-    """The run of a configuration.
+    """The run of a configuration, of a seed apart from those that training is compared in.
 
     Args:
       config: the configuration.
-      seed: of the run.
-      start: seed of the warm start; None takes the run's.
+      start: seed of the warm start; the run's is 100 start + 50.
       mtp: how its modules are trained: the policy loss at a fixed coefficient.
       quick_rollouts: None, or so many rollouts after a warm start of at most 200 steps.
     """
-    config = dataclasses.replace(config, mtp=mtp, seed=seed)
+    config = dataclasses.replace(config, mtp=mtp, seed=100 * start + 50)
     if quick_rollouts is not None:
         warm = dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 200))
         config = dataclasses.replace(config, rollouts=quick_rollouts, warm_start=warm)
     task = runs.load_task(config)
     programs = loop.build(config, task)
-    begins = config if start is None else dataclasses.replace(config, seed=start)
+    begins = dataclasses.replace(config, seed=start)
     policy = runs.starting_point(begins, task, programs, pathlib.Path("runs/fidelity/starts"))
     calibration = build_calibration(config.mtp, config.model.mtp.num_modules)
     state = init_state(policy, build_optimizer(config.optimizer), calibration)

@@ -42,7 +42,6 @@ from experiments.configs import CONFIGS
 from experiments.studies import claims_rows
 from experiments.studies.command_line import command_line
 from experiments.studies.following import (
-    FOLLOWED_SEED,
     STARTS,
     Followed,
     begin,
@@ -108,12 +107,7 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
     file = file_of(arguments.folder, setting, start)
     if file.exists():
         return file
-    run = begin(
-        CONFIGS[setting](),
-        seed=100 * start + FOLLOWED_SEED,
-        start=start,
-        quick_rollouts=4 if arguments.quick else None,
-    )
+    run = begin(CONFIGS[setting](), start, quick_rollouts=4 if arguments.quick else None)
     config, task, programs, state = run
     measure = _compiled(run)
     lines = []

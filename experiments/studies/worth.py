@@ -38,7 +38,6 @@ from experiments.studies.claims_grid import OVER_STARTS_SETTINGS, STARTS
 from experiments.studies.command_line import command_line
 from experiments.studies.fidelity_estimators import PARTS, by_part, by_path, shared_gradients
 from experiments.studies.following import (
-    FOLLOWED_SEED,
     Followed,
     begin,
     file_of,
@@ -313,21 +312,25 @@ def jackknife(matrices: np.ndarray) -> dict[str, dict[str, Any]]:
 
 
 def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
-    """Follows a run of Detach and writes a row a point; returns the file."""
+    """Follows a run of Detach and writes a row a point; returns the file.
+
+    Until the run has ended, they are in a file beside it, which a further attempt goes on from: a
+    point of a real model is half an hour.
+    """
     file = file_of(arguments.folder, setting, start)
+    unfinished = file.with_suffix(".unfinished")
+    rows = read_rows(file if file.exists() else unfinished)
+    if rows and rows[0]["objectives"] != list(arguments.objectives):
+        raise ValueError(
+            f"{file} has rows of the objectives {rows[0]['objectives']}, and "
+            f"{list(arguments.objectives)} are asked for. Choose another --folder."
+        )
     if file.exists():
-        measured = read_rows(file)[0]["objectives"]
-        if measured != list(arguments.objectives):
-            raise ValueError(
-                f"{file} has rows of the objectives {measured}, and {list(arguments.objectives)} "
-                "are asked for. Choose another --folder."
-            )
         return file
     keep_compiled(pathlib.Path("runs/worth/compiled"))
     run = begin(
         CONFIGS[setting](),
-        seed=100 * start + FOLLOWED_SEED,
-        start=start,
+        start,
         mtp=regime("detach"),
         quick_rollouts=6 if arguments.quick else None,
     )
@@ -335,11 +338,11 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
     last = config.rollouts - 1
     points = sorted({min(round(share * config.rollouts), last) for share in arguments.points})
     measure = gradients_of(run, arguments.objectives)
-    rows = []
+    done = {row["rollout"] for row in rows if row["minibatches"] == arguments.minibatches}
     for number in range(max(points) + 1):
         rollout = collect(programs.rollout, run.policy(state), config, task, number)
         steps, count = -1, 0
-        if number in points:
+        if number in points and number not in done:
             most = config.rollout.minibatches - 1
             steps = min(1 + points.index(number) % max(most, 1), most)
             count = arguments.minibatches
@@ -354,9 +357,13 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
                     "reward": rollout.metrics["reward"],
                     "commit": environment()["commit"],
                 }
-                rows.append(row | _measured([measure(state, other) for other in others]))
+                row |= _measured([measure(state, other) for other in others])
+                rows = [other for other in rows if other["rollout"] != number] + [row]
+                runs.write_rows(unfinished, runs.rounded(rows))
             state, _ = programs.train_step(state, minibatch)
-    runs.write_rows(file, runs.rounded(rows))
+    rows = [row for row in rows if row["rollout"] in points]
+    runs.write_rows(file, sorted(runs.rounded(rows), key=lambda row: row["rollout"]))
+    unfinished.unlink(missing_ok=True)
     return file
 
 

@@ -340,12 +340,8 @@ class Decoder(nnx.Module):
     def _readout(
         self, normal: Float[Array, "batch time width"], own_head: Linear | None = None
     ) -> Array:
-        head: Embedding | Linear
-        if own_head is not None:
-            head = own_head
-        else:
-            head = self.embedding if self.config.tied_embeddings else self.output_head
-        dtype = self.config.compute
+        tied, dtype = self.config.tied_embeddings, self.config.compute
+        head = own_head or (self.embedding if tied else self.output_head)
         if head.turned is not None and few_rows(normal):
             logits = turned_product(normal, head.turned, at_least_float32(dtype))
         else:

@@ -204,13 +204,21 @@ STARTS): the policy loss with the module's own ratio, and cross-entropy on the b
 second was never trained with when its worth was measured; 0.6 of it is about what its coefficient
 0.2, in a mean over the better alone, was there."""
 
+BY_WORTH_RATES: dict[str, Change] = {
+    f"rate_{factor}_{name}": _learning_rate(factor, regime(name))
+    for factor in (2, 4)
+    for name in ("detach", "worth")
+}
+"""Detach at its better rates, and whether a joint regime still gains beside it there. Run with
+seed 0 alone; BY_WORTH with seeds 0 to 3, of which 0 was run first."""
+
 BY_WORTH_STARTS = (21, 22, 23, 24, 25)
 """Fresh ones, not seen by the worth or its report. Run in OVER_STARTS_SETTINGS; what the
 worth says beforehand, of R(0.2) - 1 in Adam's norm: gains of cross-entropy on the better in
 filtering_easy (+10 %), arithmetic_hard (+8) and filtering_hard (+8), losses of it at a fixed
 coefficient in arithmetic_easy (-8) and star_easy (-12), where the rule should come near 0."""
 
-VARIANTS = {**CORE, **AROUND, **BEYOND, **APART, **OVER_STARTS, **BY_WORTH}
+VARIANTS = {**CORE, **AROUND, **BEYOND, **APART, **OVER_STARTS, **BY_WORTH, **BY_WORTH_RATES}
 """All but the controls, whose configurations come from other runs' rows."""
 
 BASELINES = {"two_modules": "two_modules_detach", "gspo": "gspo_detach"}
@@ -246,8 +254,13 @@ def over_starts() -> list[Cell]:
 
 
 def by_worth() -> list[Cell]:
-    """The cells of BY_WORTH."""
-    return [Cell(setting, name) for setting in OVER_STARTS_SETTINGS for name in BY_WORTH]
+    """The cells of BY_WORTH, then those of BY_WORTH_RATES."""
+    return [
+        Cell(setting, name)
+        for names in (BY_WORTH, BY_WORTH_RATES)
+        for setting in OVER_STARTS_SETTINGS
+        for name in names
+    ]
 
 
 def baseline(variant: str) -> str:

@@ -18,6 +18,7 @@ from experiments.studies.claims_grid import (
     APART,
     BEYOND,
     BY_WORTH,
+    BY_WORTH_RATES,
     CONTROL,
     CORE,
     MAIN,
@@ -194,13 +195,16 @@ def _mean_ratio(rows: Rows) -> str:
     return show(mean_interval(means), scale=1, digits=3, signed=False)
 
 
-def against_detach_table(results: Results, names: list[str], quantity: str = "sampled") -> str:
-    """Claim 5: a quantity minus Detach's, a row a setting and a row over all."""
-    text = _by_setting(
-        results,
-        {name: lambda runs, name=name: show(difference(runs, name, quantity)) for name in names},
-    )
-    overall = [show(pooled(results, name, quantity)) for name in names]
+def against_detach_table(
+    results: Results, names: list[str], quantity: str = "sampled", other: str = ""
+) -> str:
+    """Claim 5: a quantity minus Detach's (or another's), a row a setting and a row over all."""
+
+    def column(name: str) -> Callable:
+        return lambda runs: show(difference(runs, name, quantity, other))
+
+    text = _by_setting(results, {name: column(name) for name in names})
+    overall = [show(pooled(results, name, quantity, other)) for name in names]
     return text + "\n| all, a setting one value | " + " | ".join(overall) + " |"
 
 
@@ -287,8 +291,13 @@ def by_start_table(results: Results, names: list[str]) -> str:
 
 def over_starts_sections(results: Results) -> dict[str, str]:
     """Claims over warm starts: accuracy, reward, when in training, and each setting."""
-    known = dict.fromkeys((*OVER_STARTS, *BY_WORTH))
-    names = [v for v in known if v != "detach" and any(v in runs for runs in results.values())]
+    present = [
+        name
+        for name in dict.fromkeys((*OVER_STARTS, *BY_WORTH, *BY_WORTH_RATES))
+        if any(name in runs for runs in results.values())
+    ]
+    names = [name for name in present if name != baseline(name)]
+    rates = [name for name in present if name == baseline(name) != "detach"]
     titles = {
         "area": "Mean reward over training, minus Detach's",
         "sampled": "Final sampled accuracy, minus Detach's",
@@ -297,6 +306,13 @@ def over_starts_sections(results: Results) -> dict[str, str]:
     }
     return {
         **{title: against_detach_table(results, names, name) for name, title in titles.items()},
+        **{
+            f"Detach at other learning rates, {name}, minus Detach's at the common one": (
+                against_detach_table(results, rates, name, "detach")
+            )
+            for name in ("area", "sampled")
+            if rates
+        },
         "Mean reward minus Detach's, by warm start": by_start_table(results, names),
         "Correlation with the RL gradient on the same minibatch (claims 1, 2)": correlation_table(
             results

@@ -135,12 +135,12 @@ def third(name: str, *, last: bool) -> Quantity:
     return of
 
 
-def pooled(results: Results, variant: str, name: str) -> Estimate | None:
+def pooled(results: Results, variant: str, name: str, other: str = "") -> Estimate | None:
     """The mean over settings of the mean difference to Detach, its interval over settings."""
     means = [
         estimate.mean
         for runs in results.values()
-        if (estimate := difference(runs, variant, name)) is not None
+        if (estimate := difference(runs, variant, name, other)) is not None
     ]
     return mean_interval(means) if len(means) > 1 else None
 

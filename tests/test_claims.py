@@ -300,8 +300,11 @@ def test_folding_keeps_inner_products_in_expectation():
     "wrong",
     [
         {"objectives": ("no",)},
-        {"objectives": ("ce_rewarded",)},
+        {"objectives": ()},
         {"objectives": ("ce", "ce")},
+        {"objectives": ("policy_own_2",)},
+        {"settings": ("filtering_easy-no",)},
+        {"minibatches": 3},
         {"points": (1.0,)},
     ],
 )

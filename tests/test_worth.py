@@ -139,6 +139,29 @@ def test_gaussian_minibatches_have_the_matrices_and_the_gain_that_it_says():
     np.testing.assert_allclose(gain, found.worth, rtol=0.02)
 
 
+@pytest.mark.parametrize("memory", [np.inf, 3.0])
+def test_a_centred_auxiliary_is_a_control_variate(memory):
+    """Beside simulated minibatches, each with an average of `memory` others taken off."""
+    mean, mix, exact = gaussian(batch=2.0, seed=1)
+    N = np.asarray(exact.same - exact.cross)
+    found = theory.worth(theory.centred(exact, memory))
+    kept = 1 if memory == np.inf else memory / (memory + 1)
+    shared = kept * N[0, 1] ** 2 / (exact.same[0, 0] * N[1, 1])
+    np.testing.assert_allclose(found.worth, 1 / (1 - shared), rtol=1e-12)
+
+    rng = np.random.default_rng(4)
+    noise = np.einsum("ij,mjd->imd", mix, rng.normal(size=(200_000, 2, SIZE))) / np.sqrt(2)
+    g, m = mean[:, None] + noise
+    past = mean[1]
+    if memory < np.inf:
+        drawn = rng.normal(size=(int(memory), len(m), 2, SIZE))
+        past = past + np.einsum("j,nmjd->nmd", mix[1], drawn).mean(0) / np.sqrt(2)
+    step = g + float(found.coefficients[0]) * (m - past)
+    gain = (step @ mean[0]).mean() ** 2 / (step**2).sum(1).mean()
+    alone = (g @ mean[0]).mean() ** 2 / (g**2).sum(1).mean()
+    np.testing.assert_allclose(gain / alone, found.worth, rtol=0.01)
+
+
 def test_norm_of_a_preconditioner_and_a_coefficient_a_group():
     rng = np.random.default_rng(3)
     parts = tuple(

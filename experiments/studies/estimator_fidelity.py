@@ -137,7 +137,7 @@ def follow(name: str, start: int, arguments: Run) -> pathlib.Path:
         # One, two or three steps after the rollout, in turn: the proxy has nothing to say before.
         steps = 1 + (number // arguments.stride) % (config.rollout.minibatches - 1)
         count = arguments.minibatches if point else 0
-        others = further_minibatches(run, state, number, count)
+        others = [batch for batch, _ in further_minibatches(run, state, number, count)]
         for index, minibatch in enumerate(split(rollout.batch, config.rollout.minibatches)):
             own.append(measure(state, minibatch, jax.random.key(len(own))))
             if point and index == steps:

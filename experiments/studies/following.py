@@ -26,7 +26,7 @@ from occ.training.durable.run_folder import read_rows
 from occ.training.gradient.calibration import build_calibration
 from occ.training.gradient.inputs import StepInputs, step_inputs
 from occ.training.optimizer import build_optimizer
-from occ.training.rollout import collect
+from occ.training.rollout import collect, draw, requests
 from occ.training.state import TrainState, init_state
 
 TRAINED_WITH = MTPTrainingConfig(rule="fixed", coefficient=0.2, placement="fused")
@@ -83,19 +83,41 @@ def begin(
 
 def further(run: Followed, state: TrainState, number: int) -> Minibatch:
     """A rollout of the same policy that training never sees."""
-    sampler = run.programs.rollout
+    return _with_advantages(run, state, number, ("",))[0]
+
+
+def _with_advantages(
+    run: Followed, state: TrainState, number: int, methods: Sequence[str]
+) -> list[Minibatch]:
+    """The same samples with the advantages of each method; "" is the run's own."""
+    sampler, policy = run.programs.rollout, run.policy(state)
     step = FURTHER_STEPS + number
-    return collect(sampler, run.policy(state), run.config, run.task, step).batch
+    drawn = draw(sampler.engine, policy, requests(sampler, run.config, run.task, step))
+    found = []
+    for method in methods:
+        config = run.config
+        if method:
+            objective = dataclasses.replace(config.objective, advantage=method)
+            config = dataclasses.replace(config, objective=objective)
+        found.append(collect(sampler, policy, config, run.task, step, drawn=drawn).batch)
+    return found
 
 
 def further_minibatches(
-    run: Followed, state: TrainState, number: int, count: int
-) -> list[Minibatch]:
-    """Minibatches that training never sees, from the policy of rollout `number`."""
+    run: Followed, state: TrainState, number: int, count: int, methods: Sequence[str] = ()
+) -> list[tuple[Minibatch, dict[str, Any]]]:
+    """Minibatches that training never sees, from the policy of rollout `number`.
+
+    Each with the advantages [B, T] of further methods, by name.
+    """
     per_rollout = run.config.rollout.minibatches
-    batches: list[Minibatch] = []
+    others = [method for method in methods if method]
+    batches: list[tuple[Minibatch, dict[str, Any]]] = []
     for extra in range(-(-count // per_rollout)):
-        batches += split(further(run, state, 1000 * number + extra), per_rollout)
+        rollouts = _with_advantages(run, state, 1000 * number + extra, ("", *others))
+        for own, *same in zip(*(split(one, per_rollout) for one in rollouts), strict=True):
+            advantages = [one.advantages for one in same]
+            batches.append((own, dict(zip(others, advantages, strict=True))))
     return batches[:count]
 
 

@@ -14,8 +14,8 @@ seeds (`experiments.studies.claims run --over-starts`).
 
 Cost: 25 runs of four points and 64 minibatches each, three to five minutes a run and core. Of a
 model such as SmolLM2 (`run --settings smollm2_sums --starts 0 --workers 1 --objectives policy_own
-ce_rewarded --points 0.07 --minibatches 24 --folder runs/worth/smollm2`) a minibatch takes a minute
-on two cores.
+ce_rewarded alignment --points 0.07 --minibatches 16 --folder runs/worth/smollm2`) a minibatch takes
+a minute on two cores. Further objectives and models: `--candidates`, in a folder of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,10 @@ import numpy as np
 
 from experiments import runs
 from experiments.compiled import keep_compiled
-from experiments.configs import CONFIGS
 from experiments.studies import worth_report
 from experiments.studies.claims_grid import OVER_STARTS_SETTINGS, STARTS
 from experiments.studies.command_line import command_line
-from experiments.studies.fidelity_estimators import PARTS, by_part, by_path, shared_gradients
+from experiments.studies.fidelity_estimators import PARTS, by_part, by_path
 from experiments.studies.following import (
     Followed,
     begin,
@@ -45,51 +44,31 @@ from experiments.studies.following import (
     further_minibatches,
     inputs_of,
 )
+from experiments.studies.worth_objectives import (
+    AUXILIARIES,
+    CANDIDATES,
+    check,
+    rl_gradient,
+    setting_of,
+)
 from experiments.studies.worth_report import COEFFICIENTS, GAINS, LARGER, RESULTS
 from occ import theory
 from occ.theory import SampledGram
 from occ.training.batch import Minibatch, split
-from occ.training.config import MTPTrainingConfig
 from occ.training.durable.run_folder import environment, read_rows
-from occ.training.gradient.placement import loss_gradients
 from occ.training.optimizer import second_moment
 from occ.training.regimes import regime
 from occ.training.rollout import collect, lengths
 from occ.training.state import TrainState
 
-
-class Auxiliary(NamedTuple):
-    """An objective beside the RL loss.
-
-    Attributes:
-      mtp: the loss of the modules.
-      batch: what it is taken on.
-    """
-
-    mtp: MTPTrainingConfig
-    batch: Callable[[Minibatch], Minibatch] = lambda batch: batch
-
-
-def _rewarded(batch: Minibatch) -> Minibatch:
-    """The samples that were better than their group."""
-    return batch.replace(response_mask=batch.response_mask & (batch.advantages > 0))
-
-
-AUXILIARIES: dict[str, Auxiliary] = {
-    "policy_own": Auxiliary(MTPTrainingConfig(loss="policy", reference="own")),
-    "policy_main": Auxiliary(MTPTrainingConfig(loss="policy")),
-    "ce": Auxiliary(MTPTrainingConfig(loss="ce")),
-    "ce_rewarded": Auxiliary(MTPTrainingConfig(loss="ce"), _rewarded),
-    "distill": Auxiliary(MTPTrainingConfig(loss="distill")),
-}
-"""Policy loss against the module's own and the main head's old log-prob; cross-entropy on all
-samples and on the better ones; distillation from the main head. Here "ce_rewarded" is a mean over
-the better samples alone, where the loss of that name counts the others as 0 in a mean over all, so
-that the same gradient has a smaller coefficient here. The RL gradient is taken beside the first,
-which must be on the whole minibatch."""
+OBJECTIVES = ("policy_own", "policy_main", "ce", "ce_rewarded", "distill")
+"""Those of the committed rows of results/worth."""
 
 POINTS = (0.07, 0.25, 0.5, 0.8)
 """Of a run; after one, two or three gradient steps of the rollout, in turn."""
+
+MEMORY = 20
+"""Minibatches in the average that a control variate is centred on: five rollouts."""
 
 FOLDED = 2**20 - 3
 """Entries that are kept of a part of a gradient; odd, so that rows do not fall on one another."""
@@ -102,39 +81,31 @@ class Run:
     """Measures.
 
     Attributes:
-      settings: configurations.
+      settings: configurations, as they are or with a changed model (`worth_objectives.MODELS`).
       starts: seeds of the warm starts.
-      objectives: auxiliary ones, of AUXILIARIES; the first is on the whole minibatch.
+      objectives: auxiliary ones, of `worth_objectives.AUXILIARIES`.
       points: shares of the run at which is measured; it ends with the last.
       minibatches: further ones at each point.
       workers: processes, each on one core.
       quick: one setting from one start, few minibatches.
+      candidates: what CANDIDATES has: further objectives, wider models, several modules.
       folder: of the rows.
     """
 
     settings: tuple[str, ...] = OVER_STARTS_SETTINGS
     starts: tuple[int, ...] = STARTS
-    objectives: tuple[str, ...] = tuple(AUXILIARIES)
+    objectives: tuple[str, ...] = OBJECTIVES
     points: tuple[float, ...] = POINTS
     minibatches: int = 64
     workers: int = 2
     quick: bool = False
+    candidates: bool = False
     folder: pathlib.Path = RESULTS
 
     def __post_init__(self):
-        unknown = sorted(set(self.settings) - set(CONFIGS))
-        if unknown or self.minibatches < 4:
-            raise ValueError(
-                f"worth: expected settings in {sorted(CONFIGS)} and at least 4 minibatches, got "
-                f"{unknown or self.minibatches}."
-            )
-        others = sorted(set(self.objectives) - set(AUXILIARIES))
-        repeated = len(set(self.objectives)) < len(self.objectives)
-        if others or repeated or self.objectives[:1] in ((), ("ce_rewarded",)):
-            raise ValueError(
-                f"worth: expected different objectives of {list(AUXILIARIES)}, the first on the "
-                f"whole minibatch ('ce_rewarded' is not), got {list(self.objectives)}."
-            )
+        check(self.objectives, self.settings)
+        if self.minibatches < 4:
+            raise ValueError(f"worth: expected at least 4 minibatches, got {self.minibatches}.")
         if not self.points or not all(0 <= share < 1 for share in self.points):
             raise ValueError(f"worth: points are shares of a run in [0, 1), got {self.points}.")
 
@@ -160,28 +131,27 @@ class Report:
 
 
 def gradients_of(run: Followed, objectives: Sequence[str]) -> Callable[..., Any]:
-    """`(state, minibatch) -> {norm: {part: float [A, P]}}`, compiled; the RL loss's first.
+    """`(state, minibatch, advantages) -> {norm: {part: float [A, P]}}`, compiled.
 
-    Parts of more than FOLDED entries are folded.
+    The RL loss's gradient is the first; advantages are those of other methods, by name. Parts of
+    more than FOLDED entries are folded.
     """
     key = jax.random.key(0)
-    columns = 0 if run.config.layout.pack else lengths(run.config, run.task)[0]
+    columns = lengths(run.config, run.task)[0]
 
     @jax.jit
-    def compute(state: TrainState, batch: Minibatch):
-        main: Any = None
-        found = []
+    def compute(state: TrainState, batch: Minibatch, advantages: dict[str, jax.Array]):
+        inputs = inputs_of(run, state, batch, prompt_columns=columns)
+        found = [rl_gradient(inputs)]
         for auxiliary in (AUXILIARIES[name] for name in objectives):
-            config = dataclasses.replace(run.config, mtp=auxiliary.mtp)
-            following = run._replace(config=config)
-            inputs = inputs_of(following, state, auxiliary.batch(batch), prompt_columns=columns)
-            own, *heads = shared_gradients(loss_gradients(inputs))
-            main = own if main is None else main
-            found.append(_added(heads))
+            other = batch
+            if auxiliary.advantage:
+                other = batch.replace(advantages=advantages[auxiliary.advantage])
+            found.append(auxiliary.gradient(inputs.on(other)))
         moments = by_path(second_moment(state.opt_state, run.config.optimizer))
-        roots = {path: (jnp.sqrt(moments[path]) + 1e-8) ** -0.5 for path in main}
-        plain = [by_part(one) for one in (main, *found)]
-        adam = [by_part(jax.tree.map(jnp.multiply, roots, one)) for one in (main, *found)]
+        roots = {path: (jnp.sqrt(moments[path]) + 1e-8) ** -0.5 for path in found[0]}
+        plain = [by_part(one) for one in found]
+        adam = [by_part(jax.tree.map(jnp.multiply, roots, one)) for one in found]
         return {
             norm: {
                 part: jnp.stack([folded(one[part], FOLDED, key) for one in several])
@@ -213,11 +183,6 @@ def folded(vector: jax.Array, entries: int, key: jax.Array) -> jax.Array:
         return vector
     signed = jnp.where(jax.random.bits(key, vector.shape, "uint8") < 128, vector, -vector)
     return jnp.pad(signed, (0, -vector.size % entries)).reshape(-1, entries).sum(axis=0)
-
-
-def _added(heads: list[Any]) -> Any:
-    """The modules' gradients together, as one objective."""
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *heads)
 
 
 def products(gradients: list[dict[str, np.ndarray]]) -> np.ndarray:
@@ -261,10 +226,10 @@ def figures(parts: SampledGram) -> dict[str, jax.Array]:
       parts: leaves [parts, A, A].
 
     Returns:
-      "worth", "coefficient", "critical_batch" and "by_part" (worth with a coefficient a part), each
-      [A - 1], of every auxiliary alone; "gain" [A - 1, C], of fixed coefficients; "larger"
-      [A - 1, F], the worth in minibatches LARGER times as large; "joint" [], the worth of all
-      auxiliaries together.
+      "worth", "coefficient", "critical_batch", "by_part" (worth with a coefficient a part) and
+      "centred" (worth as a control variate, its average over MEMORY minibatches), each [A - 1], of
+      every auxiliary alone; "gain" [A - 1, C], of fixed coefficients; "larger" [A - 1, F], the
+      worth in minibatches LARGER times as large; "joint" [], the worth of all auxiliaries together.
     """
     total = SampledGram(*(matrix.sum(axis=0) for matrix in parts))
 
@@ -278,6 +243,7 @@ def figures(parts: SampledGram) -> dict[str, jax.Array]:
             "coefficient": found.coefficients[0],
             "critical_batch": theory.critical_batch(pair),
             "by_part": theory.worth(theory.by_group(groups)).worth,
+            "centred": theory.worth(theory.centred(pair, MEMORY)).worth,
             "gain": jnp.stack([theory.relative_gain(pair, value) for value in COEFFICIENTS]),
             "larger": jnp.stack(
                 [theory.worth(theory.at_batch_size(pair, f)).worth for f in LARGER]
@@ -328,8 +294,10 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
     if file.exists():
         return file
     keep_compiled(pathlib.Path("runs/worth/compiled"))
+    config = setting_of(setting)
     run = begin(
-        CONFIGS[setting](),
+        # Objectives that compare the samples of a prompt need a row for each.
+        dataclasses.replace(config, layout=dataclasses.replace(config.layout, pack=False)),
         start,
         mtp=regime("detach"),
         quick_rollouts=6 if arguments.quick else None,
@@ -338,6 +306,7 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
     last = config.rollouts - 1
     points = sorted({min(round(share * config.rollouts), last) for share in arguments.points})
     measure = gradients_of(run, arguments.objectives)
+    methods = tuple(dict.fromkeys(AUXILIARIES[name].advantage for name in arguments.objectives))
     done = {row["rollout"] for row in rows if row["minibatches"] == arguments.minibatches}
     for number in range(max(points) + 1):
         rollout = collect(programs.rollout, run.policy(state), config, task, number)
@@ -346,7 +315,7 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
             most = config.rollout.minibatches - 1
             steps = min(1 + points.index(number) % max(most, 1), most)
             count = arguments.minibatches
-        others = further_minibatches(run, state, number, count)
+        others = further_minibatches(run, state, number, count, methods)
         for index, minibatch in enumerate(split(rollout.batch, config.rollout.minibatches)):
             if index == steps:
                 row = {
@@ -357,7 +326,7 @@ def follow(setting: str, start: int, arguments: Run) -> pathlib.Path:
                     "reward": rollout.metrics["reward"],
                     "commit": environment()["commit"],
                 }
-                row |= _measured([measure(state, other) for other in others])
+                row |= _measured([measure(state, *other) for other in others])
                 rows = [other for other in rows if other["rollout"] != number] + [row]
                 runs.write_rows(unfinished, runs.rounded(rows))
             state, _ = programs.train_step(state, minibatch)
@@ -376,11 +345,29 @@ def run(arguments: Run) -> int:
     return follow_all(follow, arguments.settings, arguments.starts, arguments)
 
 
+def candidates(arguments: Run) -> int:
+    """Measures each part of CANDIDATES from the first three starts."""
+    for part in CANDIDATES:
+        run(
+            dataclasses.replace(
+                arguments,
+                settings=part.settings,
+                objectives=part.objectives,
+                starts=arguments.starts[:3],
+                points=(POINTS[0], POINTS[2]),
+                folder=RESULTS.with_name("worth_candidates") / part.name,
+            )
+        )
+    return 0
+
+
 def main() -> int:
     """Reads the command line."""
     arguments = command_line(__doc__, Run, Report)
     if isinstance(arguments, Report):
         return worth_report.report(arguments.folder, arguments.gains, arguments.output)
+    if arguments.candidates:
+        return candidates(arguments)
     if not arguments.quick:
         return run(arguments)
     few = dataclasses.replace(

@@ -55,9 +55,9 @@ def worth_table(points: Points, norm: str) -> str:
     Medians, since a quotient has no mean where the RL gradient has hardly a signal.
     """
     lines = [
-        "| setting | auxiliary | starts | worth | a coefficient a part | coefficient | "
-        "critical batch, minibatches | R(0.2) - 1, % |",
-        "|" + "---|" * 8,
+        "| setting | auxiliary | starts | worth | a coefficient a part | as a control variate | "
+        "coefficient | critical batch, minibatches | R(0.2) - 1, % |",
+        "|" + "---|" * 9,
     ]
     settings = sorted({setting for setting, _ in points})
     for setting in settings:
@@ -66,7 +66,9 @@ def worth_table(points: Points, norm: str) -> str:
 
             def column(name, scale=1.0, digits=2, pick=None, o=objective, runs=runs, norm=norm):
                 figures = [
-                    [_picked(figure_of(row, norm, name, o), pick) for row in rows] for rows in runs
+                    [_picked(figure_of(row, norm, name, o), pick) for row in rows]
+                    for rows in runs
+                    if name in rows[0][norm]
                 ]
                 values = [v for v in (_mean(some, np.median) for some in figures) if v == v]
                 estimate = mean_interval(values) if values else None
@@ -75,7 +77,8 @@ def worth_table(points: Points, norm: str) -> str:
             critical = [figure_of(r, norm, "critical_batch", objective) for rs in runs for r in rs]
             lines.append(
                 f"| {setting} | {objective} | {len(runs)} | {column('worth', digits=3)} | "
-                f"{column('by_part', digits=3)} | {column('coefficient')} | "
+                f"{column('by_part', digits=3)} | {column('centred', digits=3)} | "
+                f"{column('coefficient')} | "
                 f"{_mean(critical, np.median):.1f} | {column('gain', 100, 1, pick=0)} |"
             )
     return "\n".join(lines)

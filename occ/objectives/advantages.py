@@ -152,6 +152,36 @@ def _std(values: jax.Array, valid: jax.Array, ddof: int, axis: int | None) -> ja
     return jnp.sqrt(total / jnp.maximum(count - ddof, 1))
 
 
+def optimal_token_baseline(
+    returns: Float[Array, "prompts group time"],
+    energy: Float[Array, "prompts group time"],
+    mask: Bool[Array, "prompts group time"],
+) -> Float[Array, "prompts group time"]:
+    """The baseline of least variance at each token, from the samples of its prompt.
+
+        b_t = sum_i W_i,t R_i,t / sum_i W_i,t,    W_i,t = sum_{s <= t} energy_i,s
+
+    over the samples i that have a token t. A sample counts by how much it has moved the parameters
+    so far; with equal energies it is the mean over the group.
+
+    Args:
+      returns: [P, G, T], of each token: the reward of its sample, where that is all there is.
+        What is affine in the rewards of a group will do as well.
+      energy: [P, G, T], squared norm of each token's gradient (`divergences.logit_energy`).
+      mask: bool [P, G, T], sampled tokens.
+
+    Returns:
+      [P, G, T], the same for all samples of a prompt; 0 where none of them has a token.
+
+    Reference: Li et al., The Optimal Token Baseline, arXiv 2602.07078.
+    """
+    weights = jnp.where(mask, jnp.cumsum(jnp.where(mask, energy, 0), axis=2), 0)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    weighted = jnp.sum(weights * jnp.where(mask, returns, 0), axis=1, keepdims=True)
+    baseline = weighted / jnp.where(total > 0, total, 1)
+    return jnp.broadcast_to(baseline, returns.shape)
+
+
 def whiten(
     values: Float[Array, "batch time"],
     mask: Bool[Array, "batch time"],

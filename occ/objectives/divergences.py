@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -61,6 +61,22 @@ def token_entropy(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"
     probability = jnp.exp(log_prob)
     # Replaced before the product: 0 times -inf would be NaN in the gradient.
     return -jnp.sum(probability * jnp.where(probability > 0, log_prob, 0), axis=-1)
+
+
+def logit_energy(
+    logits: Float[Array, "*batch vocab"], labels: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Squared norm of the gradient of log p(label) by the logits: 1 - 2 p(label) + sum_v p(v)^2.
+
+    Reference: Li et al., The Optimal Token Baseline, arXiv 2602.07078, which takes it for the
+    squared norm of a token's gradient, as far as a forward pass can know it.
+
+    >>> float(logit_energy(jnp.zeros(4), jnp.array(2)))
+    0.75
+    """
+    p = jax.nn.softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(p, labels[..., None], axis=-1)[..., 0]
+    return 1 - 2 * chosen + jnp.sum(p * p, axis=-1)
 
 
 def truncated_importance_weight(

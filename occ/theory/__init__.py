@@ -73,6 +73,7 @@ from occ.theory.sampling import (
 from occ.theory.worth import (
     Worth,
     by_group,
+    centred,
     critical_batch,
     equivalent_batch,
     relative_gain,
@@ -92,6 +93,7 @@ __all__ = [
     "by_group",
     "ceiling",
     "ceiling_share",
+    "centred",
     "check_step",
     "coefficient_scale",
     "contribution",

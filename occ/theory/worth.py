@@ -108,6 +108,31 @@ def relative_gain(sampled: SampledGram, coefficients: float | jax.Array) -> jax.
     return jnp.where(c[0] > 0, gain, jnp.nan)
 
 
+def centred(sampled: SampledGram, memory: float | jax.Array = jnp.inf) -> SampledGram:
+    """With m_k - a_k in place of each m_k: auxiliary gradients as control variates.
+
+    a_k is an average of m_k over `memory` other minibatches, so that the expected gradient is 0 and
+    only noise is left: with all weights on it, a step keeps its expected direction g and sheds the
+    noise that m shows. For K = 1, and with the correlation of both noises, rho,
+
+        worth = 1 / (1 - rho^2 n / (n + 1)),    rho = N_01 / sqrt(V_00 N_11),   n = memory,
+
+    where V_00, which contains c_0, takes the place of N_00, since R counts the signal too.
+
+    Args:
+      sampled: of (g, m_1, .., m_K); leaves float [K+1, K+1].
+      memory: minibatches in the average; infinite is the expected gradient itself.
+    """
+    noise = sampled.same - sampled.cross
+    heads = jnp.arange(len(noise)) > 0
+    among = heads[:, None] & heads[None, :]
+    same = jnp.where(among, noise * (1 + 1 / jnp.asarray(memory, noise.dtype)), noise)
+    return SampledGram(
+        same.at[0, 0].set(sampled.same[0, 0]),
+        jnp.where(heads[:, None] | heads[None, :], 0, sampled.cross),
+    )
+
+
 def equivalent_batch(found: Worth) -> jax.Array:
     """How many times as large a minibatch the main gradient alone would need to gain as much.
 

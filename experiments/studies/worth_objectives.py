@@ -98,8 +98,10 @@ def _with_token_baseline(inputs: StepInputs) -> Minibatch:
     mask = mtp.aligned_mask(batch.response_mask, batch.segment_ids, 1)
     samples = inputs.config.rollout.samples
     found = optimal_token_baseline(
-        *(values.reshape(-1, samples, values.shape[-1]) for values in (batch.advantages, energy)),
-        mask.reshape(-1, samples, mask.shape[-1]),
+        *(
+            values.reshape(-1, samples, mask.shape[-1])
+            for values in (batch.advantages, energy, mask)
+        )
     )
     return batch.replace(advantages=batch.advantages - found.reshape(mask.shape))
 

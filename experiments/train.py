@@ -13,6 +13,10 @@ On several hosts, with the same command on each (experiments/launch has both for
     python -m experiments.train laptop --distributed --coordinator 10.0.0.1:1234 \
         --processes 2 --index 0 --config.layout.data 2
 
+On another published model, as a folder or by its name in huggingface_hub's cache:
+
+    python -m experiments.train smollm2_arithmetic --pretrained Qwen/Qwen3-1.7B
+
 Responses sampled by vLLM, in an environment of its own (experiments/README.md says how):
 
     python -m experiments.train smollm2_arithmetic --engine vllm --config.engine.python PYTHON
@@ -48,6 +52,7 @@ from occ.training.durable.lock import LockedError
 from occ.training.durable.run_folder import as_json, environment, flatten
 from occ.training.processes import check_alike, is_first, join, on_first
 from occ.training.regimes import RegimeName, regime
+from occ.training.start.pretrained import on_pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,9 @@ class Arguments:
       config: the configuration; every field can be given.
       regime: a named training regime in place of `config.mtp`, whose fields that are given on the
         command line change it.
+      pretrained: the model that the run begins from, in place of `config.pretrained.path`: a
+        folder, a .gguf file, or OWNER/NAME in huggingface_hub's cache. `config.model` and the
+        task's tokenizer become what it says; what files leave open stays.
       engine: what samples responses, in place of `config.engine.kind`, whose other fields stay.
       folder: for the run, or gs://BUCKET/FOLDER; default runs/CONFIG/REGIME-seedN.
       shared: folder for what runs have in common, starting points and compiled programs; default
@@ -71,6 +79,7 @@ class Arguments:
 
     config: TrainConfig
     regime: RegimeName | None = None
+    pretrained: str | None = None
     engine: Literal["in_process", "vllm"] | None = None
     folder: PathArgument | None = None
     shared: PathArgument | None = None
@@ -151,8 +160,10 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
 
 
 def _chosen(arguments: Arguments, beside: tuple[str, ...]) -> TrainConfig:
-    """The configuration with the regime and the engine that were named."""
+    """The configuration with the model, the regime and the engine that were named."""
     config = arguments.config
+    if arguments.pretrained is not None:
+        config = on_pretrained(config, arguments.pretrained)
     if arguments.regime is not None:
         changes = {name: getattr(config.mtp, name) for name in beside}
         mtp = dataclasses.replace(regime(arguments.regime), **changes)

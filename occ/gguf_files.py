@@ -14,6 +14,9 @@ import pathlib
 import struct
 from typing import Any
 
+from occ.extras import require
+
+require("pretrained", __name__, "gguf")
 import gguf
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

@@ -1,5 +1,6 @@
 """What `pip install` brings: the whole package, and with it jax and optax alone."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -123,6 +124,43 @@ def test_require_names_what_is_missing_alone():
     assert str(caught.value) == (
         "occ.tasks.datasets needs missing_a, missing_b, not installed: pip install 'occ-jax[data]'."
     )
+
+
+IN_TRAIN = {
+    "absl", "chex", "etils", "flax", "jax", "jaxlib", "jaxtyping", "numpy", "optax", "orbax",
+    "ml_dtypes", "reasoning_gym", "scipy", "tensorflow_datasets", "tensorstore",
+}  # fmt: skip
+ASKED_BEFORE = {
+    "occ/buckets/store.py": "paths asks for it",
+    "occ/tasks/math_numeric.py": "tasks.load asks for it",
+    "occ/tasks/symbolic.py": "runs in a process of its own, which tasks.load asks for",
+    "occ/tasks/chat_rendering.py": "runs in a process of its own; pretrained_tokenizer asks",
+    "occ/tasks/chat_template.py": "pretrained_tokenizer asks for it",
+}
+
+
+def test_a_module_asks_for_the_extra_of_what_it_imports():
+    """Or a package around it does: a raw ModuleNotFoundError says nothing of the extra."""
+    bare = []
+    for file in (ROOT / "occ").rglob("*.py"):
+        name = file.relative_to(ROOT).as_posix()
+        if "engines/server" in name or name in ASKED_BEFORE:
+            continue
+        around = [p / "__init__.py" for p in file.parents if (p / "__init__.py").exists()]
+        asked = {
+            word
+            for source in (file, *around)
+            for call in re.findall(r"(?:require|find_spec)\(([^)]*)\)", source.read_text("utf-8"))
+            for word in re.findall(r'"(\w+)"', call)
+        }
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            tops = {one.split(".")[0] for one in names}
+            known = {*sys.stdlib_module_names, *IN_TRAIN, *asked, "occ"}
+            bare += [f"{name}, line {node.lineno}: {top}" for top in tops - known]
+    assert not bare
 
 
 def test_tasks_of_mathematics_name_their_extras(monkeypatch):

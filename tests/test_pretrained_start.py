@@ -12,7 +12,7 @@ import pytest
 from experiments import runs
 from occ import tasks
 from occ.models.policy import Policy
-from occ.models.pretrained import PretrainedWarning, save
+from occ.models.pretrained import PretrainedWarning, read_config, save
 from occ.training import loop
 from occ.training.config import (
     EvaluationConfig,
@@ -25,8 +25,8 @@ from occ.training.config import (
 from occ.training.regimes import regime
 from occ.training.sharding import make_mesh, tree_shardings
 from occ.training.start import own_samples, starting_point
-from occ.training.start.pretrained import load_policy
-from tests import test_gguf, tiny
+from occ.training.start.pretrained import load_policy, on_pretrained
+from tests import published, test_gguf, tiny
 
 TASK = tasks.load("arithmetic", digits=1, train_size=20, test_size=8)
 TRUNK = test_gguf.CONFIG
@@ -81,6 +81,36 @@ def test_the_weights_of_a_file_and_fresh_modules_make_the_model(weights, loaded)
     last = jax.tree.map(lambda leaf: leaf[-1], weights[1]["layers"])
     chex.assert_trees_all_equal(modules["0"]["block"], last)
     assert rest == {}
+
+
+def test_a_run_moves_to_another_published_model(weights, tmp_path, monkeypatch):
+    """By name, out of huggingface_hub's cache: what its files say, and the run's own choices."""
+    from huggingface_hub import constants
+
+    commit = "0" * 40
+    repository = tmp_path / "models--Owner--Name"
+    published.write_folder(repository / "snapshots" / commit, "mimo")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = dataclasses.replace(MODEL, compute_dtype="bfloat16", remat="full", max_length=16)
+    config = with_weights(weights[0], model=model, task_options={"tokenizer": str(weights[0])})
+    moved = on_pretrained(config, "Owner/Name")
+    found = read_config(repository / "snapshots" / commit)
+    assert moved.model == dataclasses.replace(
+        found, compute_dtype="bfloat16", remat="full", max_length=16
+    )
+    assert moved.pretrained.path == moved.task_options["tokenizer"] == "Owner/Name"
+    policy = load_policy(moved)
+    assert set(policy.params["mtp"]) == {str(k) for k in range(found.mtp.num_modules)}
+    # A file without modules leaves them to the configuration, and a task without a tokenizer alone.
+    back = on_pretrained(dataclasses.replace(moved, task_options={}), str(weights[0]))
+    assert back.model.mtp == found.mtp and back.model.width == TRUNK.width
+    assert back.task_options == {}
+    fresh = on_pretrained(with_weights("elsewhere", pretrained=None), str(weights[0]))
+    assert fresh == with_weights(weights[0])
+    with pytest.raises(ValueError, match="hf download Owner/Other"):
+        on_pretrained(config, "Owner/Other")
 
 
 def test_modules_that_nothing_will_warm_up_are_warned_of(weights):

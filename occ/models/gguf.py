@@ -14,6 +14,9 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from occ.extras import require
+
+require("pretrained", __name__, "gguf")
 import gguf
 import jax
 import numpy as np

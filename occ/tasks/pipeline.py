@@ -18,6 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from occ.extras import require
+
+require("data", __name__, "grain")
 import grain
 import jax
 

@@ -8,6 +8,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from occ.extras import require
+
+require("pretrained", __name__, "tokenizers", "jinja2", "gguf")
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 

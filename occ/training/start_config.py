@@ -16,8 +16,9 @@ class PretrainedConfig:
     modules, `model.mtp.num_modules` fresh ones are attached.
 
     Attributes:
-      path: a folder of safetensors files, a .gguf file, or "package:NAME" for the one .gguf file
-        that an installed package holds ("package:NAME/FILE" for any).
+      path: a folder of safetensors files, a .gguf file, OWNER/NAME in huggingface_hub's cache, or
+        "package:NAME" for the one .gguf file that an installed package holds ("package:NAME/FILE"
+        for any).
       attach: what fresh modules begin as: "last_block" (a copy of the trunk's last) or "random".
     """
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from occ import buckets, json_files
 from occ.buckets import Path
+from occ.extras import require
 from occ.models.lora import is_adapter
 from occ.models.parameters import ADAPTERS, MODULES
 from occ.models.policy import Policy, abstract_policy
@@ -90,6 +91,7 @@ def _check_writable(policy: Policy) -> None:
 def _write(
     folder: pathlib.Path, policy: Policy, tensors: dict[str, np.ndarray], base: str | None
 ) -> None:
+    require("pretrained", "occ.models.pretrained", "safetensors")
     from safetensors.numpy import save_file
 
     lora = policy.config.lora
@@ -125,6 +127,7 @@ def load_adapters(path: str | Path, policy: Policy) -> Policy:
     Raises:
       ValueError: rank, alpha or tensors are not the model's; they are named.
     """
+    require("pretrained", "occ.models.pretrained", "safetensors")
     from safetensors.numpy import load_file
 
     folder, lora = pathlib.Path(path), policy.config.lora

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from occ import json_files
+from occ.extras import require
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -101,7 +102,9 @@ class WeightFolder:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            safetensors = _library()
+            require("pretrained", "occ.models.pretrained", "safetensors")
+            import safetensors
+
             try:
                 self._open[name] = safetensors.safe_open(self.path / name, framework="np")
             except safetensors.SafetensorError as error:
@@ -109,16 +112,6 @@ class WeightFolder:
                     f"{self.path / name} is no whole safetensors file ({error}). Download it again."
                 ) from error
         return self._open[name]
-
-
-def _library() -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError(
-            "Weights in and out need the package safetensors: pip install 'occ-jax[pretrained]'."
-        ) from error
-    return safetensors
 
 
 def _files(path: pathlib.Path) -> dict[str, str]:

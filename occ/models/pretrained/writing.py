@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from occ import buckets
 from occ.buckets import Path
+from occ.extras import require
 from occ.models.config import ModelConfig
 from occ.models.lora import merge
 from occ.models.policy import Policy
@@ -183,6 +184,7 @@ def _write_shards(
     shard_bytes: int,
     first: bool,
 ) -> None:
+    require("pretrained", "occ.models.pretrained", "safetensors")
     from safetensors.numpy import save_file
 
     shards: list[list[str]] = [[]]

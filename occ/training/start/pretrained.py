@@ -11,12 +11,12 @@ import jax
 from jax.sharding import Mesh
 
 from occ.models import pretrained
-from occ.models.agreement import check_agrees
+from occ.models.agreement import DESCRIBED, check_agrees
 from occ.models.config import ModelConfig
 from occ.models.lora import adapt
 from occ.models.policy import Policy, abstract_policy
 from occ.sources import resolve
-from occ.training.config import TrainConfig
+from occ.training.config import PretrainedConfig, TrainConfig
 from occ.training.sharding import make_mesh, tree_shardings
 
 
@@ -54,6 +54,39 @@ def _load_whole(config: TrainConfig) -> Policy:
         return _with_modules(config, policy, bare, mesh)
 
 
+def on_pretrained(config: TrainConfig, source: str) -> TrainConfig:
+    """A run's configuration on the model, and with the tokenizer, of other files.
+
+    What files leave open stays as it is: dtypes, rematerialisation, a shorter context, adapters,
+    and MTP modules where the files hold none.
+
+    Args:
+      config: of the run.
+      source: as `occ.sources.resolve` reads it.
+
+    Raises:
+      ValueError: there are no such files, or they describe a model that the decoder is not.
+    """
+    path = resolve(source)
+    found = _described(path)
+    names = [*DESCRIBED, "mtp"] if found.mtp.num_modules else [*DESCRIBED]
+    changes = {name: getattr(found, name) for name in names}
+    if found.moe is not None and config.model.moe is not None:
+        capacity = config.model.moe.capacity_factor
+        changes["moe"] = dataclasses.replace(found.moe, capacity_factor=capacity)
+    changes["max_length"] = min(config.model.max_length, found.max_length)
+    options = config.task_options
+    if "tokenizer" in options:
+        options = options | {"tokenizer": source}
+    given = config.pretrained or PretrainedConfig(source)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **changes),
+        task_options=options,
+        pretrained=dataclasses.replace(given, path=source),
+    )
+
+
 def stamp(source: str) -> list[list[Any]]:
     """Name, size and time of all files behind a source, which change when it does."""
     path = resolve(source)
@@ -61,11 +94,20 @@ def stamp(source: str) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
+def _described(path: pathlib.Path) -> ModelConfig:
+    """The model that files describe."""
+    if path.suffix != ".gguf":
+        return pretrained.read_config(path)
+    from occ.models import gguf
+
+    return gguf.read_config(path)
+
+
 def _stored_modules(model: ModelConfig, path: pathlib.Path) -> int:
     """MTP modules in the files, which describe the model that is asked for."""
     if path.suffix == ".gguf":
         return 0  # and `gguf.load` looks at the rest
-    found = pretrained.read_config(path)
+    found = _described(path)
     check_agrees(model, found, str(path))
     return found.mtp.num_modules
 

@@ -129,7 +129,9 @@ class MLflow:
     def __call__(self, row: dict[str, Any]) -> None:
         """Takes every number of a row."""
         now, step = int(1000 * time.time()), row["rollout"]
-        metrics = [self._entities.Metric(k, v, now, step) for k, v in scalars(row).items()]
+        # Without the step: as files, metrics cannot be called "rollout" beside "rollout/invalid".
+        shown = {name: value for name, value in scalars(row).items() if name != "rollout"}
+        metrics = [self._entities.Metric(k, v, now, step) for k, v in shown.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:

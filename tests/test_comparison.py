@@ -259,7 +259,7 @@ def test_mlflow_has_the_run(subject, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # in place of a server
     for row in ({"reward": 0.5, "occ/coefficient": [0.1, 0.25]}, {"reward": 0.75}):
         logged = dashboards.Dashboards(("mlflow",), subject)
-        logged({"rollout": 0} | row)
+        logged({"rollout": 0, "rollout/invalid": 0.0} | row)
         logged.close()
     assert "given up" not in capsys.readouterr().err
     (run,) = mlflow.search_runs(experiment_names=["occ-jax"], output_format="list")

@@ -235,6 +235,7 @@ def subject(tmp_path):
     return dashboards.Subject("tiny/occ", "tiny", {"seed": 3, "mtp": {"rule": "occ"}}, tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_and_biases_has_the_run(subject, monkeypatch, capsys):
     """Offline, as its own file has it: configuration, every number, samples and the figure."""
     wandb = pytest.importorskip("wandb", reason="the extra dashboards is not installed")
@@ -253,6 +254,7 @@ def test_weights_and_biases_has_the_run(subject, monkeypatch, capsys):
     assert wandb.run is None
 
 
+@pytest.mark.slow
 def test_mlflow_has_the_run(subject, monkeypatch, capsys):
     mlflow = pytest.importorskip("mlflow", reason="the extra dashboards is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (subject.folder / "mlruns").as_uri())

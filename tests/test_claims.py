@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -393,3 +398,33 @@ def test_intervals_are_over_starts_of_means_over_models(at):
     assert shown == f"3.5 ± {half:.1f} (1.5 to 5.5)"
     with pytest.raises(ValueError, match="run `python -m experiments.studies.one_step run` first"):
         read_followed(at / "nothing", "one_step")
+
+
+def test_processes_of_a_study_end_with_it(tmp_path):
+    """Killed as by the system: what it had started would go on with what it has."""
+    said = tmp_path / "pid"
+    study = (
+        "import os, pathlib, sys, time\n"
+        "from experiments.studies.following import one_core_processes\n"
+        "if __name__ == '__main__':\n"
+        "    with one_core_processes(1) as pool:\n"
+        "        pid = pool.submit(os.getpid).result()\n"
+        "        pool.submit(time.sleep, 600)\n"
+        f"        pathlib.Path({str(said)!r}).write_text(str(pid))\n"
+        "        time.sleep(600)\n"
+    )
+    file = tmp_path / "study.py"
+    file.write_text(study)
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+    with subprocess.Popen([sys.executable, file], env=environment) as process:
+        waited_for(lambda: said.exists() and said.read_text())
+        process.kill()
+    at = pathlib.Path("/proc") / said.read_text()
+    waited_for(lambda: not at.exists() or " Z " in (at / "stat").read_text())
+
+
+def waited_for(holds, seconds=120):
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.1)

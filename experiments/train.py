@@ -65,7 +65,7 @@ class Arguments:
         command line change it.
       pretrained: the model that the run begins from, in place of `config.pretrained.path`: a
         folder, a .gguf file, or OWNER/NAME in huggingface_hub's cache. `config.model` and the
-        task's tokenizer become what it says; what files leave open stays.
+        task's tokenizer become what it says; what it leaves open stays.
       engine: what samples responses, in place of `config.engine.kind`, whose other fields stay.
       folder: for the run, or gs://BUCKET/FOLDER; default runs/CONFIG/REGIME-seedN.
       shared: folder for what runs have in common, starting points and compiled programs; default

@@ -100,7 +100,10 @@ def test_a_run_moves_to_another_published_model(weights, tmp_path, monkeypatch):
     assert moved.model == dataclasses.replace(
         found, compute_dtype="bfloat16", remat="full", max_length=16
     )
-    assert moved.pretrained.path == moved.task_options["tokenizer"] == "Owner/Name"
+    assert moved.pretrained.path == "Owner/Name"
+    assert moved.task_options == config.task_options  # an export of a run has no tokenizer
+    (repository / "snapshots" / commit / "tokenizer.json").write_text("{}")
+    assert on_pretrained(config, "Owner/Name").task_options == {"tokenizer": "Owner/Name"}
     policy = load_policy(moved)
     assert set(policy.params["mtp"]) == {str(k) for k in range(found.mtp.num_modules)}
     # A file without modules leaves them to the configuration, and a task without a tokenizer alone.

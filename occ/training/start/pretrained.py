@@ -58,7 +58,7 @@ def on_pretrained(config: TrainConfig, source: str) -> TrainConfig:
     """A run's configuration on the model, and with the tokenizer, of other files.
 
     What files leave open stays as it is: dtypes, rematerialisation, a shorter context, adapters,
-    and MTP modules where the files hold none.
+    and, where the files hold none, MTP modules and the tokenizer.
 
     Args:
       config: of the run.
@@ -76,7 +76,7 @@ def on_pretrained(config: TrainConfig, source: str) -> TrainConfig:
         changes["moe"] = dataclasses.replace(found.moe, capacity_factor=capacity)
     changes["max_length"] = min(config.model.max_length, found.max_length)
     options = config.task_options
-    if "tokenizer" in options:
+    if "tokenizer" in options and (path.suffix == ".gguf" or (path / "tokenizer.json").exists()):
         options = options | {"tokenizer": source}
     given = config.pretrained or PretrainedConfig(source)
     return dataclasses.replace(

@@ -45,6 +45,7 @@ from experiments.paths import PathArgument
 from experiments.progress import Interrupt, interrupt
 from occ.buckets import Path, UnreachableError, is_bucket
 from occ.generation.engines import EngineError
+from occ.models.config import LoRAConfig
 from occ.training import loop, metrics, regimes
 from occ.training.config import TrainConfig
 from occ.training.durable.disk import DiskFullError
@@ -66,6 +67,9 @@ class Arguments:
       pretrained: the model that the run begins from, in place of `config.pretrained.path`: a
         folder, a .gguf file, or OWNER/NAME in huggingface_hub's cache. `config.model` and the
         task's tokenizer become what it says; what it leaves open stays.
+      lora_rank: train adapters of this rank beside a frozen trunk, as `config.model.lora` where the
+        configuration has it.
+      quantised: how the kernels of that frozen trunk are stored.
       engine: what samples responses, in place of `config.engine.kind`, whose other fields stay.
       folder: for the run, or gs://BUCKET/FOLDER; default runs/CONFIG/REGIME-seedN.
       shared: folder for what runs have in common, starting points and compiled programs; default
@@ -80,6 +84,8 @@ class Arguments:
     config: TrainConfig
     regime: RegimeName | None = None
     pretrained: str | None = None
+    lora_rank: int | None = None
+    quantised: Literal["none", "int8"] | None = None
     engine: Literal["in_process", "vllm"] | None = None
     folder: PathArgument | None = None
     shared: PathArgument | None = None
@@ -164,14 +170,29 @@ def _chosen(arguments: Arguments, beside: tuple[str, ...]) -> TrainConfig:
     config = arguments.config
     if arguments.pretrained is not None:
         config = on_pretrained(config, arguments.pretrained)
+    if arguments.lora_rank is not None or arguments.quantised is not None:
+        config = _with_adapters(config, arguments)
     if arguments.regime is not None:
-        changes = {name: getattr(config.mtp, name) for name in beside}
-        mtp = dataclasses.replace(regime(arguments.regime), **changes)
+        named = {name: getattr(config.mtp, name) for name in beside}
+        mtp = dataclasses.replace(regime(arguments.regime), **named)
         config = dataclasses.replace(config, mtp=mtp)
     if arguments.engine is not None:
         engine = dataclasses.replace(config.engine, kind=arguments.engine)
         config = dataclasses.replace(config, engine=engine)
     return config
+
+
+def _with_adapters(config: TrainConfig, arguments: Arguments) -> TrainConfig:
+    given = {"rank": arguments.lora_rank, "quantised": arguments.quantised}
+    changes = {name: value for name, value in given.items() if value is not None}
+    lora = config.model.lora
+    if lora is None and arguments.lora_rank is None:
+        raise ValueError(
+            "train: --quantised is how the frozen trunk beside adapters is stored, and this "
+            "configuration has none; give --lora-rank as well."
+        )
+    lora = dataclasses.replace(lora or LoRAConfig(), **changes)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
 
 
 def _of_command(config: TrainConfig, folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from experiments.configs import CONFIGS
 from experiments.configs.laptop import laptop
 from experiments.instruments import rollout_speed, step_cost
 from experiments.progress import interrupt
+from occ.models.config import LoRAConfig
 from occ.models.policy import create_policy
 from occ.training import loop
 from occ.training.batch import Minibatch
@@ -276,6 +277,19 @@ def test_a_full_disk_ends_in_words(at, monkeypatch, capsys):
         monkeypatch.setattr(compare_regimes, "_write", lambda *_: write())
         assert compare_regimes.compare(compare_regimes.Arguments(folder=at)) == 1
     assert "no space left for" in capsys.readouterr().err and picture.read_bytes() == before
+
+
+def test_options_that_stand_for_fields_of_the_configuration():
+    plain = laptop()
+    chosen = train._chosen(train.Arguments(plain, lora_rank=4, quantised="int8"), ())
+    assert chosen.model.lora == LoRAConfig(rank=4, quantised="int8")
+    assert dataclasses.replace(chosen.model, lora=None) == plain.model
+    mimo = CONFIGS["mimo_7b_lora"]()
+    chosen = train._chosen(train.Arguments(mimo, quantised="int8"), ())
+    assert chosen.model.lora == dataclasses.replace(mimo.model.lora, quantised="int8")
+    assert train._chosen(train.Arguments(mimo), ()) == mimo
+    with pytest.raises(ValueError, match="give --lora-rank as well"):
+        train._chosen(train.Arguments(plain, quantised="int8"), ())
 
 
 def test_what_can_be_trained_is_listed(monkeypatch, capsys):

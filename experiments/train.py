@@ -183,15 +183,16 @@ def _chosen(arguments: Arguments, beside: tuple[str, ...]) -> TrainConfig:
 
 
 def _with_adapters(config: TrainConfig, arguments: Arguments) -> TrainConfig:
-    given = {"rank": arguments.lora_rank, "quantised": arguments.quantised}
-    changes = {name: value for name, value in given.items() if value is not None}
-    lora = config.model.lora
-    if lora is None and arguments.lora_rank is None:
+    lora, rank, quantised = config.model.lora, arguments.lora_rank, arguments.quantised
+    if lora is None and rank is None:
         raise ValueError(
             "train: --quantised is how the frozen trunk beside adapters is stored, and this "
             "configuration has none; give --lora-rank as well."
         )
-    lora = dataclasses.replace(lora or LoRAConfig(), **changes)
+    lora = lora or LoRAConfig()
+    lora = dataclasses.replace(
+        lora, rank=lora.rank if rank is None else rank, quantised=quantised or lora.quantised
+    )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
 
 

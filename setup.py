@@ -24,7 +24,14 @@ EXPERIMENTS = [*TRAIN, "matplotlib", "tensorboardX", "tqdm", "tyro"]
 DASHBOARDS = [*EXPERIMENTS, "mlflow-skinny", "wandb"]
 DATA = [*TRAIN, "grain", "pyarrow", "requests"]  # published problems; no TensorFlow
 MATH = [*TRAIN, "math-verify", "mpmath"]
-PRETRAINED = [*TRAIN, "gguf", "jinja2>=3.1.6", "safetensors", "tokenizers"]  # older Jinjas leak
+PRETRAINED = [
+    *TRAIN,
+    "gguf",
+    "huggingface-hub",
+    "jinja2>=3.1.6",  # older ones leak
+    "safetensors",
+    "tokenizers",
+]
 BUCKETS = [*TRAIN, "etils[epath]", "gcsfs", "google-cloud-storage"]  # runs in gs://
 NOTEBOOKS = [*EXPERIMENTS, "ipykernel", "nbclient", "nbmake"]
 PARITY = [*TRAIN, "accelerate", "peft", "torch", "torchjd[cagrad,nash-mtl]", "transformers"]

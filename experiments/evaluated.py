@@ -139,10 +139,11 @@ def from_pretrained(
     if "data_dir" not in task_options:
         raise ValueError("evaluate: a published model brings no benchmarks; give --data-dir.")
     path = sources.resolve(source)
+    name = path.stem if path.is_file() else source.rstrip("/").split("/")[-1]
     model = gguf.read_config(path) if path.suffix == ".gguf" else pretrained.read_config(path)
     options = {"tokenizer": str(path), "extract": "boxed"} | task_options
     published = TrainConfig(
-        name=path.stem,
+        name=name,
         model=model,
         task="math",
         task_options=options,
@@ -152,8 +153,8 @@ def from_pretrained(
     config = published if layout is None else _moved(published, layout)
     task, problems = _task(config, benchmarks, {})
     return Model(
-        label=path.stem,
-        name=path.stem,
+        label=name,
+        name=name,
         config=config,
         task=task,
         benchmarks=problems,

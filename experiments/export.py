@@ -21,7 +21,6 @@ import jax
 import tyro
 
 from experiments.paths import PathArgument
-from occ import buckets
 from occ.buckets import Path
 from occ.models import pretrained
 from occ.models.policy import abstract_policy
@@ -31,6 +30,7 @@ from occ.training.durable.run_folder import identity, read_config
 from occ.training.layout import LayoutConfig
 from occ.training.programs import abstract_state
 from occ.training.sharding import make_mesh
+from occ.training.start.pretrained import folder_of
 from occ.training.start.starting_point import with_frozen
 from occ.training.state import frozen_leaves
 
@@ -81,21 +81,29 @@ def export(arguments: Arguments) -> int:
     ):
         number, restored, _ = checkpoints.read(state, arguments.which)
         trained = restored.policy(config.model)
-        like = _like(config) if arguments.like is None else arguments.like
         if arguments.form == "peft":
-            base = None if like is None else str(like)
+            # By the name that the run was given: a hub's, where it is one.
+            given = None if config.pretrained is None else config.pretrained.path
+            base = given if arguments.like is None else str(arguments.like)
             pretrained.save_adapters(arguments.target, trained, base=base)
         else:
+            like = _like(config) if arguments.like is None else arguments.like
             pretrained.save(arguments.target, trained, like=like)
     return number
 
 
 def _like(config: TrainConfig) -> Path | None:
-    """The folder that the run began from, if there is one and it is here."""
+    """The folder that the run began from; says so if it was none, or is gone."""
     if config.pretrained is None:
         return None
-    path = buckets.path(config.pretrained.path)
-    return path if path.is_dir() else None
+    folder = folder_of(config)
+    if folder is None:
+        print(
+            f"{config.pretrained.path} is no folder here: config.json is made anew, and no "
+            "tokenizer is written. Give the folder that they are in as --like.",
+            file=sys.stderr,
+        )
+    return folder
 
 
 def main() -> int:

@@ -110,7 +110,11 @@ def train(arguments: Arguments, beside: tuple[str, ...] = ()) -> int:
     dashboards.check(arguments.log)
     if arguments.distributed:
         join(arguments.coordinator, arguments.processes, arguments.index)
-    config = _chosen(arguments, beside)
+    try:
+        config = _chosen(arguments, beside)
+    except UnreachableError as error:
+        print(error, file=sys.stderr)
+        return 1
     label = "custom" if arguments.regime is None else arguments.regime
     root = pathlib.Path("runs") / config.name
     folder = root / f"{label}-seed{config.seed}" if arguments.folder is None else arguments.folder

@@ -35,7 +35,10 @@ def resolve(source: str) -> pathlib.Path:
             return path
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             return _fetched(source)
-        raise ValueError(f"resolve: there is no file or folder {str(path)!r}.")
+        raise ValueError(
+            f"resolve: there is no file or folder {str(path)!r}. Expected the path of one, "
+            "gs://BUCKET/FOLDER, OWNER/NAME in huggingface_hub's cache, or package:NAME."
+        )
     name, _, file = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -70,7 +73,8 @@ def _fetched(name: str) -> pathlib.Path:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ValueError(
             f"resolve: there is no file or folder {name!r}, and the package huggingface_hub, whose "
-            "cache may have the model of that name, is not installed."
+            "cache may have the model of that name, is not installed: "
+            "pip install 'occ-jax[pretrained]'."
         )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

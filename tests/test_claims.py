@@ -160,11 +160,13 @@ def test_over_warm_starts_a_start_is_one_value(tmp_path):
     folder = tmp_path / "rows" / claims_grid.MAIN
     folder.mkdir(parents=True)
     by_start = {11: (0.01, 0.03), 12: (0.00, 0.02), 13: (0.02, 0.04)}
-    for variant in ("detach", "drafter"):
+    levels = {"detach": 0.4, "drafter": 0.4, "rate_2_detach": 0.48, "rate_2_worth": 0.49}
+    for variant, level in levels.items():
         rows = []
         for start, gains in by_start.items():
             for i, (gain, row) in enumerate(zip(gains, rows_of(0.0, n=2), strict=True)):
-                changed = {"area": 0.4 + gain * (variant == "drafter"), "reward_series": [0.1] * 9}
+                area = level + gain * (variant == "drafter")
+                changed = {"area": area, "reward_series": [0.1] * 9}
                 named = {"start": start, "seed": 100 * start + i, "setting": claims_grid.MAIN}
                 rows.append(row | changed | named | {"commit": "c"})
         (folder / f"{variant}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -177,6 +179,11 @@ def test_over_warm_starts_a_start_is_one_value(tmp_path):
     assert claims_report.report(tmp_path / "rows", tmp_path / "out") == 0
     text = (tmp_path / "out" / "table.md").read_text()
     assert "3 warm starts a setting" in text and "+2.0 ± 2.5" in text
+    # A regime at another rate beside Detach at that rate, which stands beside Detach's own.
+    first, _, rest = text.partition("### Final sampled accuracy")
+    assert "| drafter | rate_2_worth |" in first and "| **+1.0 ± 0.0** |" in first
+    rates = rest.partition("### Detach at other learning rates, area")[2]
+    assert "| setting | rate_2_detach |" in rates and "| **+8.0 ± 0.0** |" in rates
 
 
 def test_the_truth_is_that_of_the_other_minibatches():
@@ -277,6 +284,10 @@ def test_worth_from_minibatches_is_that_of_their_gram_matrices():
     with jax.enable_x64(True):
         everything = worth.figures(worth.sampled(matrices))
     np.testing.assert_allclose(everything["larger"][0, worth_report.LARGER.index(4)], expected)
+    with jax.enable_x64(True):
+        pair = theory.SampledGram(jnp.asarray(same), jnp.asarray(cross))
+        centred = theory.worth(theory.centred(pair, worth.MEMORY)).worth
+    np.testing.assert_allclose(everything["centred"][0], centred)
 
 
 def test_folding_keeps_inner_products_in_expectation():
@@ -326,13 +337,18 @@ def test_worth_is_measured_along_a_run_and_compared_with_gains(at, monkeypatch, 
     tiny = dataclasses.replace(config, rollouts=4, rollout=rollout, warm_start=warm)
     monkeypatch.setitem(CONFIGS, claims_grid.MAIN, lambda: tiny)
     arguments = worth.Run(
-        objectives=("ce", "policy_own"), points=(0.5,), minibatches=6, folder=at / "rows"
+        objectives=("ce", "policy_own", "policy_rloo"),
+        points=(0.5,),
+        minibatches=6,
+        folder=at / "rows",
     )
     worth.follow(claims_grid.MAIN, 11, arguments)
     (row,) = read_followed(at / "rows", "worth")[claims_grid.MAIN, 11]
     with pytest.raises(ValueError, match="has rows of the objectives .* Choose another --folder"):
         worth.follow(claims_grid.MAIN, 11, dataclasses.replace(arguments, objectives=("ce",)))
     assert row["rollout"] == 2 and row["minibatches"] == 6
+    own, without_deviation = row["adam"]["coefficient"]["value"][1:]
+    assert own != without_deviation  # the same samples with other advantages
     # An attempt that was ended before its run was keeps the points that it had measured.
     file = at / "rows" / claims_grid.MAIN / "start11.jsonl"
     file.rename(file.with_suffix(".unfinished"))
@@ -417,13 +433,21 @@ def test_processes_of_a_study_end_with_it(tmp_path):
     file.write_text(study)
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
     with subprocess.Popen([sys.executable, file], env=environment) as process:
-        waited_for(lambda: said.exists() and said.read_text())
-        process.kill()
-    at = pathlib.Path("/proc") / said.read_text()
-    waited_for(lambda: not at.exists() or " Z " in (at / "stat").read_text())
+        try:
+            waited_for(lambda: said.exists() and said.read_text(), 120)
+        finally:
+            process.kill()
+    waited_for(lambda: not runs(int(said.read_text())), 20)
 
 
-def waited_for(holds, seconds=120):
+def runs(pid):
+    try:
+        return " Z " not in (pathlib.Path("/proc") / str(pid) / "stat").read_text()
+    except OSError:
+        return False
+
+
+def waited_for(holds, seconds):
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until

@@ -126,17 +126,25 @@ def test_require_names_what_is_missing_alone():
     )
 
 
+SETUP = (ROOT / "setup.py").read_text("utf-8")
 IN_TRAIN = {
     "absl", "chex", "etils", "flax", "jax", "jaxlib", "jaxtyping", "numpy", "optax", "orbax",
     "ml_dtypes", "reasoning_gym", "scipy", "tensorflow_datasets", "tensorstore",
 }  # fmt: skip
 ASKED_BEFORE = {
     "occ/buckets/store.py": "paths asks for it",
-    "occ/tasks/math_numeric.py": "tasks.load asks for it",
     "occ/tasks/symbolic.py": "runs in a process of its own, which tasks.load asks for",
-    "occ/tasks/chat_rendering.py": "runs in a process of its own; pretrained_tokenizer asks",
-    "occ/tasks/chat_template.py": "pretrained_tokenizer asks for it",
+    "occ/tasks/chat_rendering.py": "runs in a process of its own, which chat_template asks for",
 }
+
+
+def asks(file):
+    """Modules that calls of `require` in a file look for, with line and extras."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+            extras, _, *modules = (getattr(argument, "value", "") for argument in node.args)
+            for module in modules:
+                yield module, node.lineno, str(extras).split(",")
 
 
 def test_a_module_asks_for_the_extra_of_what_it_imports():
@@ -147,20 +155,40 @@ def test_a_module_asks_for_the_extra_of_what_it_imports():
         if "engines/server" in name or name in ASKED_BEFORE:
             continue
         around = [p / "__init__.py" for p in file.parents if (p / "__init__.py").exists()]
-        asked = {
-            word
-            for source in (file, *around)
-            for call in re.findall(r"(?:require|find_spec)\(([^)]*)\)", source.read_text("utf-8"))
-            for word in re.findall(r'"(\w+)"', call)
-        }
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        known = {*sys.stdlib_module_names, *IN_TRAIN, "occ"}
+        known |= {module for above in around for module, _, _ in asks(above)}
+        text = file.read_text("utf-8")
+        looked_for = set(re.findall(r'find_spec\("(\w+)"\)', text))
+        before = {module: line for module, line, _ in asks(file)}
+        for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
-            tops = {one.split(".")[0] for one in names}
-            known = {*sys.stdlib_module_names, *IN_TRAIN, *asked, "occ"}
-            bare += [f"{name}, line {node.lineno}: {top}" for top in tops - known]
+            tops = {one.split(".")[0] for one in names} - known - looked_for
+            for top in tops:
+                # What a function imports, its module may ask for in another.
+                late = not node.col_offset and before.get(top, 0) >= node.lineno
+                if top not in before or late:
+                    bare.append(f"{name}, line {node.lineno}: {top}")
     assert not bare
+
+
+def test_the_extra_that_is_named_has_what_is_missing():
+    listed = {
+        extra.lower(): {re.match(r"[\w-]+", item)[0].replace("-", "_") for item in items}
+        for extra, text in re.findall(r"^([A-Z]+) = \[(.*?)\]$", SETUP, re.S | re.M)
+        for items in [re.findall(r'"([^"]+)"', text)]
+    }
+    names = {"orbax": "orbax_checkpoint"}  # a module's distribution, where it has another name
+    found = 0
+    for file in (ROOT / "occ").rglob("*.py"):
+        for module, line, extras in asks(file):
+            if not set(extras) <= set(listed):  # of a doctest, or handed on
+                continue
+            there = {*listed["train"], *(item for extra in extras for item in listed[extra])}
+            assert names.get(module, module) in there, f"{file} line {line}: {module} in {extras}"
+            found += 1
+    assert found > 20
 
 
 def test_tasks_of_mathematics_name_their_extras(monkeypatch):

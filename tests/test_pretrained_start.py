@@ -25,7 +25,7 @@ from occ.training.config import (
 from occ.training.regimes import regime
 from occ.training.sharding import make_mesh, tree_shardings
 from occ.training.start import own_samples, starting_point
-from occ.training.start.pretrained import load_policy, on_pretrained
+from occ.training.start.pretrained import folder_of, load_policy, on_pretrained
 from tests import published, test_gguf, tiny
 
 TASK = tasks.load("arithmetic", digits=1, train_size=20, test_size=8)
@@ -83,37 +83,69 @@ def test_the_weights_of_a_file_and_fresh_modules_make_the_model(weights, loaded)
     assert rest == {}
 
 
-def test_a_run_moves_to_another_published_model(weights, tmp_path, monkeypatch):
-    """By name, out of huggingface_hub's cache: what its files say, and the run's own choices."""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of huggingface_hub with Owner/Name in it; its folder."""
     from huggingface_hub import constants
 
     commit = "0" * 40
     repository = tmp_path / "models--Owner--Name"
-    published.write_folder(repository / "snapshots" / commit, "mimo")
-    (repository / "refs").mkdir()
+    (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    model = dataclasses.replace(MODEL, compute_dtype="bfloat16", remat="full", max_length=16)
-    config = with_weights(weights[0], model=model, task_options={"tokenizer": str(weights[0])})
-    moved = on_pretrained(config, "Owner/Name")
-    found = read_config(repository / "snapshots" / commit)
-    assert moved.model == dataclasses.replace(
-        found, compute_dtype="bfloat16", remat="full", max_length=16
+    return repository / "snapshots" / commit
+
+
+@pytest.mark.parametrize("family", ["mimo", "glm", "qwen3", "llama tied, llama3 rope"])
+def test_a_run_moves_to_another_published_model(weights, hub, family):
+    """By name, out of huggingface_hub's cache: what its files say, and the run's own choices."""
+    published.write_folder(hub, family)
+    found = read_config(hub)
+    own = PretrainedConfig(str(weights[0]), attach="random")
+    mine = {"compute_dtype": "bfloat16", "remat": "full", "max_length": 16}
+    vocabulary = {"vocab_size": found.vocab_size}
+    config = with_weights(
+        weights[0],
+        model=dataclasses.replace(MODEL, **mine, **vocabulary),
+        task_options={"tokenizer": "mine"},
+        pretrained=own,
     )
-    assert moved.pretrained.path == "Owner/Name"
+    moved = on_pretrained(config, "Owner/Name")
+    mtp = found.mtp if found.mtp.num_modules else MODEL.mtp
+    assert moved.model == dataclasses.replace(found, mtp=mtp, **mine)
+    assert moved.pretrained == PretrainedConfig("Owner/Name", attach="random")
     assert moved.task_options == config.task_options  # an export of a run has no tokenizer
-    (repository / "snapshots" / commit / "tokenizer.json").write_text("{}")
-    assert on_pretrained(config, "Owner/Name").task_options == {"tokenizer": "Owner/Name"}
-    policy = load_policy(moved)
-    assert set(policy.params["mtp"]) == {str(k) for k in range(found.mtp.num_modules)}
-    # A file without modules leaves them to the configuration, and a task without a tokenizer alone.
-    back = on_pretrained(dataclasses.replace(moved, task_options={}), str(weights[0]))
-    assert back.model.mtp == found.mtp and back.model.width == TRUNK.width
-    assert back.task_options == {}
-    fresh = on_pretrained(with_weights("elsewhere", pretrained=None), str(weights[0]))
-    assert fresh == with_weights(weights[0])
+    assert folder_of(moved) == hub and folder_of(config) is None
+    loaded = load_policy(dataclasses.replace(moved, warm_start=OWN))
+    assert len(loaded.params["mtp"]) == mtp.num_modules
+    # A context that the files do not have is cut.
+    longer = dataclasses.replace(config, model=dataclasses.replace(config.model, max_length=10**6))
+    assert on_pretrained(longer, "Owner/Name").model.max_length == found.max_length
+    other = dataclasses.replace(config, model=dataclasses.replace(MODEL, vocab_size=99))
+    with pytest.raises(ValueError, match=r"no tokenizer.json, .* is not that of 'mine' \(99\)"):
+        on_pretrained(other, "Owner/Name")
+    (hub / "tokenizer.json").write_text("{}")
+    assert on_pretrained(other, "Owner/Name").task_options == {"tokenizer": "Owner/Name"}
+
+
+def test_a_run_moves_to_a_file_and_back(weights, hub):
+    published.write_folder(hub, "mimo")
+    config = with_weights("elsewhere", pretrained=None)
+    assert on_pretrained(config, str(weights[0])) == with_weights(weights[0])
+    there = dataclasses.replace(config, task_options={"tokenizer": "mine"})
+    assert on_pretrained(there, str(weights[0])).task_options["tokenizer"] == str(weights[0])
+    mimo = on_pretrained(config, "Owner/Name").model.mtp
+    assert on_pretrained(on_pretrained(config, "Owner/Name"), str(weights[0])).model.mtp == mimo
     with pytest.raises(ValueError, match="hf download Owner/Other"):
         on_pretrained(config, "Owner/Other")
+
+
+def test_the_buffers_of_experts_stay_the_runs(hub):
+    published.write_folder(hub, "glm")
+    found = read_config(hub)
+    moe = dataclasses.replace(found.moe, capacity_factor=1.25)
+    config = with_weights("x", model=dataclasses.replace(found, moe=moe))
+    assert on_pretrained(config, "Owner/Name").model.moe == moe
 
 
 def test_modules_that_nothing_will_warm_up_are_warned_of(weights):

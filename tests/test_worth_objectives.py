@@ -11,14 +11,14 @@ from experiments.studies import worth_objectives as objectives
 from experiments.studies.fidelity_estimators import shared_gradients
 from occ.objectives import divergences
 from occ.objectives.advantages import optimal_token_baseline
-from occ.training.config import RolloutConfig
+from occ.training.config import MTPTrainingConfig, RolloutConfig
 from occ.training.gradient.inputs import step_inputs
 from occ.training.gradient.placement import loss_gradients
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-GROUPS, SAMPLES = 2, 3
+GROUPS, SAMPLES, TEMPERATURE = 2, 3, 0.7
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,9 @@ def measured():
         config = tiny.train_config(
             objectives.OWN,
             tiny.model_config(2, "float64"),
-            rollout=RolloutConfig(prompts=GROUPS, samples=SAMPLES, minibatches=1),
+            rollout=RolloutConfig(
+                prompts=GROUPS, samples=SAMPLES, minibatches=1, temperature=TEMPERATURE
+            ),
         )
         model = tiny.build_model(config.model)
         batch = tiny.minibatch(config, model, rows=GROUPS * SAMPLES, drift=0.0)
@@ -46,6 +48,10 @@ def test_a_module_alone_and_all_together(measured):
     tiny.close(objectives.AUXILIARIES["policy_own_2"].gradient(measured), second, 1e-12)
     both = jax.tree.map(jnp.add, first, second)
     tiny.close(objectives.AUXILIARIES["policy_own"].gradient(measured), both, 1e-12)
+    variation = dataclasses.replace(measured.config, mtp=MTPTrainingConfig(loss="total_variation"))
+    _, *heads = shared_gradients(loss_gradients(measured._replace(config=variation)))
+    found = objectives.AUXILIARIES["total_variation"].gradient(measured)
+    tiny.close(found, jax.tree.map(jnp.add, *heads), 1e-12)
 
 
 def test_cross_entropy_weighted_by_an_exponential(measured):
@@ -54,11 +60,20 @@ def test_cross_entropy_weighted_by_an_exponential(measured):
     old = [scores.log_prob for scores in measured.stages.score(measured.stages.policy.params)]
     now = batch.replace(old_log_prob=old[0], old_mtp_log_prob=jnp.stack(old[1:]))
     plain = objectives.AUXILIARIES["ce"].gradient(measured)
-    for factor in (1.0, 3.0):
-        same = now.replace(advantages=jnp.full_like(batch.advantages, np.log(factor)))
-        found = objectives.AUXILIARIES["ce_weighted"].gradient(measured.on(same))
-        expected = {path: factor * leaf for path, leaf in plain.items()}
-        tiny.close(found, expected, 1e-10)
+
+    def weighted(weights):
+        logs = jnp.broadcast_to(jnp.log(weights)[:, None], batch.advantages.shape)
+        inputs = measured.on(now.replace(advantages=logs))
+        return objectives.AUXILIARIES["ce_weighted"].gradient(inputs)
+
+    ones = jnp.ones(GROUPS * SAMPLES)
+    tiny.close(weighted(ones), plain, 1e-10)
+    # Linear in the weights of the rows, whichever of them is the largest.
+    rng = np.random.default_rng(3)
+    a = jnp.asarray(rng.uniform(0.1, 3, GROUPS * SAMPLES))
+    b = a[::-1]
+    assert jnp.argmax(a) != jnp.argmax(b)
+    tiny.close(weighted(a + b), jax.tree.map(jnp.add, weighted(a), weighted(b)), 1e-10)
 
 
 def test_energy_is_the_squared_gradient_of_a_log_prob():
@@ -89,7 +104,7 @@ def test_baseline_of_least_variance_is_the_loops():
 def test_token_baselines_of_a_minibatch(measured):
     batch, stages, parts = measured.batch, measured.stages, measured.parts
     state = stages.modules(parts, stages.trunk(parts).hidden)[0]
-    p = np.asarray(jax.nn.softmax(stages.model(parts).mtp_logits(state, 0), axis=-1))
+    p = np.asarray(jax.nn.softmax(stages.model(parts).mtp_logits(state, 0) / TEMPERATURE, axis=-1))
     tokens, mask = np.asarray(batch.tokens), np.asarray(batch.response_mask)
     segments, advantages = np.asarray(batch.segment_ids), np.asarray(batch.advantages)
     rows, time = tokens.shape
@@ -111,6 +126,9 @@ def test_token_baselines_of_a_minibatch(measured):
     found = objectives._with_token_baseline(measured).advantages
     np.testing.assert_allclose(found[seen], expected[seen], rtol=1e-10)
     assert np.abs(np.asarray(found - batch.advantages)[seen]).max() > 0.1
+    own = objectives.AUXILIARIES["policy_own"]
+    expected = own.gradient(measured.on(batch.replace(advantages=found)))
+    tiny.close(objectives.AUXILIARIES["policy_otb"].gradient(measured), expected, 1e-12)
 
 
 def test_losses_of_hidden_states_are_the_loops(measured):

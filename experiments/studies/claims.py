@@ -44,6 +44,7 @@ from experiments.studies.claims_grid import (
     apart,
     baseline,
     by_worth,
+    by_worth_rates,
     cells,
     over_starts,
 )
@@ -79,6 +80,7 @@ class Run:
       over_starts: the settings and variants of OVER_STARTS from every one of STARTS, into
         results/claims_over_starts; with `--seeds 0` a run each.
       by_worth: likewise those of BY_WORTH and BY_WORTH_STARTS, into results/claims_by_worth.
+      by_worth_rates: likewise those of BY_WORTH_RATES, into the same folder.
       folder: of the rows; starting points and scratch files are in runs/claims.
     """
 
@@ -90,6 +92,7 @@ class Run:
     quick: bool = False
     over_starts: bool = False
     by_worth: bool = False
+    by_worth_rates: bool = False
     folder: pathlib.Path = RESULTS
 
     def pairs(self) -> list[tuple[int, int]]:
@@ -126,17 +129,24 @@ def run(arguments: Run) -> int:
             folder=pathlib.Path("runs/claims/quick"),
         )
     grid = cells() + (apart() if arguments.variants else [])
-    if arguments.over_starts and arguments.by_worth:
-        raise ValueError("claims: expected one of --over-starts and --by-worth, got both.")
-    for asked, name, its_grid, starts in (
-        (arguments.over_starts, "claims_over_starts", over_starts, STARTS),
-        (arguments.by_worth, "claims_by_worth", by_worth, BY_WORTH_STARTS),
-    ):
-        if asked:
-            folder = arguments.folder
-            folder = folder.with_name(name) if folder == RESULTS else folder
-            arguments = dataclasses.replace(arguments, starts=starts, folder=folder)
-            grid = its_grid()
+    chosen = [
+        (name, its_grid, starts)
+        for asked, name, its_grid, starts in (
+            (arguments.over_starts, "claims_over_starts", over_starts, STARTS),
+            (arguments.by_worth, "claims_by_worth", by_worth, BY_WORTH_STARTS),
+            (arguments.by_worth_rates, "claims_by_worth", by_worth_rates, BY_WORTH_STARTS),
+        )
+        if asked
+    ]
+    if len(chosen) > 1:
+        raise ValueError(
+            "claims: expected one of --over-starts, --by-worth and --by-worth-rates, got several."
+        )
+    for name, its_grid, starts in chosen:
+        folder = arguments.folder
+        folder = folder.with_name(name) if folder == RESULTS else folder
+        arguments = dataclasses.replace(arguments, starts=starts, folder=folder)
+        grid = its_grid()
     wanted = [
         cell
         for cell in grid

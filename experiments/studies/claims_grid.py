@@ -210,7 +210,7 @@ BY_WORTH_RATES: dict[str, Change] = {
     for name in ("detach", "worth")
 }
 """Detach at its better rates, and whether a joint regime still gains beside it there. Run with
-seed 0 alone; BY_WORTH with seeds 0 to 3, of which 0 was run first."""
+seed 0 alone (`--by-worth-rates --seeds 0`); BY_WORTH with seeds 0 to 3, of which 0 was first."""
 
 BY_WORTH_STARTS = (21, 22, 23, 24, 25)
 """Fresh ones, not seen by the worth or its report. Run in OVER_STARTS_SETTINGS; what the
@@ -254,13 +254,19 @@ def over_starts() -> list[Cell]:
 
 
 def by_worth() -> list[Cell]:
-    """The cells of BY_WORTH, then those of BY_WORTH_RATES."""
-    return [
-        Cell(setting, name)
-        for names in (BY_WORTH, BY_WORTH_RATES)
-        for setting in OVER_STARTS_SETTINGS
-        for name in names
-    ]
+    """The cells of BY_WORTH."""
+    return [Cell(setting, name) for setting in OVER_STARTS_SETTINGS for name in BY_WORTH]
+
+
+def by_worth_rates() -> list[Cell]:
+    """The cells of BY_WORTH_RATES."""
+    return [Cell(setting, name) for setting in OVER_STARTS_SETTINGS for name in BY_WORTH_RATES]
+
+
+def every() -> list[Cell]:
+    """All cells of any grid, each once."""
+    grids = (cells, apart, over_starts, by_worth, by_worth_rates)
+    return list(dict.fromkeys(cell for grid in grids for cell in grid()))
 
 
 def baseline(variant: str) -> str:

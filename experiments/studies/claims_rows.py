@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies.claims_grid import apart, baseline, by_worth, cells, over_starts
+from experiments.studies import claims_grid
+from experiments.studies.claims_grid import baseline
 from occ.evaluation.intervals import Estimate, mean_interval
 from occ.training.durable.run_folder import read_rows
 
@@ -27,7 +28,7 @@ def read(folder: pathlib.Path) -> Results:
       ValueError: there are none, or some that do not share their warm start.
     """
     results: Results = {}
-    for setting, variant in dict.fromkeys(cells() + apart() + over_starts() + by_worth()):
+    for setting, variant in claims_grid.every():
         file = folder / setting / f"{variant}.jsonl"
         if file.exists():
             rows = [_known(row) for row in sorted(read_rows(file), key=lambda row: row["seed"])]

@@ -2,6 +2,7 @@
 
     python -m experiments.studies.worth run       every setting from every warm start, resumable
     python -m experiments.studies.worth run --quick
+    python -m experiments.studies.worth candidates    further objectives, modules and widths
     python -m experiments.studies.worth report    worths, coefficients, and what training gained
 
 A run of Detach is followed. At four points of it many further minibatches are drawn from its
@@ -15,7 +16,7 @@ seeds (`experiments.studies.claims run --over-starts`).
 Cost: 25 runs of four points and 64 minibatches each, three to five minutes a run and core. Of a
 model such as SmolLM2 (`run --settings smollm2_sums --starts 0 --workers 1 --objectives policy_own
 ce_rewarded alignment --points 0.07 --minibatches 16 --folder runs/worth/smollm2`) a minibatch takes
-a minute on two cores. Further objectives and models: `--candidates`, in a folder of their own.
+two to three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ OBJECTIVES = ("policy_own", "policy_main", "ce", "ce_rewarded", "distill")
 POINTS = (0.07, 0.25, 0.5, 0.8)
 """Of a run; after one, two or three gradient steps of the rollout, in turn."""
 
+CANDIDATE_RESULTS = RESULTS.with_name("worth_candidates")
+
 MEMORY = 20
 """Minibatches in the average that a control variate is centred on: five rollouts."""
 
@@ -88,7 +91,6 @@ class Run:
       minibatches: further ones at each point.
       workers: processes, each on one core.
       quick: one setting from one start, few minibatches.
-      candidates: what CANDIDATES has: further objectives, wider models, several modules.
       folder: of the rows.
     """
 
@@ -99,7 +101,6 @@ class Run:
     minibatches: int = 64
     workers: int = 2
     quick: bool = False
-    candidates: bool = False
     folder: pathlib.Path = RESULTS
 
     def __post_init__(self):
@@ -108,6 +109,23 @@ class Run:
             raise ValueError(f"worth: expected at least 4 minibatches, got {self.minibatches}.")
         if not self.points or not all(0 <= share < 1 for share in self.points):
             raise ValueError(f"worth: points are shares of a run in [0, 1), got {self.points}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Measures further objectives, wider models and several modules, as CANDIDATES has them.
+
+    Attributes:
+      starts: seeds of the warm starts.
+      minibatches: further ones at each point.
+      workers: processes, each on one core.
+      folder: of the rows, a folder a part.
+    """
+
+    starts: tuple[int, ...] = STARTS[:3]
+    minibatches: int = 64
+    workers: int = 2
+    folder: pathlib.Path = CANDIDATE_RESULTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,17 +363,18 @@ def run(arguments: Run) -> int:
     return follow_all(follow, arguments.settings, arguments.starts, arguments)
 
 
-def candidates(arguments: Run) -> int:
-    """Measures each part of CANDIDATES from the first three starts."""
+def candidates(arguments: Candidates) -> int:
+    """Measures every part."""
     for part in CANDIDATES:
         run(
-            dataclasses.replace(
-                arguments,
+            Run(
                 settings=part.settings,
+                starts=arguments.starts,
                 objectives=part.objectives,
-                starts=arguments.starts[:3],
                 points=(POINTS[0], POINTS[2]),
-                folder=RESULTS.with_name("worth_candidates") / part.name,
+                minibatches=arguments.minibatches,
+                workers=arguments.workers,
+                folder=arguments.folder / part.name,
             )
         )
     return 0
@@ -363,10 +382,10 @@ def candidates(arguments: Run) -> int:
 
 def main() -> int:
     """Reads the command line."""
-    arguments = command_line(__doc__, Run, Report)
+    arguments = command_line(__doc__, Run, Candidates, Report)
     if isinstance(arguments, Report):
         return worth_report.report(arguments.folder, arguments.gains, arguments.output)
-    if arguments.candidates:
+    if isinstance(arguments, Candidates):
         return candidates(arguments)
     if not arguments.quick:
         return run(arguments)

@@ -9,6 +9,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from occ.extras import require
+
+require("pretrained", __name__, "jinja2")
 import jinja2
 
 from occ.tasks import chat_rendering

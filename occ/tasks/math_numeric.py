@@ -28,6 +28,9 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+from occ.extras import require
+
+require("math", __name__, "mpmath")
 import mpmath
 
 Node = Any  # a tree as above

@@ -10,7 +10,7 @@ from typing import Any
 
 from occ.extras import require
 
-require("pretrained", __name__, "tokenizers", "jinja2", "gguf")
+require("pretrained", __name__, "tokenizers")
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 
 from occ.generation.engines import RolloutEngine
 from occ.generation.engines.vllm import VLLMEngine
 from occ.training.config import TrainConfig
+from occ.training.start.pretrained import folder_of
 
 
 def build_engine(config: TrainConfig, max_length: int) -> RolloutEngine | None:
@@ -32,14 +31,6 @@ def build_engine(config: TrainConfig, max_length: int) -> RolloutEngine | None:
         config.engine,
         config.model,
         max_length,
-        like=_like(config),
+        like=folder_of(config),
         keep_experts=config.rollout.routing_replay,
     )
-
-
-def _like(config: TrainConfig) -> pathlib.Path | None:
-    """The folder that the run began from, if there is one."""
-    if config.pretrained is None:
-        return None
-    path = pathlib.Path(config.pretrained.path)
-    return path if path.is_dir() else None

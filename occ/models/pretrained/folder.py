@@ -143,7 +143,11 @@ def _files(path: pathlib.Path) -> dict[str, str]:
             "convert them where you trust them (with transformers: from_pretrained, then "
             "save_pretrained(..., safe_serialization=True))."
         )
-    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}.")
+    there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"{path} holds neither {SINGLE} nor {INDEX}, but {there}. Fetch the model whole (hf "
+        "download OWNER/NAME), or give the path of a .gguf file itself."
+    )
 
 
 def write_digests(path: pathlib.Path) -> None:

@@ -79,6 +79,7 @@ def save(
     Raises:
       ValueError: the folder exists, or the architecture has no published form.
     """
+    require("pretrained", "occ.models.pretrained", "safetensors")
     target = buckets.path(path)
     if target.exists():
         raise ValueError(f"save: {target} exists already. Choose another folder, or delete it.")
@@ -184,7 +185,6 @@ def _write_shards(
     shard_bytes: int,
     first: bool,
 ) -> None:
-    require("pretrained", "occ.models.pretrained", "safetensors")
     from safetensors.numpy import save_file
 
     shards: list[list[str]] = [[]]

@@ -65,7 +65,8 @@ def on_pretrained(config: TrainConfig, source: str) -> TrainConfig:
       source: as `occ.sources.resolve` reads it.
 
     Raises:
-      ValueError: there are no such files, or they describe a model that the decoder is not.
+      ValueError: there are no such files, they describe a model that the decoder is not, or they
+        have another vocabulary and no tokenizer.
     """
     path = resolve(source)
     found = _described(path)
@@ -76,8 +77,15 @@ def on_pretrained(config: TrainConfig, source: str) -> TrainConfig:
         changes["moe"] = dataclasses.replace(found.moe, capacity_factor=capacity)
     changes["max_length"] = min(config.model.max_length, found.max_length)
     options = config.task_options
-    if "tokenizer" in options and (path.suffix == ".gguf" or (path / "tokenizer.json").exists()):
-        options = options | {"tokenizer": source}
+    if "tokenizer" in options:
+        if path.suffix == ".gguf" or (path / "tokenizer.json").exists():
+            options = options | {"tokenizer": source}
+        elif found.vocab_size != config.model.vocab_size:
+            raise ValueError(
+                f"{source} has no tokenizer.json, and its vocabulary ({found.vocab_size}) is not "
+                f"that of {options['tokenizer']!r} ({config.model.vocab_size}). Put one there, for "
+                "instance by transformers' AutoTokenizer.from_pretrained(..).save_pretrained(..)."
+            )
     given = config.pretrained or PretrainedConfig(source)
     return dataclasses.replace(
         config,
@@ -85,6 +93,17 @@ def on_pretrained(config: TrainConfig, source: str) -> TrainConfig:
         task_options=options,
         pretrained=dataclasses.replace(given, path=source),
     )
+
+
+def folder_of(config: TrainConfig) -> pathlib.Path | None:
+    """The published folder that a run began from, or a local copy of it, if it is here."""
+    if config.pretrained is None:
+        return None
+    try:
+        path = resolve(config.pretrained.path)
+    except ValueError:
+        return None
+    return path if path.is_dir() else None
 
 
 def stamp(source: str) -> list[list[Any]]:

@@ -82,9 +82,9 @@ def export(arguments: Arguments) -> int:
         number, restored, _ = checkpoints.read(state, arguments.which)
         trained = restored.policy(config.model)
         if arguments.form == "peft":
-            # By the name that the run was given: a hub's, where it is one.
-            given = None if config.pretrained is None else config.pretrained.path
-            base = given if arguments.like is None else str(arguments.like)
+            base = None if arguments.like is None else str(arguments.like)
+            if base is None and config.pretrained is not None and folder_of(config) is not None:
+                base = config.pretrained.path  # a hub's name, where it is one
             pretrained.save_adapters(arguments.target, trained, base=base)
         else:
             like = _like(config) if arguments.like is None else arguments.like

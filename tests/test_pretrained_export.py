@@ -58,14 +58,21 @@ def test_a_checkpoint_becomes_a_folder_that_loads(tmp_path, monkeypatch, capsys)
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path / "best").params, params)
 
 
-def test_a_run_that_began_from_a_folder_keeps_its_form(tmp_path):
-    """On a mesh, in float32, and back in bfloat16 with the tokenizer."""
-    source = write_folder(tmp_path / "model", "glm", "bfloat16")
+@pytest.mark.parametrize("name", ["", "Owner/Name"])
+def test_a_run_that_began_from_a_folder_keeps_its_form(tmp_path, monkeypatch, name):
+    """On a mesh, in float32, and back in bfloat16 with the tokenizer; or from a hub's cache."""
+    commit = "0" * 40
+    repository = tmp_path / "models--Owner--Name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    source = write_folder(repository / "snapshots" / commit, "glm", "bfloat16")
     (source / "tokenizer.json").write_text("{}")
     overrides = {"param_dtype": "float32", "compute_dtype": "float32"}
     model = pretrained.load(source, pretrained.read_config(source, **overrides))
     base = tiny.run_config("tiny", model=model.config, layout=LayoutConfig(fsdp=2))
-    config = dataclasses.replace(base, pretrained=PretrainedConfig(str(source)))
+    config = dataclasses.replace(base, pretrained=PretrainedConfig(name or str(source)))
     begin(tmp_path / "run", config, model)
     export.export(export.Arguments(tmp_path / "run", tmp_path / "saved", which="best"))
     saved, before = pretrained.load(tmp_path / "saved"), pretrained.load(source)

@@ -178,12 +178,12 @@ def test_over_warm_starts_a_start_is_one_value(tmp_path):
     assert found.n == 3 and found.half_width == pytest.approx(half, rel=1e-5)
     assert claims_report.report(tmp_path / "rows", tmp_path / "out") == 0
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "3 warm starts a setting" in text and "+2.0 ± 2.5" in text
+    assert "3 warm starts a setting" in text and "+2.00 ± 2.48" in text
     # A regime at another rate beside Detach at that rate, which stands beside Detach's own.
     first, _, rest = text.partition("### Final sampled accuracy")
-    assert "| drafter | rate_2_worth |" in first and "| **+1.0 ± 0.0** |" in first
+    assert "| drafter | rate_2_worth |" in first and "| **+1.00 ± 0.00** |" in first
     rates = rest.partition("### Detach at other learning rates, area")[2]
-    assert "| setting | rate_2_detach |" in rates and "| **+8.0 ± 0.0** |" in rates
+    assert "| setting | rate_2_detach |" in rates and "| **+8.00 ± 0.00** |" in rates
 
 
 def test_the_truth_is_that_of_the_other_minibatches():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -196,15 +197,19 @@ def _mean_ratio(rows: Rows) -> str:
 
 
 def against_detach_table(
-    results: Results, names: list[str], quantity: str = "sampled", other: str = ""
+    results: Results,
+    names: list[str],
+    quantity: str = "sampled",
+    other: str = "",
+    digits: int = 1,
 ) -> str:
     """Claim 5: a quantity minus Detach's (or another's), a row a setting and a row over all."""
 
     def column(name: str) -> Callable:
-        return lambda runs: show(difference(runs, name, quantity, other))
+        return lambda runs: show(difference(runs, name, quantity, other), digits=digits)
 
     text = _by_setting(results, {name: column(name) for name in names})
-    overall = [show(pooled(results, name, quantity, other)) for name in names]
+    overall = [show(pooled(results, name, quantity, other), digits=digits) for name in names]
     return text + "\n| all, a setting one value | " + " | ".join(overall) + " |"
 
 
@@ -304,11 +309,12 @@ def over_starts_sections(results: Results) -> dict[str, str]:
         "greedy": "Final greedy accuracy, minus Detach's",
         "acceptance": "MTP acceptance at the end, minus Detach's",
     }
+    against = functools.partial(against_detach_table, results, digits=2)
     return {
-        **{title: against_detach_table(results, names, name) for name, title in titles.items()},
+        **{title: against(names, name) for name, title in titles.items()},
         **{
             f"Detach at other learning rates, {name}, minus Detach's at the common one": (
-                against_detach_table(results, rates, name, "detach")
+                against(rates, name, other="detach")
             )
             for name in ("area", "sampled")
             if rates

@@ -88,6 +88,28 @@ def by_part(gradient: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: jnp.concatenate(piece) for name, piece in pieces.items()}
 
 
+def folded(vector: jax.Array, entries: int, key: jax.Array) -> jax.Array:
+    """A vector as it is, or, if it is longer, each `entries`-th with random signs added up.
+
+    Inner products of vectors that are folded with the same key are kept in expectation; their
+    standard error is about ||a|| ||b|| / sqrt(entries). Of the mean over pairs of minibatches, the
+    noise's part has an error for each pair, and the expected gradients' part one for all of them:
+    their cosine is known to 1e-3 with FOLDED entries, which no jackknife shows.
+
+    Args:
+      vector: float [P].
+      entries: of the result, at the most.
+      key: of the signs.
+
+    Reference: Charikar, Chen and Farach-Colton, Finding Frequent Items in Data Streams, 2002 (whose
+    hash of a place is here the remainder).
+    """
+    if vector.size <= entries:
+        return vector
+    signed = jnp.where(jax.random.bits(key, vector.shape, "uint8") < 128, vector, -vector)
+    return jnp.pad(signed, (0, -vector.size % entries)).reshape(-1, entries).sum(axis=0)
+
+
 def shared_gradients(losses: Pass) -> tuple[dict[str, jax.Array], ...]:
     """The gradients on shared leaves, by path."""
     return tuple(by_path(gradient) for gradient in losses.gradient)

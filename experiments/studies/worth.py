@@ -36,7 +36,7 @@ from experiments.compiled import keep_compiled
 from experiments.studies import worth_report
 from experiments.studies.claims_grid import OVER_STARTS_SETTINGS, STARTS
 from experiments.studies.command_line import command_line
-from experiments.studies.fidelity_estimators import PARTS, by_part, by_path
+from experiments.studies.fidelity_estimators import PARTS, by_part, by_path, folded
 from experiments.studies.following import (
     Followed,
     begin,
@@ -179,28 +179,6 @@ def gradients_of(run: Followed, objectives: Sequence[str]) -> Callable[..., Any]
         }
 
     return lambda *inputs: jax.device_get(compute(*inputs))
-
-
-def folded(vector: jax.Array, entries: int, key: jax.Array) -> jax.Array:
-    """A vector as it is, or, if it is longer, each `entries`-th with random signs added up.
-
-    Inner products of vectors that are folded with the same key are kept in expectation; their
-    standard error is about ||a|| ||b|| / sqrt(entries). Of the mean over pairs of minibatches, the
-    noise's part has an error for each pair, and the expected gradients' part one for all of them:
-    their cosine is known to 1e-3 with FOLDED entries, which no jackknife shows.
-
-    Args:
-      vector: float [P].
-      entries: of the result, at the most.
-      key: of the signs.
-
-    Reference: Charikar, Chen and Farach-Colton, Finding Frequent Items in Data Streams, 2002 (whose
-    hash of a place is here the remainder).
-    """
-    if vector.size <= entries:
-        return vector
-    signed = jnp.where(jax.random.bits(key, vector.shape, "uint8") < 128, vector, -vector)
-    return jnp.pad(signed, (0, -vector.size % entries)).reshape(-1, entries).sum(axis=0)
 
 
 def products(gradients: list[dict[str, np.ndarray]]) -> np.ndarray:

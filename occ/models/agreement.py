@@ -26,11 +26,27 @@ DESCRIBED = (
 """Fields of `ModelConfig` that files decide; of the MTP modules, all if they hold any."""
 
 
-def check_agrees(config: ModelConfig, found: ModelConfig, source: str) -> None:
-    """Raises if a configuration describes another model than files hold.
+def as_described(config: ModelConfig, found: ModelConfig) -> ModelConfig:
+    """A configuration on the model that files hold, with what they leave open as it is.
 
     Dtypes, rematerialisation and the like are the configuration's choice, and so are a shorter
-    context and, where the files have none, MTP modules.
+    context, buffers between devices and, where the files have none, MTP modules.
+
+    Args:
+      config: what is wanted.
+      found: what the files say.
+    """
+    names = [*DESCRIBED, "mtp"] if found.mtp.num_modules else [*DESCRIBED]
+    changes = {name: getattr(found, name) for name in names}
+    if found.moe is not None and config.moe is not None:
+        capacity = config.moe.capacity_factor
+        changes["moe"] = dataclasses.replace(found.moe, capacity_factor=capacity)
+    changes["max_length"] = min(config.max_length, found.max_length)
+    return dataclasses.replace(config, **changes)
+
+
+def check_agrees(config: ModelConfig, found: ModelConfig, source: str) -> None:
+    """Raises if a configuration describes another model than files hold (`as_described`).
 
     Args:
       config: what is wanted.
@@ -40,17 +56,11 @@ def check_agrees(config: ModelConfig, found: ModelConfig, source: str) -> None:
     Raises:
       ValueError: lists the fields that differ.
     """
-    names = [*DESCRIBED, "mtp"] if found.mtp.num_modules else [*DESCRIBED]
-    if found.moe is not None and config.moe is not None:
-        # Buffers between devices are the configuration's choice as well.
-        capacity = config.moe.capacity_factor
-        found = dataclasses.replace(
-            found, moe=dataclasses.replace(found.moe, capacity_factor=capacity)
-        )
+    there = as_described(config, found)
     differ = [
-        f"{name}: {getattr(config, name)} in the configuration, {getattr(found, name)} in the files"
-        for name in names
-        if getattr(config, name) != getattr(found, name)
+        f"{name}: {getattr(config, name)} in the configuration, {getattr(there, name)} in the files"
+        for name in (*DESCRIBED, "mtp")
+        if getattr(config, name) != getattr(there, name)
     ]
     if config.max_length > found.max_length:
         differ.append(

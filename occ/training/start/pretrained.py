@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from occ.models import pretrained
-from occ.models.agreement import DESCRIBED, check_agrees
+from occ.models.agreement import as_described, check_agrees
 from occ.models.config import ModelConfig
 from occ.models.lora import adapt
 from occ.models.policy import Policy, abstract_policy
@@ -70,12 +70,6 @@ def on_pretrained(config: TrainConfig, source: str) -> TrainConfig:
     """
     path = resolve(source)
     found = _described(path)
-    names = [*DESCRIBED, "mtp"] if found.mtp.num_modules else [*DESCRIBED]
-    changes = {name: getattr(found, name) for name in names}
-    if found.moe is not None and config.model.moe is not None:
-        capacity = config.model.moe.capacity_factor
-        changes["moe"] = dataclasses.replace(found.moe, capacity_factor=capacity)
-    changes["max_length"] = min(config.model.max_length, found.max_length)
     options = config.task_options
     if "tokenizer" in options:
         if path.suffix == ".gguf" or (path / "tokenizer.json").exists():
@@ -89,7 +83,7 @@ def on_pretrained(config: TrainConfig, source: str) -> TrainConfig:
     given = config.pretrained or PretrainedConfig(source)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, **changes),
+        model=as_described(config.model, found),
         task_options=options,
         pretrained=dataclasses.replace(given, path=source),
     )
